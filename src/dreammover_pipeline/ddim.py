@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The algebra of deterministic DDIM, and nothing else: no models, no schedulers, no loops.
+
+Convention: everything is computed, and returned, in the precision of its input, float32 at least. `alpha_bar` is ᾱ,
+the cumulative product of 1 − β: a float, or a tensor (B,) with one value per sample.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def working_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """float32 for half-precision tensors, the tensor's own dtype otherwise."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _signal_and_noise_rates(alpha_bar, like: torch.Tensor):
+    """√ᾱ and √(1−ᾱ), shaped to multiply `like` (B, …)."""
+    if not isinstance(alpha_bar, torch.Tensor):
+        return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+    alpha_bar = alpha_bar.to(like.device, working_dtype(like))
+    if alpha_bar.ndim:
+        alpha_bar = alpha_bar.reshape(-1, *[1] * (like.ndim - 1))
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def predict_clean(latents: torch.Tensor, eps: torch.Tensor, alpha_bar: float | torch.Tensor) -> torch.Tensor:
+    """One-step prediction of the clean latent: z_{k→0} = (z_k − √(1−ᾱ_k) ε) / √ᾱ_k.
+
+    Source: DreamMover Eq. (3), §3.1.
+
+    Args:
+        latents: z_k, (B, C, h, w).
+        eps: the noise predicted in them, (B, C, h, w).
+        alpha_bar: ᾱ_k in (0, 1].
+
+    Returns:
+        z_{k→0}, (B, C, h, w).
+    """
+    signal, noise = _signal_and_noise_rates(alpha_bar, latents)
+    dtype = working_dtype(latents)
+    return (latents.to(dtype) - noise * eps.to(dtype)) / signal
+
+
+def recompose(clean: torch.Tensor, eps: torch.Tensor, alpha_bar: float | torch.Tensor) -> torch.Tensor:
+    """The noisy latent made of a clean one and a noise: z_k = √ᾱ_k z_0 + √(1−ᾱ_k) ε.
+
+    With the prediction of one step and the ᾱ of its neighbour this is a DDIM step, either way.
+
+    Source: DreamMover Eq. (2), §3.1 and DreamMover Eq. (8), §3.3.
+
+    Args:
+        clean: z_0, (B, C, h, w).
+        eps: (B, C, h, w).
+        alpha_bar: ᾱ_k in [0, 1].
+
+    Returns:
+        z_k, (B, C, h, w).
+    """
+    signal, noise = _signal_and_noise_rates(alpha_bar, clean)
+    dtype = working_dtype(clean)
+    return signal * clean.to(dtype) + noise * eps.to(dtype)
+
+
+def eps_from_v(v: torch.Tensor, latents: torch.Tensor, alpha_bar: float | torch.Tensor) -> torch.Tensor:
+    """The noise a v-prediction stands for: ε = √ᾱ_k v + √(1−ᾱ_k) z_k.
+
+    ᾱ is that of the timestep the network was asked at, whatever step the latents are at (in inversion they differ).
+
+    Source: progressive distillation (arXiv 2202.00512), appendix D.
+
+    Args:
+        v: the network's output, (B, C, h, w).
+        latents: the network's input z_k, (B, C, h, w).
+        alpha_bar: ᾱ at the network's timestep, in [0, 1].
+
+    Returns:
+        ε, (B, C, h, w).
+    """
+    signal, noise = _signal_and_noise_rates(alpha_bar, latents)
+    dtype = working_dtype(latents)
+    return signal * v.to(dtype) + noise * latents.to(dtype)
+
+
+def v_from_eps(clean: torch.Tensor, eps: torch.Tensor, alpha_bar: float | torch.Tensor) -> torch.Tensor:
+    """What a v-prediction network should say: v = √ᾱ_k ε − √(1−ᾱ_k) z_0; the target of its LoRA fit.
+
+    Source: progressive distillation (arXiv 2202.00512), appendix D.
+
+    Args:
+        clean: z_0, (B, C, h, w).
+        eps: the noise added to it, (B, C, h, w).
+        alpha_bar: ᾱ_k in [0, 1].
+
+    Returns:
+        v, (B, C, h, w).
+    """
+    signal, noise = _signal_and_noise_rates(alpha_bar, clean)
+    dtype = working_dtype(clean)
+    return signal * eps.to(dtype) - noise * clean.to(dtype)

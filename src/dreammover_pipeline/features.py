@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features of the UNet's up blocks, read off by a forward hook that is gone afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def captured_up_block(unet: torch.nn.Module, block: int) -> Iterator[list[torch.Tensor]]:
+    """Collect what `unet.up_blocks[block]` puts out while the context lasts.
+
+    Args:
+        unet: a `UNet2DConditionModel`.
+        block: index into `unet.up_blocks`. (Official code counts the mid block as 0: its 2 is our 1.)
+
+    Yields:
+        A list to which every forward appends one tensor (B, C', h', w').
+    """
+    outputs: list[torch.Tensor] = []
+    handle = unet.up_blocks[block].register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        # A hook registered after a torch.compile'd forward never fires, so this forward runs eagerly.
+        with torch.compiler.set_stance("force_eager"):
+            yield outputs
+    finally:
+        handle.remove()
+
+
+def up_block_features(unet: torch.nn.Module, block: int, forward: Callable[[], object]) -> torch.Tensor:
+    """Features of one up block during one forward of the UNet.
+
+    Source: DreamMover §3.2: the second up block at step 14 of the inversion.
+
+    Args:
+        unet: a `UNet2DConditionModel`.
+        block: index into `unet.up_blocks`.
+        forward: runs the UNet once.
+
+    Returns:
+        (B, C', h', w'), in the UNet's dtype.
+    """
+    with captured_up_block(unet, block) as outputs:
+        forward()
+    return outputs[-1]

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two-level fusion of a pair's latents at step T: layout is averaged, detail never.
+
+Shapes: a pair's tensors are (2, C, h, w), first and second image; `times` (F,) holds the δ in (0, 1) of the frames
+asked for; results are (F, C, h, w). `metric` (2, 1, h, w) is the importance of each image's cells on the way to the
+other. Frames do not depend on each other, so `times` may be cut into pieces.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .ddim import working_dtype
+from .flow import backward_warp
+from .records import BidirectionalFlow
+from .splatting import softmax_splat, winner_splat
+
+
+def photometric_error(pair: torch.Tensor, flow: BidirectionalFlow) -> torch.Tensor:
+    """How far each cell is from the cell of the other image it flows to: mean over channels of |x − backwarp(x', F)|.
+
+    Source: DreamMover §3.2, the brightness constancy inside the metric of Eq. (4).
+
+    Args:
+        pair: (2, C, h, w).
+        flow: the flow both ways.
+
+    Returns:
+        (2, 1, h, w), ≥ 0.
+    """
+    matched = backward_warp(pair.flip(0), flow.stacked())
+    return (pair.to(matched.dtype) - matched).abs().mean(1, keepdim=True)
+
+
+def importance(clean: torch.Tensor, flow: BidirectionalFlow, alpha: float = 10.0, limit: float = 10.0) -> torch.Tensor:
+    """Splat metric by brightness constancy: M = clip(−α · mean_c |x − backwarp(x', F)|, −limit, limit).
+
+    Source: DreamMover Eq. (4), §3.2: the metric of the softmax splat, on the predicted clean latents.
+
+    Args:
+        clean: z_{T→0} of the pair, (2, C, h, w).
+        flow: the flow both ways.
+        alpha: how strongly an unmatched cell is held back.
+        limit: bound of |M|.
+
+    Returns:
+        M, the log of each cell's weight, (2, 1, h, w).
+    """
+    return (-alpha * photometric_error(clean, flow)).clamp(-limit, limit)
+
+
+def scaled_flows(flow: BidirectionalFlow, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flow from each image to the frames: F^{0→δ} = δ F^{0→1} and F^{1→δ} = (1−δ) F^{1→0}.
+
+    Source: DreamMover §3.2.
+
+    Args:
+        flow: the flow both ways.
+        times: δ, (F,).
+
+    Returns:
+        Two (F, 2, h, w), from the first and from the second image.
+    """
+    delta = times.reshape(-1, 1, 1, 1)
+    return delta * flow.forward, (1 - delta) * flow.backward
+
+
+def fuse_high_level(
+    pair: torch.Tensor, flow: BidirectionalFlow, metric: torch.Tensor, times: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Layout: both images splatted to δ and averaged by time, (1−δ) σ(z⁰, F^{0→δ}) + δ σ(z¹, F^{1→δ}).
+
+    Where only one image arrives it stands alone; where neither does, the two unwarped latents are averaged.
+
+    Source: DreamMover Eq. (7), §3.3; on holes the paper is silent.
+
+    Args:
+        pair: z_{T→0}, (2, C, h, w).
+        flow: the flow both ways.
+        metric: importance, (2, 1, h, w).
+        times: δ, (F,).
+
+    Returns:
+        z^δ_{T→0} (F, C, h, w) and its coverage (F, 1, h, w), the number of images that reach a cell.
+    """
+    frames = len(times)
+    times = times.to(pair.device, working_dtype(pair))
+    splatted, reached = [], []
+    for x, m, f in zip(pair, metric, scaled_flows(flow, times), strict=True):
+        warped, weight = softmax_splat(x.expand(frames, -1, -1, -1), f, m.expand(frames, -1, -1, -1))
+        splatted.append(warped)
+        reached.append(weight > 0)
+    # A hole of one image takes the other's value, a hole of both its own unwarped one: then Eq. (7) holds everywhere.
+    first = torch.where(reached[0], splatted[0], torch.where(reached[1], splatted[1], pair[0]))
+    second = torch.where(reached[1], splatted[1], torch.where(reached[0], splatted[0], pair[1]))
+    coverage = reached[0].to(first.dtype) + reached[1].to(first.dtype)
+    return torch.lerp(first, second, times.reshape(-1, 1, 1, 1)), coverage
+
+
+def fuse_low_level(
+    eps: torch.Tensor, flow: BidirectionalFlow, metric: torch.Tensor, times: torch.Tensor
+) -> torch.Tensor:
+    """Detail: every cell takes one value of one image, ε^δ = WTA(ε⁰, ε¹); nothing is averaged.
+
+    Both noise maps are warped so that a cell keeps the heaviest value that lands on it; of the two, the one of higher
+    time-weighted importance wins, (1−δ) e^{M⁰} against δ e^{M¹}, the first image in a draw. Where neither arrives the
+    unwarped noise of the image nearer in time stands (the second at δ = ½).
+
+    Source: DreamMover §3.3, the winner-takes-all of the low level. Official code differs: see `select_unwarped`.
+
+    Args:
+        eps: ε_T, (2, C, h, w).
+        flow: the flow both ways.
+        metric: importance, (2, 1, h, w).
+        times: δ, (F,).
+
+    Returns:
+        ε^δ, (F, C, h, w).
+    """
+    frames = len(times)
+    times = times.to(eps.device, working_dtype(eps))
+    delta = times.reshape(-1, 1, 1, 1)
+    (first, weight0), (second, weight1) = (
+        winner_splat(x.expand(frames, -1, -1, -1), f, m.exp().expand(frames, -1, -1, -1))
+        for x, m, f in zip(eps, metric, scaled_flows(flow, times), strict=True)
+    )
+    weight0, weight1 = (1 - delta) * weight0, delta * weight1
+    winner = torch.where(weight0 >= weight1, first, second)
+    nearer = torch.where(delta < 0.5, eps[0], eps[1]).to(winner.dtype)
+    return torch.where((weight0 > 0) | (weight1 > 0), winner, nearer)
+
+
+def fuse_direct(
+    latents: torch.Tensor, flow: BidirectionalFlow, metric: torch.Tensor, times: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One-level fusion: the noisy latents themselves splatted and averaged, which blurs their noise.
+
+    Source: DreamMover Eq. (6), §3.3: the form the paper argues against, kept for its ablation.
+
+    Args:
+        latents: z_T, (2, C, h, w).
+        flow: the flow both ways.
+        metric: importance, (2, 1, h, w).
+        times: δ, (F,).
+
+    Returns:
+        z^δ_T (F, C, h, w) and its coverage (F, 1, h, w).
+    """
+    return fuse_high_level(latents, flow, metric, times)
+
+
+def select_unwarped(
+    latents: torch.Tensor, clean: torch.Tensor, flow: BidirectionalFlow, times: torch.Tensor
+) -> torch.Tensor:
+    """The released code's mix: per cell one of the two *unwarped* z_T, by clip(0.3 − error, 0.001, 1) × time.
+
+    The noise for Eq. (8) is then predicted on this mix by the UNet.
+
+    Source: DreamMover §3.3, as its released code has it, to compare with `fuse_low_level`.
+
+    Args:
+        latents: z_T, (2, C, h, w).
+        clean: z_{T→0}, (2, C, h, w).
+        flow: the flow both ways.
+        times: δ, (F,).
+
+    Returns:
+        (F, C, h, w).
+    """
+    delta = times.to(latents.device, working_dtype(latents)).reshape(-1, 1, 1, 1)
+    weight = (0.3 - photometric_error(clean, flow)).clamp(0.001, 1)
+    return torch.where((1 - delta) * weight[0] >= delta * weight[1], latents[0], latents[1])
+
+
+def slerp(first: torch.Tensor, second: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    """Spherical interpolation along the last axis; linear where the two are all but parallel.
+
+    Args:
+        first: (…, D), at δ = 0.
+        second: (…, D), at δ = 1.
+        times: δ, (F,).
+
+    Returns:
+        (F, …, D).
+    """
+    dtype = working_dtype(first)
+    a, b = first.to(dtype), second.to(dtype)
+    delta = times.to(a.device, dtype).reshape(-1, *[1] * a.ndim)
+    cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1)[..., None].clamp(-1, 1)
+    angle = cosine.acos()
+    parallel = cosine > 1 - 1e-6
+    sine = torch.where(parallel, 1, angle.sin())
+    arc = (((1 - delta) * angle).sin() * a + (delta * angle).sin() * b) / sine
+    return torch.where(parallel, torch.lerp(a, b, delta), arc)

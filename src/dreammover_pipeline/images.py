@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any photo in, exact size out.
+
+An image is (3, H, W) in [0, 1], sizes are (height, width) in pixels. Pictures are scaled alike in both directions;
+what overhangs is cropped half on either side, what is missing is padded at the right and bottom.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+from .records import Canvas
+
+Photo = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
+Size = tuple[int, int]
+
+# Room for a 108-megapixel photo, which is 1.3 GB as float32 RGB; beyond that a file is more likely an attack.
+MAX_PIXELS = 2**27
+
+_DTYPES = ("uint8", "uint16", "float16", "bfloat16", "float32", "float64")
+_MODES_8_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV")
+_MODES_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+def is_batch(source: Photo | Sequence[Photo]) -> bool:
+    """Whether `source` is several images: a list, a tuple or a 4-dimensional array or tensor."""
+    return isinstance(source, list | tuple) or (isinstance(source, np.ndarray | torch.Tensor) and source.ndim == 4)
+
+
+def load_images(source: Photo | Sequence[Photo], name: str) -> list[torch.Tensor]:
+    """Reads one image or a batch of them: EXIF orientation applied, alpha composited on white, grey made RGB.
+
+    Args:
+        source: One image: a path, a PIL image, a numpy array (H, W) or (H, W, C), a torch tensor (H, W) or (C, H, W),
+            with C = 1, 3 or 4; uint8 (divided by 255), uint16 (by 65535) or floats in [0, 1]. Or a batch: a list or
+            tuple of these, a numpy array (B, H, W, C), a torch tensor (B, C, H, W).
+        name: The argument's name, for error messages.
+
+    Returns:
+        One float32 CPU tensor (3, H, W) in [0, 1] per image, sharing no memory with `source`.
+
+    Raises:
+        TypeError: Something that is no image, or a dtype that is not allowed.
+        ValueError: A file, PIL mode, shape, size or range of values that is not allowed, or an empty batch.
+    """
+    if not is_batch(source):
+        return [_load_image(source, name)]
+    if len(source) == 0:
+        raise ValueError(f"{name} is an empty batch; it needs at least one image")
+    return [_load_image(image, f"{name}[{index}]") for index, image in enumerate(source)]
+
+
+def plan_canvas(
+    size: Size, native_side: int, multiple: int, min_side: int, height: int | None = None, width: int | None = None
+) -> Canvas:
+    """Decides the size the models work at and the size frames come back at.
+
+    With neither `height` nor `width`, the picture takes an area of about native_side² at the first image's aspect
+    ratio, and frames come back at the first image's own size. Otherwise both are the size asked for, a missing side
+    following from the aspect ratio. The canvas is the picture's size rounded up to `multiple`.
+
+    Args:
+        size: (H, W) of the first image.
+        native_side: Side of the square the checkpoint was trained on, in pixels.
+        multiple: What the canvas sides are multiples of, in pixels.
+        min_side: Shortest canvas side the models can process, in pixels.
+        height, width: Size asked for, in pixels.
+
+    Raises:
+        TypeError: `height` or `width` is not an int.
+        ValueError: `height` or `width` is not positive, or the working size is too small or absurdly large.
+    """
+    for side, name in ((height, "height"), (width, "width")):
+        if side is not None and (not isinstance(side, int) or isinstance(side, bool)):
+            raise TypeError(f"{name} is {side!r}, a {type(side).__name__}; an int is needed")
+        if side is not None and not 1 <= side <= MAX_PIXELS:
+            raise ValueError(f"{name} is {side}; a number of pixels from 1 to {MAX_PIXELS} is needed")
+    content = _content_size(size, native_side, height, width)
+    canvas = tuple(math.ceil(side / multiple) * multiple for side in content)
+    asked = f"height={height}, width={width} and a first image of {size[0]}×{size[1]} pixels (height × width)"
+    fault = f"{asked} make a working size of {canvas[0]}×{canvas[1]}"
+    if min(canvas) < min_side:
+        ratio = max(1.0, (native_side / min_side) ** 2)
+        allowed = f"without height and width, aspect ratios up to about {ratio:.3g}:1 have that"
+        raise ValueError(f"{fault}, but each side must have at least {min_side} pixels; {allowed}")
+    if canvas[0] * canvas[1] > MAX_PIXELS:
+        raise ValueError(f"{fault}, but at most {MAX_PIXELS} pixels are allowed")
+    return Canvas(*canvas, *content, *(size if height is None and width is None else content))
+
+
+def fit(image: torch.Tensor, canvas: Canvas) -> torch.Tensor:
+    """Puts an image (3, H, W) on the canvas: it covers the content box, and the box's edge is repeated as padding.
+
+    Returns:
+        (3, canvas.height, canvas.width) in [0, 1]. Where no scaling is needed, the pixels are those of `image`.
+    """
+    content = _cover(image, canvas.content_height, canvas.content_width)
+    padding = (0, canvas.width - canvas.content_width, 0, canvas.height - canvas.content_height)
+    return F.pad(content, padding, mode="replicate")
+
+
+def fit_to_output(image: torch.Tensor, canvas: Canvas) -> torch.Tensor:
+    """An image (3, H, W) as it stands at an end of the video.
+
+    Returns:
+        (3, canvas.output_height, canvas.output_width) in [0, 1]. If that is its size, it comes back as it is.
+    """
+    return _cover(image, canvas.output_height, canvas.output_width)
+
+
+def unfit(frames: torch.Tensor, canvas: Canvas) -> torch.Tensor:
+    """Takes frames (F, 3, canvas.height, canvas.width) off the canvas: padding cut away, then resized.
+
+    Returns:
+        (F, 3, canvas.output_height, canvas.output_width), float32, clamped to [0, 1].
+    """
+    content = frames[:, :, : canvas.content_height, : canvas.content_width].to(torch.float32)
+    return _resize(content, canvas.output_height, canvas.output_width)
+
+
+def _load_image(source: Photo, name: str) -> torch.Tensor:
+    if isinstance(source, str | os.PathLike):
+        return _from_file(source, f"{name} ({os.fspath(source)})")
+    if isinstance(source, Image.Image):
+        return _from_pil(source, name)
+    if isinstance(source, np.ndarray | torch.Tensor):
+        return _from_array(source, name)
+    allowed = "paths, PIL images, numpy arrays and torch tensors, or one batch of them"
+    raise TypeError(f"{name} is a {type(source).__name__}; allowed are {allowed}")
+
+
+def _from_file(path: str | os.PathLike, name: str) -> torch.Tensor:
+    if not os.path.isfile(path):
+        fault = "is a folder" if os.path.isdir(path) else "is no existing file"
+        raise ValueError(f"{name} {fault}; an image file is needed")
+    with _pillow_errors(name):
+        opened = Image.open(path)
+    with opened:
+        return _from_pil(opened, name)
+
+
+def _from_pil(image: Image.Image, name: str) -> torch.Tensor:
+    _check_size(image.height, image.width, name)  # known from the header, before anything is decoded
+    with _pillow_errors(name):
+        upright = ImageOps.exif_transpose(image)
+    if upright.mode in _MODES_16_BIT:
+        return _from_array(_grey_16_bit(upright, name), name)
+    if upright.mode not in _MODES_8_BIT:
+        raise ValueError(f"{name} has PIL mode {upright.mode}; allowed are {', '.join(_MODES_8_BIT + _MODES_16_BIT)}")
+    return _from_array(np.asarray(upright.convert("RGBA" if upright.has_transparency_data else "RGB")), name)
+
+
+@contextmanager
+def _pillow_errors(name: str) -> Iterator[None]:
+    """Turns what Pillow raises into a ValueError, and leaves the judging of sizes to `_check_size`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} is too large, at most {MAX_PIXELS} pixels are allowed: {error}") from error
+    except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
+
+
+def _grey_16_bit(image: Image.Image, name: str) -> np.ndarray:
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if low < 0 or high > 65535:
+        raise ValueError(f"{name} has values from {low} to {high}; 16-bit grey has 0 to 65535")
+    # A PNG may declare one grey value transparent; Pillow's own way to composite it would cut the image to 8 bits.
+    return np.where(values == image.info.get("transparency"), 65535, values).astype(np.uint16)
+
+
+def _from_array(array: np.ndarray | torch.Tensor, name: str) -> torch.Tensor:
+    if isinstance(array, np.ndarray):
+        layout, size, channels, dtype = "(H, W, C)", array.shape[:2], array.shape[2:], array.dtype.name
+    else:
+        layout, size, channels, dtype = "(C, H, W)", array.shape[-2:], array.shape[:-2], str(array.dtype)
+    if len(size) != 2 or tuple(channels) not in ((), (1,), (3,), (4,)):
+        allowed = f"one {type(array).__name__} image is (H, W) or {layout} with C = 1, 3 or 4"
+        raise ValueError(f"{name} has shape {tuple(array.shape)}; {allowed}")
+    if dtype.removeprefix("torch.") not in _DTYPES:
+        raise TypeError(f"{name} has dtype {dtype}; allowed are {', '.join(_DTYPES)}, floats in [0, 1]")
+    _check_size(*size, name)
+    if isinstance(array, torch.Tensor):
+        return _to_rgb(array.detach().cpu().reshape(-1, *size), name)
+    # A plain copy: torch takes neither foreign byte orders nor negative strides, and warns about read-only memory.
+    native = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+    return _to_rgb(torch.from_numpy(native).reshape(*size, -1).movedim(-1, 0), name)
+
+
+def _to_rgb(values: torch.Tensor, name: str) -> torch.Tensor:
+    """(C, H, W) of an allowed dtype to (3, H, W), float32 in [0, 1], in memory of its own."""
+    pixels = values.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if values.is_floating_point():
+        low, high = (bound.item() for bound in values.aminmax())
+        if not 0 <= low <= high <= 1:  # NaN fails this too
+            raise ValueError(f"{name} has values from {low:.6g} to {high:.6g}; floats must be finite and in [0, 1]")
+    else:
+        pixels /= torch.iinfo(values.dtype).max
+    if len(pixels) == 4:
+        pixels = pixels[:3] * pixels[3:] + (1 - pixels[3:])
+    return pixels.expand(3, -1, -1).contiguous()
+
+
+def _check_size(height: int, width: int, name: str) -> None:
+    if height == 0 or width == 0:
+        raise ValueError(f"{name} is empty: {height}×{width} pixels (height × width)")
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"{name} is too large, at most {MAX_PIXELS} pixels are allowed: {height}×{width}")
+
+
+def _content_size(size: Size, native_side: int, height: int | None, width: int | None) -> Size:
+    if height is None and width is None:  # fix the short side, so that rounding it leaves the aspect ratio alone
+        short = max(1, round(native_side * math.sqrt(min(size) / max(size))))
+        height, width = (short, None) if size[0] <= size[1] else (None, short)
+    if height is None:
+        height = max(1, round(width * size[0] / size[1]))
+    elif width is None:
+        width = max(1, round(height * size[1] / size[0]))
+    return height, width
+
+
+def _cover(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Scales (3, H, W) until it covers (height, width), and crops what overhangs, half on either side."""
+    full_height, full_width = image.shape[1:]
+    scale = max(height / full_height, width / full_width)
+    # Most of the overhang goes before scaling, or a long strip would be blown up to its whole length first.
+    top = max(0, full_height - math.ceil(height / scale)) // 2
+    left = max(0, full_width - math.ceil(width / scale)) // 2
+    part = image[None, :, top : full_height - top, left : full_width - left]
+    scaled = _resize(part, max(height, round(part.shape[2] * scale)), max(width, round(part.shape[3] * scale)))[0]
+    top, left = (scaled.shape[1] - height) // 2, (scaled.shape[2] - width) // 2
+    return scaled[:, top : top + height, left : left + width]
+
+
+def _resize(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    if images.shape[-2:] != (height, width):
+        images = F.interpolate(images, (height, width), mode="bicubic", antialias=True)
+    return images.clamp(0, 1)  # bicubic overshoots at edges, and so does a decoder

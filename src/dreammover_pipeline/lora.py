@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One LoRA for a pair of photos: fitted to the two of them, put on for a while, taken off without a trace.
+
+peft does the LoRA itself. What is ours is the isolation: a user's own adapters, loaded, disabled or fused, act during
+the pair's as they did before, and are afterwards what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .ddim import recompose, v_from_eps
+
+ADAPTER = "dreammover_pair"
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+FIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class LoraFit:
+    """How a pair's LoRA is fitted. Source: DreamMover §4.1 (rank 16, 80 steps, learning rate 5e-4)."""
+
+    steps: int  # AdamW steps on both images at random timesteps; more keeps identity better and moves less freely
+    rank: int  # capacity; alpha equals rank, so a saved LoRA needs no metadata
+    learning_rate: float
+
+    def __post_init__(self):
+        for name in ("steps", "rank"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must be positive and finite, not {self.learning_rate!r}")
+
+
+def fit_pair_lora(
+    unet: torch.nn.Module,
+    clean: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    alphas_cumprod: torch.Tensor,
+    fit: LoraFit,
+    seed: int,
+    prediction_type: str = "epsilon",
+    on_step: Callable[[], None] = lambda: None,
+) -> dict[str, torch.Tensor]:
+    """Fit one LoRA on the UNet's attention projections to a pair's latents, by plain noise prediction.
+
+    The base weights stay frozen and the UNet comes back as it was. `seed` decides the result wholly: the initial
+    weights, noises and timesteps are drawn on the CPU from a generator of its own, so the global one is neither read
+    nor moved and every device sees the same draws.
+
+    Source: DreamMover §3.4 and §4.1. Official code differs: it encodes and crops the images anew at every step.
+
+    Args:
+        unet: a `UNet2DConditionModel`, in float32, float16 or bfloat16.
+        clean: z_0 of the two images, (2, C, h, w).
+        prompt_embeds: one per image, (2, L, D).
+        alphas_cumprod: ᾱ at every trained timestep, (T,).
+        fit: steps, rank, learning rate.
+        seed: any integer.
+        prediction_type: what the UNet predicts, "epsilon" or "v_prediction".
+        on_step: called after each step.
+
+    Returns:
+        The weights, by diffusers' names ("….to_q.lora_A.weight" (r, in), "….lora_B.weight" (out, r)), in float32.
+
+    Raises:
+        ValueError: the UNet is offloaded or quantised so that it cannot be trained through.
+        RuntimeError: the fit diverged.
+    """
+    _check_trainable(unet)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    device, dtype = clean.device, unet.dtype
+    alphas_cumprod = alphas_cumprod.to(device)
+    # The caller may be in no_grad or inference_mode; tensors made there cannot be trained through, copies can.
+    with torch.inference_mode(False), torch.enable_grad(), _isolated_adapter(unet, fit.rank) as layers:
+        clean, prompt_embeds = clean.clone(), prompt_embeds.to(dtype).clone()
+        parameters = _initialise(layers, generator)
+        optimizer = torch.optim.AdamW(parameters, lr=fit.learning_rate)
+        # float16 gradients underflow unscaled
+        scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=dtype == torch.float16)
+        for _ in range(fit.steps):
+            timesteps = torch.randint(len(alphas_cumprod), (2,), generator=generator).to(device)
+            noise = torch.randn(clean.shape, generator=generator).to(clean)
+            noisy = recompose(clean, noise, alphas_cumprod[timesteps])
+            target = noise
+            if prediction_type == "v_prediction":
+                target = v_from_eps(clean, noise, alphas_cumprod[timesteps])
+            predicted = unet(noisy.to(dtype), timesteps, prompt_embeds, return_dict=False)[0]
+            loss = F.mse_loss(predicted.to(target.dtype), target)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            on_step()
+        weights = _read_weights(layers)
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        raise RuntimeError(
+            f"the LoRA fit diverged in {dtype} at learning rate {fit.learning_rate}; "
+            "lower lora_learning_rate, or load the model in bfloat16 or float32"
+        )
+    return weights
+
+
+@contextmanager
+def pair_lora(unet: torch.nn.Module, weights: dict[str, torch.Tensor] | None, scale: float) -> Iterator[None]:
+    """Have a fitted LoRA act on the UNet while the context lasts, beside whatever adapters the user has.
+
+    Args:
+        unet: the UNet it was fitted on.
+        weights: what `fit_pair_lora` returned; None leaves the UNet as it is.
+        scale: multiplies the LoRA's effect; 1 is what was fitted.
+    """
+    if weights is None:
+        yield
+        return
+    rank = next(weight.shape[0] for name, weight in weights.items() if "lora_A" in name)
+    with _isolated_adapter(unet, rank) as layers:
+        for name, parameter in _weights(layers).items():
+            parameter.data.copy_(weights[name])
+        for layer in layers.values():
+            layer.set_scale(ADAPTER, scale)
+        yield
+
+
+def _check_trainable(unet: torch.nn.Module) -> None:
+    if any(parameter.is_meta for parameter in unet.parameters()):
+        raise ValueError(
+            "a LoRA cannot be fitted while the UNet is offloaded layer by layer (enable_sequential_cpu_offload); "
+            "use enable_model_cpu_offload(), or pass lora_steps=0"
+        )
+    stored = {parameter.dtype for parameter in unet.parameters()}
+    if not stored <= set(FIT_DTYPES):
+        raise ValueError(
+            f"a LoRA cannot be fitted on a UNet stored in {sorted(map(str, stored))}; "
+            "load it in float32, float16 or bfloat16, or pass lora_steps=0"
+        )
+
+
+def _initialise(layers: dict[str, torch.nn.Module], generator: torch.Generator) -> list[torch.nn.Parameter]:
+    """A gaussian of deviation 1/r, B zero, both float32 and trainable; returns them."""
+    parameters = _weights(layers)
+    for name, parameter in parameters.items():
+        parameter.data = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        if "lora_A" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[0])
+        parameter.requires_grad_(True)
+    return list(parameters.values())
+
+
+def _weights(layers: dict[str, torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
+    return {
+        f"{name}.{part}.weight": getattr(layer, part)[ADAPTER].weight
+        for name, layer in layers.items()
+        for part in ("lora_A", "lora_B")
+    }
+
+
+def _read_weights(layers: dict[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in _weights(layers).items()}
+
+
+def _tuner_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+@contextmanager
+def _isolated_adapter(unet: torch.nn.Module, rank: int) -> Iterator[dict[str, torch.nn.Module]]:
+    """Add a LoRA that acts beside the user's adapters; afterwards the UNet's modules and flags are what they were.
+
+    Yields the layers that carry it, by name. All parameters are frozen meanwhile.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("the pair's LoRA needs peft: pip install peft, or pass lora_steps=0") from error
+
+    model = getattr(unet, "_orig_mod", unet)  # torch.compile(unet) wraps the model whose modules change
+    users = _tuner_layers(model)
+    saved = {
+        name: (layer._active_adapter, layer._disable_adapters, layer.merged_adapters) for name, layer in users.items()
+    }
+    requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    had_adapters = model._hf_peft_config_loaded
+    try:
+        for layer in users.values():
+            layer.merged_adapters = []  # peft would unmerge them; as they are, the fused weights serve as the base
+        with torch.random.fork_rng(devices=[]):  # peft draws initial weights that are overwritten
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
+            model.add_adapter(config, adapter_name=ADAPTER)
+        for name, layer in _tuner_layers(model).items():
+            layer.enable_adapters(True)
+            layer.set_adapter(_acting(*saved[name]) if name in saved else [])
+        layers = {name: layer for name, layer in _tuner_layers(model).items() if ADAPTER in layer.lora_A}
+        for layer in layers.values():
+            layer.set_adapter([*layer.active_adapters, ADAPTER])
+        model.requires_grad_(False)
+        _reapply_group_offloading(model)
+        yield layers
+    finally:
+        _remove_adapter(model, users)
+        for name, layer in users.items():
+            layer._active_adapter, layer._disable_adapters, layer.merged_adapters = saved[name]
+        for parameter, flag in requires_grad:
+            parameter.requires_grad_(flag)
+        if hasattr(model, "peft_config"):
+            model.peft_config.pop(ADAPTER, None)
+            if not had_adapters:
+                del model.peft_config
+        model._hf_peft_config_loaded = had_adapters
+        _reapply_group_offloading(model)
+
+
+def _acting(active: str | list[str], disabled: bool, merged: list[str]) -> list[str]:
+    """The user's adapters that must act unmerged: none where they are disabled or already in the weights."""
+    if disabled or merged:
+        return []
+    return [active] if isinstance(active, str) else list(active)
+
+
+def _remove_adapter(model: torch.nn.Module, users: dict[str, torch.nn.Module]) -> None:
+    for name, layer in _tuner_layers(model).items():
+        if name not in users:
+            model.set_submodule(name, layer.base_layer)
+        elif ADAPTER in layer.lora_A:
+            layer.set_adapter([])  # so that peft does not choose, and announce, another one
+            layer.delete_adapter(ADAPTER)
+
+
+def _reapply_group_offloading(model: torch.nn.Module) -> None:
+    """Group offloading hooks every layer it finds: let it find the new ones, and forget the ones that are gone."""
+    from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+
+    _maybe_remove_and_reapply_group_offloading(model)

@@ -1,0 +1,1014 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`DreamMoverPipeline`: two photos of one scene in, the frames between them out.
+
+Reads like the paper (DreamMover, ECCV 2024, arXiv 2409.09605): `prepare` encodes the two, fits their LoRA, inverts
+them and matches their features; `render` fuses the two at every δ, denoises with attention to both, and decodes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import FromSingleFileMixin, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils import BaseOutput, logging, replace_example_docstring
+from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
+
+from .attention import reference_attention, self_attention_names
+from .ddim import eps_from_v, predict_clean, recompose
+from .features import up_block_features
+from .flow import match_features
+from .fusion import fuse_direct, fuse_high_level, fuse_low_level, importance, select_unwarped, slerp
+from .images import fit, fit_to_output, is_batch, load_images, plan_canvas, unfit
+from .inputs import (
+    FUSIONS,
+    OUTPUT_TYPES,
+    check_attention_blocks,
+    check_choice,
+    check_generator,
+    check_integer,
+    check_number,
+    check_steps,
+    draw_seed,
+    frame_times,
+    pair_embeds,
+    pair_generators,
+    pair_prompts,
+)
+from .lora import LoraFit, fit_pair_lora, pair_lora
+from .memory import affordable_frames, split_evenly
+from .records import BidirectionalFlow, Canvas, FusedFrames, PreparedPair
+from .sampling import denoise, invert
+from .schedules import ddim_schedule, deterministic_ddim
+from .splatting import softmax_splat, winner_splat  # noqa: F401, named so that the custom-pipeline loader ships it
+
+logger = logging.get_logger(__name__)
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import torch
+        >>> from diffusers.utils import export_to_video, load_image
+        >>> from dreammover_pipeline import DreamMoverPipeline
+
+        >>> pipe = DreamMoverPipeline.from_pretrained(
+        ...     "stable-diffusion-v1-5/stable-diffusion-v1-5", dtype=torch.float16
+        ... ).to("cuda")
+        >>> img0, img1 = load_image("lion_0.png"), load_image("lion_1.png")
+        >>> frames = pipe(img0, img1, prompt="a photo of a lion", n_frames=32, include_inputs=True).frames[0]
+        >>> export_to_video(frames, "lion.mp4", fps=16)
+        ```
+"""
+
+
+@dataclass
+class DreamMoverPipelineOutput(BaseOutput):
+    """What `DreamMoverPipeline` returns; every field has one entry per pair, so `frames[0]` is the video of a pair.
+
+    Args:
+        frames: by `output_type`: "pil" lists of images, "np" (B, F, H, W, 3) and "pt" (B, F, 3, H, W) in [0, 1] on
+            the CPU, "latent" (B, F, C, h, w).
+        flow: the `BidirectionalFlow` of each pair, on its latent grid in latent cells.
+        nsfw_content_detected: for each pair, the safety checker's verdict on each frame (flagged frames are black);
+            None without a safety checker.
+    """
+
+    frames: list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor
+    flow: list[BidirectionalFlow]
+    nsfw_content_detected: list[list[bool]] | None
+
+
+class DreamMoverPipeline(
+    DiffusionPipeline,
+    StableDiffusionMixin,
+    TextualInversionLoaderMixin,
+    StableDiffusionLoraLoaderMixin,
+    FromSingleFileMixin,
+):
+    """Frames between two photos of one scene, by DreamMover (arXiv 2409.09605), on any Stable Diffusion 1.x/2.x.
+
+    Args:
+        vae: encodes images to latents and back.
+        text_encoder: frozen CLIP text encoder.
+        tokenizer: its tokenizer.
+        unet: predicts noise (or v) in latents; it needs a VAE's latents and nothing else as input channels.
+        scheduler: any Stable Diffusion scheduler; its noise schedule is kept, its sampler replaced by deterministic
+            DDIM without clipping.
+        safety_checker: optional; frames it flags come back black.
+        feature_extractor: prepares frames for the safety checker.
+        requires_safety_checker: whether a missing safety checker deserves a warning.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    _optional_components = ["safety_checker", "feature_extractor"]  # noqa: RUF012, as diffusers declares it
+    _exclude_from_cpu_offload = ["safety_checker"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
+
+    # No defaults for the optional components: with one, `custom_pipeline=` would load what the user passed as None.
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        safety_checker: StableDiffusionSafetyChecker,
+        feature_extractor: CLIPImageProcessor,
+        requires_safety_checker: bool = True,
+    ):
+        super().__init__()
+        if safety_checker is None and requires_safety_checker:
+            logger.warning(
+                f"{type(self).__name__} runs without a safety checker. The Stable Diffusion licence asks that "
+                "unfiltered results are not offered to the public; see https://github.com/huggingface/diffusers/pull/254"
+            )
+        if safety_checker is not None and feature_extractor is None:
+            raise ValueError("`safety_checker` needs a `feature_extractor`; pass one, or `safety_checker=None`")
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=None if scheduler is None else deterministic_ddim(scheduler),
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+        )
+        self.register_to_config(requires_safety_checker=requires_safety_checker)
+        self.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._guidance_scale = 1.0
+        self._num_timesteps = 0
+        self._interrupt = False
+        self._warned_of_overflow = False
+
+    @property
+    def guidance_scale(self) -> float:
+        """Classifier-free guidance of the call in progress; a step callback may change `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Denoising steps of a pair, which is how often `callback_on_step_end` is called for it."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the rest of the denoising steps is skipped; a step callback may set `_interrupt`."""
+        return self._interrupt
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        img0,
+        img1,
+        prompt: str | Sequence[str] | None = "",
+        height: int | None = None,
+        width: int | None = None,
+        n_frames: int = 32,
+        times: Sequence[float] | None = None,
+        num_inference_steps: int = 50,
+        inversion_steps: int = 30,
+        feature_step: int = 14,
+        feature_block: int = 1,
+        attention_blocks: Sequence[int] = (2, 3),
+        fusion: str = "two_level",
+        guidance_scale: float = 1.0,
+        negative_prompt: str | Sequence[str] | None = None,
+        lora_steps: int = 80,
+        lora_rank: int = 16,
+        lora_learning_rate: float = 5e-4,
+        lora_scale: float = 1.0,
+        frame_batch_size: int | None = None,
+        include_inputs: bool = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict | None = None,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[[DreamMoverPipeline, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> DreamMoverPipelineOutput | tuple:
+        """Make the frames between two photos of one scene.
+
+        Images may be paths, PIL images, numpy arrays (H, W[, C]) or tensors (C, H, W), of any size, 8- or 16-bit or
+        float in [0, 1], with EXIF orientation, grey, palette or alpha (put on white). A list of images, or an array
+        with a leading batch axis, is a batch of pairs.
+
+        Args:
+            img0: the first image, at δ = 0; its size and aspect ratio decide those of the frames.
+            img1: the last image, at δ = 1; fitted to the first one's frame without distortion, what overhangs is cut.
+            prompt: what the images show; two strings are one per image, and frames then get interpolated embeddings.
+            height: pixels of frames to work at and to return. Default: work at the checkpoint's native area at
+                `img0`'s aspect ratio, and return frames at `img0`'s own size.
+            width: likewise; with only one of the two, the other follows from `img0`'s aspect ratio.
+            n_frames: number of in-between frames, n; frame i is at δ = i/(n+1).
+            times: the δ of the frames instead, each in (0, 1).
+            num_inference_steps: N, steps of the whole DDIM schedule.
+            inversion_steps: T, how many of them the images are inverted and the frames denoised; fewer keep closer to
+                the photos, more let the model redraw what warping breaks.
+            feature_step: the step whose features are matched.
+            feature_block: the up block whose features are matched.
+            attention_blocks: up blocks whose self-attention looks at the two images; none to switch that off.
+            fusion: "two_level" (the paper's), "two_level_unwarped" (the released code's noise selection), "direct"
+                (no levels; the paper's ablation).
+            guidance_scale: above 1, classifier-free guidance of the frames; the paper uses none.
+            negative_prompt: what guidance leads away from.
+            lora_steps: steps of the pair's LoRA fit; 0 for none.
+            lora_rank: its rank.
+            lora_learning_rate: of its AdamW.
+            lora_scale: weight of the fitted LoRA wherever the UNet runs.
+            frame_batch_size: frames denoised at once, at most; the result is the same up to rounding. Default: what
+                fits the free memory.
+            include_inputs: put the two inputs, at the output size and otherwise untouched, at the ends.
+            generator: decides the LoRA fit (nothing else is random); a list holds one per pair.
+            prompt_embeds: text embeddings (B, L, D) instead of `prompt`, or (2·B, L, D) with one per image.
+            negative_prompt_embeds: text embeddings (B, L, D) instead of `negative_prompt`.
+            output_type: "pil", "np", "pt" or "latent".
+            return_dict: return a `DreamMoverPipelineOutput` rather than a tuple of its fields.
+            cross_attention_kwargs: passed on to the attention processors; "scale" scales all LoRAs.
+            clip_skip: layers of the text encoder to leave out at its end.
+            callback_on_step_end: called as (pipeline, i, timestep, tensors) after every denoising step of every pair;
+                the tensors it returns replace the pipeline's.
+            callback_on_step_end_tensor_inputs: which of `_callback_tensor_inputs` it gets.
+
+        Returns:
+            `DreamMoverPipelineOutput`, or the tuple of its fields.
+
+        Raises:
+            TypeError, ValueError: an argument is not what it may be; raised before any model runs.
+
+        Examples:
+        """
+        self._interrupt = False
+        firsts, lasts = load_pairs(img0, img1)
+        pairs = len(firsts)
+        self.check_inputs(
+            num_inference_steps=num_inference_steps,
+            inversion_steps=inversion_steps,
+            feature_step=feature_step,
+            feature_block=feature_block,
+            lora_steps=lora_steps,
+            lora_rank=lora_rank,
+            lora_learning_rate=lora_learning_rate,
+            lora_scale=lora_scale,
+            clip_skip=clip_skip,
+        )
+        self.check_render_inputs(
+            n_frames=n_frames,
+            times=times,
+            attention_blocks=attention_blocks,
+            fusion=fusion,
+            guidance_scale=guidance_scale,
+            frame_batch_size=frame_batch_size,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+        check_generator(generator, pairs)
+        canvases = [self.canvas(first, height, width) for first in firsts]
+        if output_type != "pil" and len({(c.output_height, c.output_width, c.height, c.width) for c in canvases}) > 1:
+            raise ValueError(
+                f"`output_type` {output_type!r} stacks the pairs, but their first images have different sizes; "
+                "pass `height` and `width`, or use 'pil'"
+            )
+        embeds, negatives = self._pair_conditions(
+            prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, pairs, is_batch(img0)
+        )
+
+        generators = pair_generators(generator, pairs) if lora_steps else [None] * pairs
+        outputs = []
+        for i in range(pairs):
+            pair = self.prepare(
+                firsts[i],
+                lasts[i],
+                **embeds[i],
+                height=height,
+                width=width,
+                num_inference_steps=num_inference_steps,
+                inversion_steps=inversion_steps,
+                feature_step=feature_step,
+                feature_block=feature_block,
+                lora_steps=lora_steps,
+                lora_rank=lora_rank,
+                lora_learning_rate=lora_learning_rate,
+                lora_scale=lora_scale,
+                generator=generators[i],
+                cross_attention_kwargs=cross_attention_kwargs,
+                clip_skip=clip_skip,
+            )
+            outputs.append(
+                self.render(
+                    pair,
+                    n_frames=n_frames,
+                    times=times,
+                    attention_blocks=attention_blocks,
+                    fusion=fusion,
+                    guidance_scale=guidance_scale,
+                    **negatives[i],
+                    frame_batch_size=frame_batch_size,
+                    include_inputs=include_inputs,
+                    output_type=output_type,
+                    cross_attention_kwargs=cross_attention_kwargs,
+                    callback_on_step_end=callback_on_step_end,
+                    callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+                )
+            )
+            if self.interrupt:
+                break
+        return _joined(outputs, return_dict)
+
+    @torch.no_grad()
+    def prepare(
+        self,
+        img0,
+        img1,
+        prompt: str | Sequence[str] | None = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        inversion_steps: int = 30,
+        feature_step: int = 14,
+        feature_block: int = 1,
+        lora_steps: int = 80,
+        lora_rank: int = 16,
+        lora_learning_rate: float = 5e-4,
+        lora_scale: float = 1.0,
+        generator: torch.Generator | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        cross_attention_kwargs: dict | None = None,
+        clip_skip: int | None = None,
+    ) -> PreparedPair:
+        """Do everything that does not depend on the frames asked for, once: encode, fit, invert, match.
+
+        Args are those of `__call__`, for one pair.
+
+        Returns:
+            What `render` takes, as often as wanted.
+
+        Raises:
+            TypeError, ValueError: an argument is not what it may be; raised before any model runs.
+        """
+        self.check_inputs(
+            num_inference_steps=num_inference_steps,
+            inversion_steps=inversion_steps,
+            feature_step=feature_step,
+            feature_block=feature_block,
+            lora_steps=lora_steps,
+            lora_rank=lora_rank,
+            lora_learning_rate=lora_learning_rate,
+            lora_scale=lora_scale,
+            clip_skip=clip_skip,
+        )
+        check_generator(generator, 1)
+        schedule = ddim_schedule(self.scheduler, num_inference_steps, inversion_steps)
+        first, last, canvas, conditions = self._one_pair(img0, img1, prompt, height, width, prompt_embeds)
+
+        clean = self.encode_images(torch.stack([fit(first, canvas), fit(last, canvas)]))
+        prompt_embeds = self._encode_pair(
+            **conditions, cross_attention_kwargs=cross_attention_kwargs, clip_skip=clip_skip
+        )
+        lora = None
+        if lora_steps:
+            settings = LoraFit(lora_steps, lora_rank, lora_learning_rate)
+            lora = self._fit_lora(clean, prompt_embeds, settings, draw_seed(generator))
+
+        def predict_noise(latents: torch.Tensor, timestep: int) -> torch.Tensor:
+            return self.predict_noise(latents, timestep, prompt_embeds, cross_attention_kwargs=cross_attention_kwargs)
+
+        with pair_lora(self.unet, lora, lora_scale):
+            with self._progress(inversion_steps + 1, "Inverting") as bar:
+                inversion = invert(clean, predict_noise, schedule, inversion_steps, bar.update)
+            _require_finite(inversion.path[-1], self.unet.dtype)
+            timestep = schedule.timestep(feature_step)
+            features = up_block_features(
+                self.unet, feature_block, lambda: predict_noise(inversion.at(timestep), timestep)
+            )
+        flow = match_features(features, clean.shape[-2:])
+        self.maybe_free_model_hooks()
+        ends = (fit_to_output(first, canvas), fit_to_output(last, canvas))
+        return PreparedPair(ends, canvas, inversion, flow, prompt_embeds, lora, lora_scale)
+
+    @torch.no_grad()
+    def render(
+        self,
+        pair: PreparedPair,
+        n_frames: int = 32,
+        times: Sequence[float] | None = None,
+        attention_blocks: Sequence[int] = (2, 3),
+        fusion: str = "two_level",
+        guidance_scale: float = 1.0,
+        negative_prompt: str | None = None,
+        frame_batch_size: int | None = None,
+        include_inputs: bool = False,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict | None = None,
+        callback_on_step_end: Callable[[DreamMoverPipeline, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> DreamMoverPipelineOutput | tuple:
+        """Make frames of a prepared pair: fuse, denoise with reference attention, decode.
+
+        Args are those of `__call__`, for one pair.
+
+        Returns:
+            As `__call__`, for a batch of one.
+
+        Raises:
+            TypeError, ValueError: an argument is not what it may be; raised before any model runs.
+        """
+        self.check_render_inputs(
+            n_frames=n_frames,
+            times=times,
+            attention_blocks=attention_blocks,
+            fusion=fusion,
+            guidance_scale=guidance_scale,
+            frame_batch_size=frame_batch_size,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+        self._interrupt = False
+        self._guidance_scale = guidance_scale
+        self._num_timesteps = pair.inversion.steps
+        delta = torch.tensor(frame_times(n_frames, times))
+        conditions = self._frame_conditions(
+            pair, delta, guidance_scale > 1, negative_prompt, negative_prompt_embeds, cross_attention_kwargs
+        )
+
+        def on_step(i: int, timestep: int, latents: torch.Tensor) -> torch.Tensor:
+            bar.update()
+            if callback_on_step_end is None:
+                return latents
+            tensors = {"latents": latents, **conditions}
+            wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+            replaced = callback_on_step_end(self, i, timestep, wanted) or {}
+            conditions.update({name: replaced.get(name, conditions[name]) for name in conditions})
+            return replaced.get("latents", latents)
+
+        with (
+            pair_lora(self.unet, pair.lora, pair.lora_scale),
+            self._frame_predictor(
+                pair, conditions, attention_blocks, frame_batch_size, cross_attention_kwargs
+            ) as predict_noise,
+            self._progress(pair.inversion.steps, "Denoising") as bar,
+        ):
+            fused = self.fuse(pair, delta, fusion, predict_noise)
+            latents = denoise(
+                fused.latents,
+                predict_noise,
+                pair.inversion.schedule,
+                pair.inversion.steps,
+                on_step,
+                lambda: self.interrupt,
+            )
+        _require_finite(latents, self.unet.dtype)
+        frames, flagged = self._finish(pair, latents, include_inputs, output_type)
+        self.maybe_free_model_hooks()
+        return _joined([DreamMoverPipelineOutput(frames, [pair.flow], flagged)], return_dict)
+
+    @torch.no_grad()
+    def fit_lora(
+        self,
+        img0,
+        img1,
+        prompt: str | Sequence[str] | None = "",
+        height: int | None = None,
+        width: int | None = None,
+        lora_steps: int = 80,
+        lora_rank: int = 16,
+        lora_learning_rate: float = 5e-4,
+        generator: torch.Generator | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        clip_skip: int | None = None,
+        adapter_name: str = "dreammover",
+    ) -> dict[str, torch.Tensor]:
+        """Fit the pair's LoRA and keep it loaded and active, beside the adapters that were.
+
+        From then on it is an adapter like any other: `set_adapters`, `delete_adapters` and `fuse_lora` know it, and
+        calls with `lora_steps=0` use it. Save it with `save_lora_weights(folder, unet_lora_layers=weights)`; it loads
+        here and in `StableDiffusionPipeline` by `load_lora_weights(folder)`.
+
+        Args are those of `__call__`, for one pair, and:
+            adapter_name: a name no loaded adapter has.
+
+        Returns:
+            The weights, by diffusers' names.
+
+        Raises:
+            TypeError, ValueError: an argument is not what it may be; raised before any model runs.
+        """
+        check_integer("lora_steps", lora_steps, 1)
+        self._check_lora_inputs(lora_steps, lora_rank, lora_learning_rate)
+        check_generator(generator, 1)
+        if adapter_name in getattr(self.unet, "peft_config", {}):
+            raise ValueError(f"`adapter_name` {adapter_name!r} is loaded already; choose another, or delete that one")
+        first, last, canvas, conditions = self._one_pair(img0, img1, prompt, height, width, prompt_embeds)
+        clean = self.encode_images(torch.stack([fit(first, canvas), fit(last, canvas)]))
+        prompt_embeds = self._encode_pair(**conditions, clip_skip=clip_skip)
+        settings = LoraFit(lora_steps, lora_rank, lora_learning_rate)
+        weights = self._fit_lora(clean, prompt_embeds, settings, draw_seed(generator))
+        active = self.unet.active_adapters() if self.unet._hf_peft_config_loaded else []
+        flags = [(parameter, parameter.requires_grad) for parameter in self.unet.parameters()]
+        self.load_lora_weights({f"unet.{name}": weight for name, weight in weights.items()}, adapter_name=adapter_name)
+        self.unet.set_adapter([*active, adapter_name])
+        self.unet.requires_grad_(False)  # peft makes active adapters trainable
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        self.maybe_free_model_hooks()
+        return weights
+
+    # The stages, each of them public.
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = False,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Text embeddings, as every Stable Diffusion pipeline gives them.
+
+        Args:
+            prompt: P texts; None with `prompt_embeds`.
+            device: where the text encoder runs.
+            num_images_per_prompt: copies of each.
+            do_classifier_free_guidance: whether negative embeddings are wanted too.
+            negative_prompt: one text, or one per prompt; the empty text by default.
+            prompt_embeds: (P, L, D), to use instead of `prompt`.
+            negative_prompt_embeds: (P, L, D), to use instead of `negative_prompt`.
+            lora_scale: weight of the text encoder's LoRAs.
+            clip_skip: layers to leave out at the text encoder's end.
+
+        Returns:
+            Two (P · num_images_per_prompt, L, D), the second None without guidance.
+        """
+        if lora_scale is not None and self.text_encoder is not None:
+            scale_lora_layers(self.text_encoder, lora_scale)
+        try:
+            if prompt_embeds is None:
+                prompt_embeds = self._embed_text(prompt, device, clip_skip)
+            if do_classifier_free_guidance and negative_prompt_embeds is None:
+                negative_prompt_embeds = self._embed_text(negative_prompt or "", device)
+                if len(negative_prompt_embeds) == 1:
+                    negative_prompt_embeds = negative_prompt_embeds.expand_as(prompt_embeds)
+        finally:
+            if lora_scale is not None and self.text_encoder is not None:
+                unscale_lora_layers(self.text_encoder, lora_scale)
+        # the text encoder may have come up in another precision than the UNet that reads it
+        dtype = prompt_embeds.dtype if self.unet is None else self.unet.dtype
+        prompt_embeds = prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, 0)
+        if do_classifier_free_guidance:
+            negative_prompt_embeds = negative_prompt_embeds.to(device, dtype).repeat_interleave(
+                num_images_per_prompt, 0
+            )
+        return prompt_embeds, negative_prompt_embeds
+
+    def _embed_text(self, text: str | list[str], device: torch.device, clip_skip: int | None = None) -> torch.Tensor:
+        """(P, L, D), in the text encoder's precision."""
+        text = self.maybe_convert_prompt(text, self.tokenizer)  # textual inversion
+        limit = self.tokenizer.model_max_length
+        tokens = self.tokenizer(text, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
+        whole = self.tokenizer(text, padding="longest", return_tensors="pt").input_ids
+        if whole.shape[-1] > limit:
+            lost = self.tokenizer.batch_decode(whole[:, limit - 1 : -1])
+            logger.warning(f"CLIP handles {limit} tokens; this part of the prompt is left out: {lost}")
+        mask = (
+            tokens.attention_mask.to(device) if self.text_encoder.config.to_dict().get("use_attention_mask") else None
+        )
+        output = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask, output_hidden_states=True)
+        if clip_skip is None:
+            return output.last_hidden_state
+        # transformers 5 moved the text model's layers up into CLIPTextModel itself
+        text_model = getattr(self.text_encoder, "text_model", self.text_encoder)
+        return text_model.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Clean latents z_0: the VAE's posterior mean, scaled.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+
+        Returns:
+            (B, C, h, w), float32.
+        """
+        pixels = 2 * images.to(self._execution_device) - 1
+        latents = self._in_vae_precision(
+            lambda x: retrieve_latents(self.vae.encode(x), sample_mode="argmax"), pixels, "encoding"
+        )
+        return latents * self.vae.config.scaling_factor
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures of clean latents.
+
+        Args:
+            latents: (B, C, h, w).
+
+        Returns:
+            (B, 3, H, W) in [0, 1], float32.
+        """
+        images = self._in_vae_precision(
+            lambda x: self.vae.decode(x, return_dict=False)[0], latents / self.vae.config.scaling_factor, "decoding"
+        )
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    def _in_vae_precision(self, function: Callable, x: torch.Tensor, doing: str) -> torch.Tensor:
+        """Run the VAE in its own precision; where that overflows, as float16 can, run this once more in float32."""
+        dtype = self.vae.dtype
+        result = function(x.to(dtype)).float()
+        if result.isfinite().all() or dtype == torch.float32:
+            return result
+        if not self._warned_of_overflow:
+            logger.warning(f"The VAE overflowed {doing} in {dtype}; such images are done again in float32.")
+            self._warned_of_overflow = True
+        try:
+            self.vae.to(torch.float32)
+            return function(x.float())
+        finally:
+            self.vae.to(dtype)
+
+    def predict_noise(
+        self,
+        latents: torch.Tensor,
+        timestep: int,
+        prompt_embeds: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        cross_attention_kwargs: dict | None = None,
+    ) -> torch.Tensor:
+        """The UNet's noise, also where it predicts v; with negative embeddings, guided.
+
+        Args:
+            latents: (B, C, h, w).
+            timestep: the trained timestep to ask at.
+            prompt_embeds: (B, L, D).
+            negative_prompt_embeds: (B, L, D), for guidance by `guidance_scale`.
+            cross_attention_kwargs: as in `__call__`.
+
+        Returns:
+            ε, (B, C, h, w), float32.
+        """
+        guided = negative_prompt_embeds is not None
+        if guided:
+            latents = latents.repeat(2, 1, 1, 1)
+            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+        output = self.unet(
+            latents.to(self.unet.dtype),
+            torch.tensor(timestep, device=latents.device),  # a number would make torch.compile start anew every step
+            encoder_hidden_states=prompt_embeds,
+            cross_attention_kwargs=cross_attention_kwargs,
+            return_dict=False,
+        )[0].float()
+        if self.scheduler.config.prediction_type == "v_prediction":
+            output = eps_from_v(output, latents, float(self.scheduler.alphas_cumprod[timestep]))
+        if not guided:
+            return output
+        unconditional, conditional = output.chunk(2)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
+    def fuse(
+        self,
+        pair: PreparedPair,
+        times: torch.Tensor,
+        fusion: str = "two_level",
+        predict_noise: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+    ) -> FusedFrames:
+        """Fuse the pair at step T for every δ.
+
+        Source: DreamMover §3.3.
+
+        Args:
+            pair: what `prepare` returned.
+            times: δ, (F,).
+            fusion: as in `__call__`.
+            predict_noise: ε of frames (F, C, h, w) at a timestep; only "two_level_unwarped" asks it.
+
+        Returns:
+            The frames' latents z^δ_T and the levels they are made of.
+        """
+        inversion, flow = pair.inversion, pair.flow
+        noisy, alpha_bar = inversion.path[-1], inversion.alpha_bar
+        clean = predict_clean(noisy, inversion.eps, alpha_bar)
+        metric = importance(clean, flow)
+        if fusion == "direct":
+            latents, coverage = _piecewise(lambda t: fuse_direct(noisy, flow, metric, t), times)
+            return FusedFrames(latents, None, None, coverage, times)
+        layout, coverage = _piecewise(lambda t: fuse_high_level(clean, flow, metric, t), times)
+        if fusion == "two_level":
+            (eps,) = _piecewise(lambda t: (fuse_low_level(inversion.eps, flow, metric, t),), times)
+        else:
+            (mixed,) = _piecewise(lambda t: (select_unwarped(noisy, clean, flow, t),), times)
+            eps = predict_noise(mixed, inversion.schedule.timestep(inversion.steps))
+        return FusedFrames(recompose(layout, eps, alpha_bar), layout, eps, coverage, times)
+
+    def run_safety_checker(self, image: torch.Tensor) -> tuple[torch.Tensor, list[bool] | None]:
+        """Black out what the safety checker flags, if there is one.
+
+        Args:
+            image: (B, 3, H, W) in [0, 1].
+
+        Returns:
+            The images, and which were flagged; None without a safety checker.
+        """
+        if self.safety_checker is None:
+            return image, None
+        pictures = self.image_processor.numpy_to_pil(self.image_processor.pt_to_numpy(image))
+        device, dtype = self._execution_device, self.unet.dtype
+        clip_input = self.feature_extractor(pictures, return_tensors="pt").pixel_values.to(device, dtype)
+        return self.safety_checker(images=image, clip_input=clip_input)
+
+    # Checks, made before any model runs.
+
+    def check_inputs(
+        self,
+        *,
+        num_inference_steps,
+        inversion_steps,
+        feature_step,
+        feature_block,
+        lora_steps,
+        lora_rank,
+        lora_learning_rate,
+        lora_scale,
+        clip_skip,
+    ) -> None:
+        """Raise TypeError or ValueError unless these arguments of `prepare` are what they may be."""
+        check_steps(num_inference_steps, inversion_steps, feature_step, self.scheduler.config.num_train_timesteps)
+        ddim_schedule(self.scheduler, num_inference_steps, inversion_steps)
+        check_integer("feature_block", feature_block, 0)
+        blocks = len(self.unet.up_blocks)
+        if feature_block >= blocks:
+            raise ValueError(
+                f"`feature_block` {feature_block} does not exist; the UNet has up blocks 0 … {blocks - 1}"
+            )
+        self._check_lora_inputs(lora_steps, lora_rank, lora_learning_rate)
+        check_number("lora_scale", lora_scale, 0)
+        if clip_skip is not None:
+            check_integer("clip_skip", clip_skip, 0)
+        wanted, given = self.unet.config.in_channels, self.vae.config.latent_channels
+        if wanted != given:
+            raise ValueError(
+                f"the UNet takes {wanted} channels but the VAE's latents have {given}: "
+                "inpainting, depth and upscaling checkpoints are not supported"
+            )
+
+    def _check_lora_inputs(self, steps, rank, learning_rate) -> None:
+        check_integer("lora_steps", steps, 0)
+        check_integer("lora_rank", rank, 1)
+        check_number("lora_learning_rate", learning_rate, 0, inclusive=False)
+
+    def check_render_inputs(
+        self,
+        *,
+        n_frames,
+        times,
+        attention_blocks,
+        fusion,
+        guidance_scale,
+        frame_batch_size,
+        output_type,
+        callback_on_step_end_tensor_inputs,
+    ) -> None:
+        """Raise TypeError or ValueError unless these arguments of `render` are what they may be."""
+        frame_times(n_frames, times)
+        blocks = range(len(self.unet.up_blocks))
+        check_attention_blocks(attention_blocks, [len(self_attention_names(self.unet, block)) for block in blocks])
+        check_choice("fusion", fusion, FUSIONS)
+        check_number("guidance_scale", guidance_scale, 0)
+        if frame_batch_size is not None:
+            check_integer("frame_batch_size", frame_batch_size, 1)
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        for name in callback_on_step_end_tensor_inputs:
+            check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
+
+    def canvas(self, image: torch.Tensor, height: int | None = None, width: int | None = None) -> Canvas:
+        """Working size and output size for a first image (3, H, W)."""
+        sample = self.unet.config.sample_size
+        native = (sample, sample) if isinstance(sample, int) else tuple(sample)
+        deepest = 2 ** (len(self.unet.config.block_out_channels) - 1)
+        return plan_canvas(
+            tuple(image.shape[-2:]),
+            native_side=self.vae_scale_factor * math.sqrt(math.prod(native)),
+            multiple=math.lcm(8, self.vae_scale_factor),
+            min_side=self.vae_scale_factor * deepest,
+            height=height,
+            width=width,
+        )
+
+    def _one_pair(self, img0, img1, prompt, height, width, prompt_embeds):
+        """The two images, their canvas, and what their text is, of arguments that may hold one pair only."""
+        firsts, lasts = load_pairs(img0, img1)
+        if len(firsts) != 1:
+            raise ValueError(f"this takes one pair of images, not {len(firsts)}; call it once for each")
+        ((condition,), _) = self._pair_conditions(prompt, prompt_embeds, None, None, 1, is_batch(img0))
+        return firsts[0], lasts[0], self.canvas(firsts[0], height, width), condition
+
+    def _pair_conditions(self, prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, pairs, batched):
+        """For each pair its keywords to `prepare` and its keywords to `render` that say what the images show."""
+        width = self.unet.config.cross_attention_dim
+        for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+            if embeds is not None and pair_embeds(name, embeds, pairs)[0].shape[-1] != width:
+                raise ValueError(f"`{name}` must be (B, L, {width}) for this UNet, not {tuple(embeds.shape)}")
+        if prompt_embeds is None:
+            positive = [{"prompt": texts} for texts in pair_prompts(prompt, pairs, batched)]
+        elif prompt:
+            raise ValueError("pass `prompt` or `prompt_embeds`, not both")
+        else:
+            positive = [
+                {"prompt": None, "prompt_embeds": e} for e in pair_embeds("prompt_embeds", prompt_embeds, pairs)
+            ]
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError("pass `negative_prompt` or `negative_prompt_embeds`, not both")
+        if negative_prompt_embeds is not None:
+            if negative_prompt_embeds.shape[0] != pairs:
+                raise ValueError(
+                    f"`negative_prompt_embeds` must hold one per pair, {pairs}, not {negative_prompt_embeds.shape[0]}"
+                )
+            return positive, [{"negative_prompt_embeds": embeds} for embeds in negative_prompt_embeds.split(1)]
+        texts = (
+            [negative_prompt] * pairs
+            if negative_prompt is None or isinstance(negative_prompt, str)
+            else negative_prompt
+        )
+        if len(texts) != pairs or not all(text is None or isinstance(text, str) for text in texts):
+            raise ValueError(f"`negative_prompt` must be a string or a list of {pairs}, not {negative_prompt!r}")
+        return positive, [{"negative_prompt": text} for text in texts]
+
+    # What the stages share.
+
+    def _encode_pair(self, prompt, prompt_embeds=None, cross_attention_kwargs=None, clip_skip=None) -> torch.Tensor:
+        """(2, L, D), one per image; a prompt they share is encoded once."""
+        texts = None if prompt is None else list(dict.fromkeys(prompt))
+        embeds, _ = self.encode_prompt(
+            texts,
+            self._execution_device,
+            prompt_embeds=prompt_embeds,
+            lora_scale=(cross_attention_kwargs or {}).get("scale"),
+            clip_skip=clip_skip,
+        )
+        return embeds.expand(2, -1, -1)
+
+    def _fit_lora(
+        self, clean: torch.Tensor, prompt_embeds: torch.Tensor, settings: LoraFit, seed: int
+    ) -> dict[str, torch.Tensor]:
+        ddim = deterministic_ddim(self.scheduler)
+        with self._progress(settings.steps, "Fitting LoRA") as bar:
+            return fit_pair_lora(
+                self.unet,
+                clean,
+                prompt_embeds,
+                ddim.alphas_cumprod,
+                settings,
+                seed,
+                ddim.config.prediction_type,
+                bar.update,
+            )
+
+    def _frame_conditions(
+        self, pair, times, guided, negative_prompt, negative_prompt_embeds, cross_attention_kwargs
+    ) -> dict[str, torch.Tensor | None]:
+        """The embeddings of every frame, (F, L, D); negative ones are None without guidance."""
+        first, last = pair.prompt_embeds
+        if torch.equal(first, last):
+            prompt_embeds = pair.prompt_embeds[:1].expand(len(times), -1, -1)
+        else:
+            prompt_embeds = slerp(first, last, times).to(first.dtype)
+        if not guided:
+            return {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": None}
+        _, negative = self.encode_prompt(
+            None,
+            self._execution_device,
+            1,
+            True,
+            negative_prompt,
+            pair.prompt_embeds[:1],
+            negative_prompt_embeds,
+            (cross_attention_kwargs or {}).get("scale"),
+        )
+        return {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative.expand_as(prompt_embeds)}
+
+    @contextmanager
+    def _frame_predictor(
+        self, pair, conditions, attention_blocks, frame_batch_size, cross_attention_kwargs
+    ) -> Iterator[Callable[[torch.Tensor, int], torch.Tensor]]:
+        """ε of in-between frames (F, C, h, w) at a timestep of the pair's path, in batches that fit the memory.
+
+        At every step the two inputs go first, at their own latents of that step, and leave the tokens that the
+        frames then attend to; so the references are exact and the inputs need no denoising of their own.
+        """
+        h, w = pair.inversion.path.shape[-2:]
+        cells = h * w * (1 if conditions["negative_prompt_embeds"] is None else 2)
+        largest = frame_batch_size or affordable_frames(
+            self._execution_device, cells, self.unet.config.block_out_channels[0], self.unet.dtype
+        )
+        with reference_attention(self.unet, attention_blocks) as references:
+
+            def predict_noise(latents: torch.Tensor, timestep: int) -> torch.Tensor:
+                prompt_embeds, negative = conditions["prompt_embeds"], conditions["negative_prompt_embeds"]
+                if references.layers:
+                    with references.record():
+                        inputs = pair.inversion.at(timestep)
+                        unconditional = None if negative is None else negative[:1].expand_as(pair.prompt_embeds)
+                        self.predict_noise(inputs, timestep, pair.prompt_embeds, unconditional, cross_attention_kwargs)
+                sizes = split_evenly(len(latents), largest)
+                negatives = [None] * len(sizes) if negative is None else negative.split(sizes)
+                batches = zip(latents.split(sizes), prompt_embeds.split(sizes), negatives, strict=True)
+                return torch.cat(
+                    [
+                        self.predict_noise(x, timestep, text, other, cross_attention_kwargs)
+                        for x, text, other in batches
+                    ]
+                )
+
+            yield predict_noise
+
+    def _finish(self, pair: PreparedPair, latents: torch.Tensor, include_inputs: bool, output_type: str):
+        """Frames as asked for, in a batch of one, and the safety checker's verdicts, likewise."""
+        if output_type == "latent":
+            ends = pair.inversion.path[0]
+            return (torch.cat([ends[:1], latents, ends[1:]]) if include_inputs else latents)[None], None
+        frames, flagged = [], []
+        with self._progress(len(latents), "Decoding") as bar:
+            for latent in latents.split(1):
+                frame = unfit(self.decode_latents(latent).cpu(), pair.canvas)
+                frame, flags = self.run_safety_checker(frame)
+                frames.append(_as_output(frame, output_type))
+                flagged += flags or []
+                bar.update()
+        if include_inputs:
+            first, last = (_as_output(image[None], output_type) for image in pair.images)
+            frames = [first, *frames, last]
+            flagged = [False, *flagged, False] if flagged else []
+        if output_type == "pil":
+            frames = [[picture for (picture,) in frames]]
+        else:
+            frames = (torch.cat if output_type == "pt" else np.concatenate)(frames)[None]
+        return frames, [flagged] if flagged else None
+
+    def _progress(self, total: int, doing: str):
+        bar = self.progress_bar(total=total)
+        bar.set_description(doing)
+        return bar
+
+
+def load_pairs(img0, img1) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The first and the last images of all pairs, (3, H, W) in [0, 1] each.
+
+    Raises:
+        TypeError, ValueError: an image cannot be had, or there are not as many last as first ones.
+    """
+    firsts, lasts = load_images(img0, "img0"), load_images(img1, "img1")
+    if is_batch(img0) != is_batch(img1) or len(firsts) != len(lasts):
+        raise ValueError(
+            f"`img0` and `img1` must be two images or two batches of one length; {len(firsts)} and {len(lasts)} came"
+        )
+    return firsts, lasts
+
+
+def _piecewise(function: Callable[[torch.Tensor], tuple], times: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Apply a fusion to a few times at once, so that its workspace does not grow with the number of frames."""
+    return tuple(torch.cat(parts) for parts in zip(*map(function, times.split(8)), strict=True))
+
+
+def _require_finite(latents: torch.Tensor, dtype: torch.dtype) -> None:
+    if not latents.isfinite().all():
+        raise RuntimeError(f"the UNet overflowed in {dtype}; load the pipeline in bfloat16 or float32")
+
+
+def _as_output(frame: torch.Tensor, output_type: str):
+    """A frame (1, 3, H, W) as [PIL image], array (1, H, W, 3) or tensor (1, 3, H, W)."""
+    if output_type == "pt":
+        return frame
+    array = VaeImageProcessor.pt_to_numpy(frame)
+    return array if output_type == "np" else VaeImageProcessor.numpy_to_pil(array)
+
+
+def _joined(outputs: list[DreamMoverPipelineOutput], return_dict: bool) -> DreamMoverPipelineOutput | tuple:
+    """One output of several pairs'."""
+    frames = [output.frames for output in outputs]
+    if isinstance(frames[0], list):
+        frames = [video for batch in frames for video in batch]
+    else:
+        frames = (torch.cat if isinstance(frames[0], torch.Tensor) else np.concatenate)(frames)
+    flow = [output.flow[0] for output in outputs]
+    flagged = [output.nsfw_content_detected for output in outputs]
+    flagged = None if flagged[0] is None else [flags for batch in flagged for flags in batch]
+    output = DreamMoverPipelineOutput(frames, flow, flagged)
+    return output if return_dict else (output.frames, output.flow, output.nsfw_content_detected)
