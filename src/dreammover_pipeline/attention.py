@@ -54,17 +54,17 @@ class ReferenceAttnProcessor:
         self.inner = AttnProcessor2_0() if type(inner).__name__.startswith("Fused") else inner
         self.references = references
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
         """Attend. Recording: `hidden_states` (G·2, L, C) are the inputs. Otherwise (G·F, L, C) are frames."""
         if self.references.recording:
             self.references.tokens[self.name] = hidden_states
-            return self.inner(attn, hidden_states, attention_mask=attention_mask, temb=temb)
+            return self.inner(attn, hidden_states, attention_mask=attention_mask)
         tokens = self.references.tokens[self.name]
         groups, (batch, length, channels) = len(tokens) // 2, hidden_states.shape
         # All queries of a group form one long sequence, so the two inputs' K and V are projected once, not per frame.
         queries = hidden_states.reshape(groups, batch // groups * length, channels)
         tokens = tokens.reshape(groups, 2 * length, channels)
-        attended = self.inner(attn, queries, encoder_hidden_states=tokens, temb=temb)
+        attended = self.inner(attn, queries, encoder_hidden_states=tokens)
         return attended.reshape(batch, length, channels)
 
 

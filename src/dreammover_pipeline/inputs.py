@@ -141,6 +141,51 @@ def pair_embeds(name: str, embeds, pairs: int) -> list[torch.Tensor]:
     return list(embeds.repeat_interleave(2 * pairs // embeds.shape[0], dim=0).unflatten(0, (pairs, 2)))
 
 
+def pair_texts(prompt, prompt_embeds, pairs: int, batched: bool, width: int) -> list[dict]:
+    """For every pair, what its images show: {"prompt": two strings} or {"prompt_embeds": (2, L, width)}.
+
+    Raises:
+        TypeError, ValueError: neither, both, or not what they may be.
+    """
+    if prompt_embeds is None:
+        return [{"prompt": texts} for texts in pair_prompts(prompt, pairs, batched)]
+    if prompt:
+        raise ValueError("pass `prompt` or `prompt_embeds`, not both")
+    embeds = pair_embeds("prompt_embeds", prompt_embeds, pairs)
+    _check_width("prompt_embeds", prompt_embeds, width)
+    return [{"prompt": None, "prompt_embeds": item} for item in embeds]
+
+
+def pair_negatives(negative_prompt, negative_prompt_embeds, pairs: int, width: int) -> list[dict]:
+    """For every pair, what guidance leads away from: {"negative_prompt": …} or {"negative_prompt_embeds": …}.
+
+    Raises:
+        TypeError, ValueError: both, or not what they may be.
+    """
+    if negative_prompt_embeds is None:
+        single = negative_prompt is None or isinstance(negative_prompt, str)
+        texts = [negative_prompt] * pairs if single else negative_prompt
+        if not isinstance(texts, list) or not all(text is None or isinstance(text, str) for text in texts):
+            raise TypeError(f"`negative_prompt` must be a string or a list of them, not {negative_prompt!r}")
+        if len(texts) != pairs:
+            raise ValueError(f"`negative_prompt` has {len(texts)} entries for {pairs} pair{'s' * (pairs != 1)}")
+        return [{"negative_prompt": text} for text in texts]
+    if negative_prompt is not None:
+        raise ValueError("pass `negative_prompt` or `negative_prompt_embeds`, not both")
+    pair_embeds("negative_prompt_embeds", negative_prompt_embeds, pairs)
+    _check_width("negative_prompt_embeds", negative_prompt_embeds, width)
+    if len(negative_prompt_embeds) != pairs:
+        raise ValueError(
+            f"`negative_prompt_embeds` must hold one per pair, {pairs}, not {len(negative_prompt_embeds)}"
+        )
+    return [{"negative_prompt_embeds": item} for item in negative_prompt_embeds.split(1)]
+
+
+def _check_width(name: str, embeds: torch.Tensor, width: int) -> None:
+    if embeds.shape[-1] != width:
+        raise ValueError(f"`{name}` must be (B, L, {width}) for this UNet, not {tuple(embeds.shape)}")
+
+
 def pair_generators(generator, pairs: int) -> list[torch.Generator]:
     """A generator for each pair; a list holds one per pair already.
 

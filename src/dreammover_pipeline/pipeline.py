@@ -10,10 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
-import PIL.Image
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
@@ -22,7 +20,7 @@ from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils import BaseOutput, logging, replace_example_docstring
+from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
@@ -43,16 +41,18 @@ from .inputs import (
     check_steps,
     draw_seed,
     frame_times,
-    pair_embeds,
     pair_generators,
-    pair_prompts,
+    pair_negatives,
+    pair_texts,
 )
 from .lora import LoraFit, fit_pair_lora, pair_lora
 from .memory import affordable_frames, split_evenly
-from .records import BidirectionalFlow, Canvas, FusedFrames, PreparedPair
+from .outputs import DreamMoverPipelineOutput, as_output, joined
+from .records import Canvas, FusedFrames, PreparedPair
 from .sampling import denoise, invert
 from .schedules import ddim_schedule, deterministic_ddim
-from .splatting import softmax_splat, winner_splat  # noqa: F401, named so that the custom-pipeline loader ships it
+from .splatting import softmax_splat  # noqa: F401, named so that the custom-pipeline loader ships it
+from .text import embed_text
 
 logger = logging.get_logger(__name__)
 
@@ -71,23 +71,6 @@ EXAMPLE_DOC_STRING = """
         >>> export_to_video(frames, "lion.mp4", fps=16)
         ```
 """
-
-
-@dataclass
-class DreamMoverPipelineOutput(BaseOutput):
-    """What `DreamMoverPipeline` returns; every field has one entry per pair, so `frames[0]` is the video of a pair.
-
-    Args:
-        frames: by `output_type`: "pil" lists of images, "np" (B, F, H, W, 3) and "pt" (B, F, 3, H, W) in [0, 1] on
-            the CPU, "latent" (B, F, C, h, w).
-        flow: the `BidirectionalFlow` of each pair, on its latent grid in latent cells.
-        nsfw_content_detected: for each pair, the safety checker's verdict on each frame (flagged frames are black);
-            None without a safety checker.
-    """
-
-    frames: list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor
-    flow: list[BidirectionalFlow]
-    nsfw_content_detected: list[list[bool]] | None
 
 
 class DreamMoverPipeline(
@@ -255,29 +238,31 @@ class DreamMoverPipeline(
         Examples:
         """
         self._interrupt = False
+        preparing = {
+            "num_inference_steps": num_inference_steps,
+            "inversion_steps": inversion_steps,
+            "feature_step": feature_step,
+            "feature_block": feature_block,
+            "lora_steps": lora_steps,
+            "lora_rank": lora_rank,
+            "lora_learning_rate": lora_learning_rate,
+            "lora_scale": lora_scale,
+            "clip_skip": clip_skip,
+        }
+        rendering = {
+            "n_frames": n_frames,
+            "times": times,
+            "attention_blocks": attention_blocks,
+            "fusion": fusion,
+            "guidance_scale": guidance_scale,
+            "frame_batch_size": frame_batch_size,
+            "output_type": output_type,
+            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+        }
+        self.check_inputs(**preparing)
+        self.check_render_inputs(**rendering)
         firsts, lasts = load_pairs(img0, img1)
         pairs = len(firsts)
-        self.check_inputs(
-            num_inference_steps=num_inference_steps,
-            inversion_steps=inversion_steps,
-            feature_step=feature_step,
-            feature_block=feature_block,
-            lora_steps=lora_steps,
-            lora_rank=lora_rank,
-            lora_learning_rate=lora_learning_rate,
-            lora_scale=lora_scale,
-            clip_skip=clip_skip,
-        )
-        self.check_render_inputs(
-            n_frames=n_frames,
-            times=times,
-            attention_blocks=attention_blocks,
-            fusion=fusion,
-            guidance_scale=guidance_scale,
-            frame_batch_size=frame_batch_size,
-            output_type=output_type,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
         check_generator(generator, pairs)
         canvases = [self.canvas(first, height, width) for first in firsts]
         if output_type != "pil" and len({(c.output_height, c.output_width, c.height, c.width) for c in canvases}) > 1:
@@ -285,9 +270,9 @@ class DreamMoverPipeline(
                 f"`output_type` {output_type!r} stacks the pairs, but their first images have different sizes; "
                 "pass `height` and `width`, or use 'pil'"
             )
-        embeds, negatives = self._pair_conditions(
-            prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, pairs, is_batch(img0)
-        )
+        width_of_text = self.unet.config.cross_attention_dim
+        embeds = pair_texts(prompt, prompt_embeds, pairs, is_batch(img0), width_of_text)
+        negatives = pair_negatives(negative_prompt, negative_prompt_embeds, pairs, width_of_text)
 
         generators = pair_generators(generator, pairs) if lora_steps else [None] * pairs
         outputs = []
@@ -296,40 +281,24 @@ class DreamMoverPipeline(
                 firsts[i],
                 lasts[i],
                 **embeds[i],
+                **preparing,
                 height=height,
                 width=width,
-                num_inference_steps=num_inference_steps,
-                inversion_steps=inversion_steps,
-                feature_step=feature_step,
-                feature_block=feature_block,
-                lora_steps=lora_steps,
-                lora_rank=lora_rank,
-                lora_learning_rate=lora_learning_rate,
-                lora_scale=lora_scale,
                 generator=generators[i],
                 cross_attention_kwargs=cross_attention_kwargs,
-                clip_skip=clip_skip,
             )
-            outputs.append(
-                self.render(
-                    pair,
-                    n_frames=n_frames,
-                    times=times,
-                    attention_blocks=attention_blocks,
-                    fusion=fusion,
-                    guidance_scale=guidance_scale,
-                    **negatives[i],
-                    frame_batch_size=frame_batch_size,
-                    include_inputs=include_inputs,
-                    output_type=output_type,
-                    cross_attention_kwargs=cross_attention_kwargs,
-                    callback_on_step_end=callback_on_step_end,
-                    callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-                )
+            output = self.render(
+                pair,
+                **negatives[i],
+                **rendering,
+                include_inputs=include_inputs,
+                cross_attention_kwargs=cross_attention_kwargs,
+                callback_on_step_end=callback_on_step_end,
             )
+            outputs.append(output)
             if self.interrupt:
                 break
-        return _joined(outputs, return_dict)
+        return joined(outputs, return_dict)
 
     @torch.no_grad()
     def prepare(
@@ -375,12 +344,10 @@ class DreamMoverPipeline(
         )
         check_generator(generator, 1)
         schedule = ddim_schedule(self.scheduler, num_inference_steps, inversion_steps)
-        first, last, canvas, conditions = self._one_pair(img0, img1, prompt, height, width, prompt_embeds)
+        first, last, canvas, text = self._one_pair(img0, img1, prompt, height, width, prompt_embeds)
 
         clean = self.encode_images(torch.stack([fit(first, canvas), fit(last, canvas)]))
-        prompt_embeds = self._encode_pair(
-            **conditions, cross_attention_kwargs=cross_attention_kwargs, clip_skip=clip_skip
-        )
+        prompt_embeds = self._encode_pair(**text, cross_attention_kwargs=cross_attention_kwargs, clip_skip=clip_skip)
         lora = None
         if lora_steps:
             settings = LoraFit(lora_steps, lora_rank, lora_learning_rate)
@@ -478,7 +445,7 @@ class DreamMoverPipeline(
         _require_finite(latents, self.unet.dtype)
         frames, flagged = self._finish(pair, latents, include_inputs, output_type)
         self.maybe_free_model_hooks()
-        return _joined([DreamMoverPipelineOutput(frames, [pair.flow], flagged)], return_dict)
+        return joined([DreamMoverPipelineOutput(frames, [pair.flow], flagged)], return_dict)
 
     @torch.no_grad()
     def fit_lora(
@@ -516,9 +483,9 @@ class DreamMoverPipeline(
         check_generator(generator, 1)
         if adapter_name in getattr(self.unet, "peft_config", {}):
             raise ValueError(f"`adapter_name` {adapter_name!r} is loaded already; choose another, or delete that one")
-        first, last, canvas, conditions = self._one_pair(img0, img1, prompt, height, width, prompt_embeds)
+        first, last, canvas, text = self._one_pair(img0, img1, prompt, height, width, prompt_embeds)
         clean = self.encode_images(torch.stack([fit(first, canvas), fit(last, canvas)]))
-        prompt_embeds = self._encode_pair(**conditions, clip_skip=clip_skip)
+        prompt_embeds = self._encode_pair(**text, clip_skip=clip_skip)
         settings = LoraFit(lora_steps, lora_rank, lora_learning_rate)
         weights = self._fit_lora(clean, prompt_embeds, settings, draw_seed(generator))
         active = self.unet.active_adapters() if self.unet._hf_peft_config_loaded else []
@@ -565,9 +532,11 @@ class DreamMoverPipeline(
             scale_lora_layers(self.text_encoder, lora_scale)
         try:
             if prompt_embeds is None:
-                prompt_embeds = self._embed_text(prompt, device, clip_skip)
+                prompt = self.maybe_convert_prompt(prompt, self.tokenizer)  # textual inversion
+                prompt_embeds = embed_text(prompt, self.tokenizer, self.text_encoder, device, clip_skip)
             if do_classifier_free_guidance and negative_prompt_embeds is None:
-                negative_prompt_embeds = self._embed_text(negative_prompt or "", device)
+                negative_prompt = self.maybe_convert_prompt(negative_prompt or "", self.tokenizer)
+                negative_prompt_embeds = embed_text(negative_prompt, self.tokenizer, self.text_encoder, device)
                 if len(negative_prompt_embeds) == 1:
                     negative_prompt_embeds = negative_prompt_embeds.expand_as(prompt_embeds)
         finally:
@@ -581,25 +550,6 @@ class DreamMoverPipeline(
                 num_images_per_prompt, 0
             )
         return prompt_embeds, negative_prompt_embeds
-
-    def _embed_text(self, text: str | list[str], device: torch.device, clip_skip: int | None = None) -> torch.Tensor:
-        """(P, L, D), in the text encoder's precision."""
-        text = self.maybe_convert_prompt(text, self.tokenizer)  # textual inversion
-        limit = self.tokenizer.model_max_length
-        tokens = self.tokenizer(text, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
-        whole = self.tokenizer(text, padding="longest", return_tensors="pt").input_ids
-        if whole.shape[-1] > limit:
-            lost = self.tokenizer.batch_decode(whole[:, limit - 1 : -1])
-            logger.warning(f"CLIP handles {limit} tokens; this part of the prompt is left out: {lost}")
-        mask = (
-            tokens.attention_mask.to(device) if self.text_encoder.config.to_dict().get("use_attention_mask") else None
-        )
-        output = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask, output_hidden_states=True)
-        if clip_skip is None:
-            return output.last_hidden_state
-        # transformers 5 moved the text model's layers up into CLIPTextModel itself
-        text_model = getattr(self.text_encoder, "text_model", self.text_encoder)
-        return text_model.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Clean latents z_0: the VAE's posterior mean, scaled.
@@ -802,12 +752,11 @@ class DreamMoverPipeline(
         """Working size and output size for a first image (3, H, W)."""
         sample = self.unet.config.sample_size
         native = (sample, sample) if isinstance(sample, int) else tuple(sample)
-        deepest = 2 ** (len(self.unet.config.block_out_channels) - 1)
         return plan_canvas(
             tuple(image.shape[-2:]),
             native_side=self.vae_scale_factor * math.sqrt(math.prod(native)),
             multiple=math.lcm(8, self.vae_scale_factor),
-            min_side=self.vae_scale_factor * deepest,
+            min_side=4 * self.vae_scale_factor,
             height=height,
             width=width,
         )
@@ -817,39 +766,8 @@ class DreamMoverPipeline(
         firsts, lasts = load_pairs(img0, img1)
         if len(firsts) != 1:
             raise ValueError(f"this takes one pair of images, not {len(firsts)}; call it once for each")
-        ((condition,), _) = self._pair_conditions(prompt, prompt_embeds, None, None, 1, is_batch(img0))
-        return firsts[0], lasts[0], self.canvas(firsts[0], height, width), condition
-
-    def _pair_conditions(self, prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, pairs, batched):
-        """For each pair its keywords to `prepare` and its keywords to `render` that say what the images show."""
-        width = self.unet.config.cross_attention_dim
-        for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
-            if embeds is not None and pair_embeds(name, embeds, pairs)[0].shape[-1] != width:
-                raise ValueError(f"`{name}` must be (B, L, {width}) for this UNet, not {tuple(embeds.shape)}")
-        if prompt_embeds is None:
-            positive = [{"prompt": texts} for texts in pair_prompts(prompt, pairs, batched)]
-        elif prompt:
-            raise ValueError("pass `prompt` or `prompt_embeds`, not both")
-        else:
-            positive = [
-                {"prompt": None, "prompt_embeds": e} for e in pair_embeds("prompt_embeds", prompt_embeds, pairs)
-            ]
-        if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise ValueError("pass `negative_prompt` or `negative_prompt_embeds`, not both")
-        if negative_prompt_embeds is not None:
-            if negative_prompt_embeds.shape[0] != pairs:
-                raise ValueError(
-                    f"`negative_prompt_embeds` must hold one per pair, {pairs}, not {negative_prompt_embeds.shape[0]}"
-                )
-            return positive, [{"negative_prompt_embeds": embeds} for embeds in negative_prompt_embeds.split(1)]
-        texts = (
-            [negative_prompt] * pairs
-            if negative_prompt is None or isinstance(negative_prompt, str)
-            else negative_prompt
-        )
-        if len(texts) != pairs or not all(text is None or isinstance(text, str) for text in texts):
-            raise ValueError(f"`negative_prompt` must be a string or a list of {pairs}, not {negative_prompt!r}")
-        return positive, [{"negative_prompt": text} for text in texts]
+        (text,) = pair_texts(prompt, prompt_embeds, 1, is_batch(img0), self.unet.config.cross_attention_dim)
+        return firsts[0], lasts[0], self.canvas(firsts[0], height, width), text
 
     # What the stages share.
 
@@ -949,11 +867,11 @@ class DreamMoverPipeline(
             for latent in latents.split(1):
                 frame = unfit(self.decode_latents(latent).cpu(), pair.canvas)
                 frame, flags = self.run_safety_checker(frame)
-                frames.append(_as_output(frame, output_type))
+                frames.append(as_output(frame, output_type))
                 flagged += flags or []
                 bar.update()
         if include_inputs:
-            first, last = (_as_output(image[None], output_type) for image in pair.images)
+            first, last = (as_output(image[None], output_type) for image in pair.images)
             frames = [first, *frames, last]
             flagged = [False, *flagged, False] if flagged else []
         if output_type == "pil":
@@ -990,25 +908,3 @@ def _piecewise(function: Callable[[torch.Tensor], tuple], times: torch.Tensor) -
 def _require_finite(latents: torch.Tensor, dtype: torch.dtype) -> None:
     if not latents.isfinite().all():
         raise RuntimeError(f"the UNet overflowed in {dtype}; load the pipeline in bfloat16 or float32")
-
-
-def _as_output(frame: torch.Tensor, output_type: str):
-    """A frame (1, 3, H, W) as [PIL image], array (1, H, W, 3) or tensor (1, 3, H, W)."""
-    if output_type == "pt":
-        return frame
-    array = VaeImageProcessor.pt_to_numpy(frame)
-    return array if output_type == "np" else VaeImageProcessor.numpy_to_pil(array)
-
-
-def _joined(outputs: list[DreamMoverPipelineOutput], return_dict: bool) -> DreamMoverPipelineOutput | tuple:
-    """One output of several pairs'."""
-    frames = [output.frames for output in outputs]
-    if isinstance(frames[0], list):
-        frames = [video for batch in frames for video in batch]
-    else:
-        frames = (torch.cat if isinstance(frames[0], torch.Tensor) else np.concatenate)(frames)
-    flow = [output.flow[0] for output in outputs]
-    flagged = [output.nsfw_content_detected for output in outputs]
-    flagged = None if flagged[0] is None else [flags for batch in flagged for flags in batch]
-    output = DreamMoverPipelineOutput(frames, flow, flagged)
-    return output if return_dict else (output.frames, output.flow, output.nsfw_content_detected)

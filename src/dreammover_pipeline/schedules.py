@@ -60,7 +60,5 @@ def ddim_schedule(scheduler: SchedulerMixin, num_inference_steps: int, inversion
         )
     alpha_bars = [float(ddim.final_alpha_cumprod), *ddim.alphas_cumprod[timesteps].tolist()]
     if min(alpha_bars[: inversion_steps + 1]) <= 0:
-        raise ValueError(
-            f"`inversion_steps` {inversion_steps} reaches a timestep without signal; use fewer"
-        )
+        raise ValueError(f"`inversion_steps` {inversion_steps} reaches a timestep without signal; use fewer")
     return Schedule(tuple(timesteps), tuple(alpha_bars))

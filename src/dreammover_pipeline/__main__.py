@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m dreammover_pipeline`, the same as the command `dreammover`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

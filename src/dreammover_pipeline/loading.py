@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the name of a model to a pipeline on a device, as every command needs it.
+
+torch and diffusers take seconds to import, so they are imported when a function needs them.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .tiny import CHECKPOINT
+
+if TYPE_CHECKING:
+    from .pipeline import DreamMoverPipeline
+
+MODELS = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5", "tiny": str(CHECKPOINT)}
+MODEL_FILES = (".safetensors", ".ckpt")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def pipeline_class() -> type[DreamMoverPipeline]:
+    """The pipeline, imported with the log lines and loading bars of third parties off; downloads still show theirs."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    from .pipeline import DreamMoverPipeline
+
+    return DreamMoverPipeline
+
+
+def check_model(model: str) -> None:
+    """Refuse a name that is no known model, nothing on this machine and no Hub id either.
+
+    Raises:
+        ValueError: the name, and what it may be.
+    """
+    source = Path(MODELS.get(model, model))
+    is_model_file = source.suffix.lower() in MODEL_FILES
+    if source.is_file() and not is_model_file:
+        raise ValueError(f"the model '{model}' is no {' or '.join(MODEL_FILES)} file")
+    if not source.exists() and (is_model_file or not HUB_ID.fullmatch(str(source))):
+        known = " or ".join(MODELS)
+        raise ValueError(f"the model '{model}' is no file or folder here; it may also be {known} or an owner/name")
+
+
+def choose_device(name: str | None) -> str:
+    """The device asked for, or without a wish the first of cuda, mps and cpu that is there.
+
+    Raises:
+        ValueError: the device does not exist here.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except Exception as error:  # which kind depends on the device and on the build of torch
+        raise ValueError(f"the device '{name}' cannot be used here: {error}") from error
+    return name
+
+
+def load_pipeline(model: str, dtype: str | None, device: str) -> DreamMoverPipeline:
+    """Load a model and put it on a device.
+
+    Args:
+        model: one of `MODELS`, a Hub id, a folder in diffusers layout, or a single file.
+        dtype: one of `DTYPES`; None for float16 on cuda and float32 elsewhere.
+        device: as `choose_device` returns it.
+
+    Raises:
+        RuntimeError: the model cannot be had or read; the message says what else to try.
+    """
+    import torch
+
+    pipeline = pipeline_class()
+    source = MODELS.get(model, model)
+    load = pipeline.from_single_file if Path(source).is_file() else pipeline.from_pretrained
+    try:
+        pipe = load(source, dtype=getattr(torch, dtype or ("float16" if device.startswith("cuda") else "float32")))
+    except Exception as error:  # diffusers raises nearly anything on a checkpoint it cannot get or read
+        raise RuntimeError(_loading_failed(source, error)) from error
+    return pipe.to(device)
+
+
+def _loading_failed(source: str, error: Exception) -> str:
+    if Path(source).exists():
+        return f"cannot load the model '{source}' ({_in_short(error)})"
+    # diffusers wraps what happened in words that point to a traceback
+    return (
+        f"cannot get the model '{source}' from the Hugging Face Hub ({_in_short(error.__cause__ or error)}); "
+        "try --model tiny, which needs no network, or --model with a local folder in diffusers layout"
+    )
+
+
+def _in_short(error: BaseException) -> str:
+    first_line = (str(error).strip() or "no reason given").splitlines()[0]
+    return f"{type(error).__name__}: {first_line}"

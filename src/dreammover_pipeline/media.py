@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frames and pictures to files; nothing here knows a model.
+
+Every file is written under a temporary name beside its place and renamed when complete, so whatever goes wrong, a
+finished file that was there before stays as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+from PIL import Image
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+FRAME_NAME, FRAME_PATTERN = "frame_{:04d}.png", re.compile(r"frame_\d{4,}\.png")
+
+# A gif of more than 50 frames a second (delays under 20 ms) is played at 10 by browsers.
+FPS_RANGE, GIF_FPS_RANGE = (0.01, 1000), (0.01, 50)
+
+
+def write_video(frames: Iterable[Image.Image], path: str | os.PathLike, fps: float) -> None:
+    """Write frames as an H.264 mp4, a looping gif, or a folder of `frame_0000.png`, `frame_0001.png`, …
+
+    The ending of the path decides: `.mp4`, `.gif`, or none (or a slash) for a folder. An mp4 needs even sizes, so an
+    odd one gets its last column or row twice. A gif's frames have a palette each and last 1/fps, rounded to 10 ms;
+    equal neighbours become one longer frame.
+
+    Args:
+        frames: at least one picture, all of one size; taken one at a time.
+        path: the file or folder to write; one that is there already is replaced once the new one is complete.
+        fps: frames per second; the PNGs of a folder have none.
+
+    Raises:
+        ValueError: a path refused by `check_video_path`, a rate refused by `check_fps`, no frames, unequal sizes.
+        RuntimeError: ffmpeg failed; the message is its own.
+    """
+    check_video_path(path)
+    check_fps(fps, path)
+    with _replacing(path) as temporary:
+        VIDEO_WRITERS[_video_suffix(path)](_checked(frames), temporary, fps)
+
+
+def write_picture(picture: Image.Image, path: str | os.PathLike) -> None:
+    """Write one picture as png or jpeg, by the ending of the path.
+
+    Raises:
+        ValueError: a path refused by `check_picture_path`.
+    """
+    check_picture_path(path)
+    with _replacing(path) as temporary:
+        picture.save(temporary, quality=95)  # png has no use for the quality
+
+
+def check_video_path(path: str | os.PathLike) -> None:
+    """Refuse a path that `write_video` could not write, or where it would destroy something else.
+
+    Raises:
+        ValueError: an unknown ending, a parent folder that is missing or read-only, a folder where a file should go,
+            a file where a folder should go, or a folder that holds anything but the frames of an earlier run.
+    """
+    suffix = _video_suffix(path)
+    if suffix not in VIDEO_WRITERS:
+        raise ValueError(f"'{path}' ends in '{suffix}'; allowed are .mp4, .gif, or no ending for a folder of PNGs")
+    _check_parent(path)
+    if suffix:
+        _check_not_a_folder(path)
+    else:
+        _check_replaceable_folder(path)
+
+
+def check_picture_path(path: str | os.PathLike) -> None:
+    """Refuse a path that `write_picture` could not write.
+
+    Raises:
+        ValueError: an ending other than a picture's, a parent folder that is missing or read-only, a folder in place.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in PICTURE_SUFFIXES:
+        raise ValueError(f"'{path}' ends in '{suffix}'; allowed are {', '.join(PICTURE_SUFFIXES)}")
+    _check_parent(path)
+    _check_not_a_folder(path)
+
+
+def check_fps(fps: float, path: str | os.PathLike) -> None:
+    """Refuse a frame rate that the kind of video at `path` cannot have.
+
+    Raises:
+        ValueError: not a number, or out of range.
+    """
+    low, high = GIF_FPS_RANGE if _video_suffix(path) == ".gif" else FPS_RANGE
+    if not low <= fps <= high:  # NaN fails both comparisons
+        raise ValueError(f"fps must be between {low} and {high} for '{path}', got {fps}")
+
+
+def _video_suffix(path: str | os.PathLike) -> str:
+    return "" if os.fspath(path).endswith(("/", os.sep)) else Path(path).suffix.lower()
+
+
+def _check_parent(path: str | os.PathLike) -> None:
+    parent = Path(path).resolve().parent
+    if not parent.is_dir():
+        raise ValueError(f"cannot write '{path}': there is no folder '{parent}'")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write '{path}': the folder '{parent}' is read-only")
+
+
+def _check_not_a_folder(path: str | os.PathLike) -> None:
+    if Path(path).is_dir():
+        raise ValueError(f"cannot write the file '{path}': there is a folder of that name")
+
+
+def _check_replaceable_folder(path: str | os.PathLike) -> None:
+    target = Path(path).resolve()
+    if target == Path.cwd():
+        raise ValueError(f"cannot write frames to '{path}': the current folder cannot be replaced; name one inside it")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"cannot write the folder '{path}': there is a file of that name")
+    others = [entry.name for entry in target.glob("*") if not FRAME_PATTERN.fullmatch(entry.name)]
+    if others:
+        raise ValueError(f"cannot replace the folder '{path}': besides frames it holds '{min(others)}'")
+
+
+@contextmanager
+def _replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary name to write a file or folder to; it takes the place of `path` if the block succeeds."""
+    target = Path(path).resolve()  # a link stays, what it points to is replaced
+    temporary = target.with_name(f".dreammover-{secrets.token_hex(4)}{Path(path).suffix}")
+    try:
+        yield temporary
+        _move(temporary, target)
+    finally:
+        _remove(temporary)
+
+
+def _move(source: Path, target: Path) -> None:
+    if not target.is_dir():
+        os.replace(source, target)
+        return
+    old = source.with_name(f"{source.name}-old")  # a folder with something in it cannot be renamed over
+    os.replace(target, old)
+    try:
+        os.replace(source, target)
+    except BaseException:
+        os.replace(old, target)
+        raise
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _checked(frames: Iterable[Image.Image]) -> Iterator[Image.Image]:
+    """The frames in RGB, of which there is at least one and which all have one size."""
+    size = None
+    for index, frame in enumerate(frames):
+        size = size or frame.size
+        if frame.size != size:
+            raise ValueError(f"frames must have one size, but frame 0 has {size} and frame {index} has {frame.size}")
+        yield frame.convert("RGB")
+    if size is None:
+        raise ValueError("a video needs at least one frame")
+
+
+def _write_mp4(frames: Iterator[Image.Image], path: Path, fps: float) -> None:
+    first = next(frames)
+    size = f"{first.width + first.width % 2}x{first.height + first.height % 2}"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+    command += ["-s", size, "-r", str(Fraction(fps).limit_denominator(1001)), "-i", "-"]
+    # The matrix is chosen and written down: left to each player's guess, colours shift.
+    command += ["-vf", "scale=out_color_matrix=bt709:flags=accurate_rnd", "-colorspace", "bt709"]
+    command += ["-c:v", "libx264", "-crf", "14", "-pix_fmt", "yuv420p"]
+    command += ["-movflags", "+faststart", "-f", "mp4", str(path)]
+    with tempfile.TemporaryFile() as raw:
+        for frame in chain([first], frames):
+            raw.write(_padded_to_even(np.asarray(frame)).tobytes())
+        raw.seek(0)
+        ffmpeg = subprocess.run(command, stdin=raw, capture_output=True, text=True, errors="replace", check=False)
+    if ffmpeg.returncode:
+        raise RuntimeError(f"ffmpeg could not write the video: {ffmpeg.stderr.strip()}")
+
+
+def _padded_to_even(pixels: np.ndarray) -> np.ndarray:
+    height, width, _ = pixels.shape
+    return np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+
+
+def _write_gif(frames: Iterator[Image.Image], path: Path, fps: float) -> None:
+    # A palette is fitted to each frame and then dithered with, or smooth shades would show bands.
+    paletted = (frame.quantize(palette=frame.quantize()) for frame in frames)
+    next(paletted).save(path, save_all=True, append_images=paletted, duration=10 * round(100 / fps), loop=0)
+
+
+def _write_folder(frames: Iterator[Image.Image], path: Path, fps: float) -> None:
+    path.mkdir()
+    for index, frame in enumerate(frames):
+        frame.save(path / FRAME_NAME.format(index))
+
+
+VIDEO_WRITERS: dict[str, Callable[[Iterator[Image.Image], Path, float], None]] = {
+    ".mp4": _write_mp4,
+    ".gif": _write_gif,
+    "": _write_folder,
+}

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny real models with Stable Diffusion 1.5's topology, built offline from fixed seeds."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from dreammover_pipeline import DreamMoverPipeline
+from dreammover_pipeline.tiny import CHECKPOINT
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def build_components() -> dict:
+    """Four-level UNet with attention in up blocks 1, 2 and 3, f8 VAE, two-layer CLIP: the SD 1.5 layout, 64 px."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16, 16, 16),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        sample_size=64,
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+        scaling_factor=0.18215,
+    )
+    tokenizer = CLIPTokenizer.from_pretrained(CHECKPOINT / "tokenizer")
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    # CLIP's own initialisation changes between transformers versions
+    generator = torch.Generator().manual_seed(0)
+    for parameter in text_encoder.parameters():
+        if parameter.ndim > 1:
+            parameter.data = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
+    # what SD 1.5 ships with: not a DDIM, and its configuration says nothing of clipping
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
+    return {
+        "vae": vae.eval(),
+        "text_encoder": text_encoder.eval(),
+        "tokenizer": tokenizer,
+        "unet": unet.eval(),
+        "scheduler": scheduler,
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+
+
+@pytest.fixture(scope="session")
+def session_components() -> dict:
+    return build_components()
+
+
+@pytest.fixture
+def components(session_components) -> dict:
+    """Components of this test's own."""
+    return copy.deepcopy(session_components)
+
+
+@pytest.fixture
+def pipe(components) -> DreamMoverPipeline:
+    """A quiet pipeline on them; 64 px, latents 8×8, random weights."""
+    pipe = DreamMoverPipeline(**components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def tiny_pipe() -> DreamMoverPipeline:
+    """The embedded checkpoint: 96 px, latents 24×24, trained weights."""
+    pipe = DreamMoverPipeline.from_pretrained(CHECKPOINT)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def photos() -> tuple[Image.Image, Image.Image]:
+    """Two smooth 64×64 pictures: a blob that moves."""
+    y, x = np.mgrid[:64, :64]
+
+    def picture(cx, cy):
+        blob = np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / 150)
+        return Image.fromarray(np.stack([255 * blob, x * 3, 200 - y * 2], -1).astype(np.uint8))
+
+    return picture(20, 24), picture(44, 36)
+
+
+@pytest.fixture
+def fast() -> dict:
+    """Arguments that keep a call short: 3 frames, 4 of 6 steps, no LoRA."""
+    return {
+        "prompt": "a fish",
+        "n_frames": 3,
+        "num_inference_steps": 6,
+        "inversion_steps": 4,
+        "feature_step": 2,
+        "lora_steps": 0,
+        "output_type": "pt",
+    }

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Correspondence and the backward warp."""
+
+from __future__ import annotations
+
+import naive
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dreammover_pipeline import flow as flow_module
+from dreammover_pipeline.flow import backward_warp, cell_grid, match_features
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def constant_flow(h, w, dx, dy):
+    return torch.tensor([dx, dy], dtype=torch.float64).reshape(1, 2, 1, 1).expand(1, 2, h, w)
+
+
+def assert_same_flow(actual, expected):
+    assert torch.equal(actual.forward, expected.forward)
+    assert torch.equal(actual.backward, expected.backward)
+
+
+def test_cell_grid_is_x_then_y():
+    grid = cell_grid(2, 3, torch.zeros(1, dtype=torch.float64))
+    assert grid.dtype == torch.float64
+    assert grid.tolist() == [[[[0, 1, 2], [0, 1, 2]], [[0, 0, 0], [1, 1, 1]]]]
+
+
+@pytest.mark.parametrize(("dx", "dy"), [(0, 0), (1, 0), (0, 1), (3, -2), (-2, 1)])
+def test_features_moved_by_whole_cells_give_that_flow(dx, dy):
+    h, w = 7, 9
+    first = randn(32, h, w)
+    flow = match_features(torch.stack([first, first.roll((dy, dx), (1, 2))]), (h, w))
+    x, y = cell_grid(h, w, first)[0]
+    stays = (x + dx >= 0) & (x + dx < w) & (y + dy >= 0) & (y + dy < h)  # elsewhere roll wraps around
+    assert (flow.forward[0, 0] == dx)[stays].all()
+    assert (flow.forward[0, 1] == dy)[stays].all()
+    assert torch.equal(flow.forward[0, 0], (x + dx) % w - x)
+    assert torch.equal(flow.forward[0, 1], (y + dy) % h - y)
+    # backward undoes forward
+    assert torch.equal(flow.backward[0, 0], (x - dx) % w - x)
+    assert torch.equal(flow.backward[0, 1], (y - dy) % h - y)
+
+
+@pytest.mark.parametrize("size", [(4, 5), (5, 3), (1, 6), (6, 1), (1, 1)])
+def test_matches_like_the_loop(size):
+    features = randn(2, 3, *size)
+    flow = match_features(features, size)
+    assert torch.equal(flow.forward, naive.match(features[0], features[1]))
+    assert torch.equal(flow.backward, naive.match(features[1], features[0]))
+
+
+def test_cosine_ignores_how_long_a_feature_is():
+    features = randn(2, 8, 4, 5)
+    lengths = randn(2, 1, 4, 5, seed=1).exp()
+    assert_same_flow(match_features(features * lengths, (4, 5)), match_features(features, (4, 5)))
+
+
+@pytest.mark.parametrize("size", [(8, 10), (7, 9), (4, 5), (16, 5)])
+def test_upsamples_bilinearly_to_the_latent_grid(size):
+    features = randn(2, 8, 4, 5)
+    upsampled = F.interpolate(features, size=size, mode="bilinear", align_corners=False)
+    flow = match_features(features, size)
+    assert flow.forward.shape == flow.backward.shape == (1, 2, *size)
+    assert torch.equal(flow.forward, naive.match(upsampled[0], upsampled[1]))
+    assert torch.equal(flow.backward, naive.match(upsampled[1], upsampled[0]))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 7, 1024])
+def test_ties_go_to_the_lowest_index_both_ways_in_blocks_of_any_size(rows, monkeypatch):
+    monkeypatch.setattr(flow_module, "MATCH_ROWS", rows)
+    # Few distinct features of length 2: every product is exact, and every cell has several equal matches.
+    kinds = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1]], dtype=torch.float32)
+    picks = torch.randint(3, (2, 3, 5), generator=torch.Generator().manual_seed(0))
+    features = kinds[picks].movedim(-1, 1)
+    flow = match_features(features, (3, 5))
+    assert torch.equal(flow.forward.double(), naive.match(features[0], features[1]))
+    assert torch.equal(flow.backward.double(), naive.match(features[1], features[0]))
+
+    flat = match_features(torch.ones(2, 4, 3, 5), (3, 5))
+    for flow in (flat.forward, flat.backward):
+        assert torch.equal(flow + cell_grid(3, 5, flow), torch.zeros_like(flow))
+
+
+@pytest.mark.parametrize("rows", [1, 13, 64, 100])
+def test_the_size_of_a_block_does_not_matter(rows, monkeypatch):
+    features = randn(2, 16, 8, 8, dtype=torch.float32)
+    whole = match_features(features, (8, 8))
+    monkeypatch.setattr(flow_module, "MATCH_ROWS", rows)
+    assert_same_flow(match_features(features, (8, 8)), whole)
+
+
+def test_swapped_images_give_the_reversed_flow():
+    features = randn(2, 16, 6, 5)
+    assert_same_flow(match_features(features.flip(0), (6, 5)), match_features(features, (6, 5)).reversed())
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64)],
+)
+def test_works_in_float32_at_least(given, kept):
+    features = randn(2, 16, 6, 5).to(given)
+    flow = match_features(features, (6, 5))
+    assert flow.forward.dtype == flow.backward.dtype == kept
+    assert_same_flow(flow, match_features(features.to(kept), (6, 5)))
+    assert backward_warp(features, flow.stacked()).dtype == kept
+
+
+@pytest.fixture
+def close_features():
+    """Features so much alike that half-precision products would match them otherwise."""
+    features = 1 + 0.05 * randn(2, 64, 12, 12, dtype=torch.float32)
+    exact = match_features(features.double(), (12, 12))
+    return features, exact
+
+
+def assert_close_features_match(close_features):
+    features, exact = close_features
+    flow = match_features(features, (12, 12))
+    assert torch.equal(flow.forward.double(), exact.forward)
+    assert torch.equal(flow.backward.double(), exact.backward)
+
+
+def test_autocast_of_the_caller_changes_nothing(close_features):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close_features_match(close_features)
+        assert torch.is_autocast_enabled("cpu")
+
+
+@pytest.fixture
+def default_precision():
+    """Whatever the test sets, later tests find the default."""
+    yield
+    if hasattr(torch.backends.mkldnn, "matmul"):
+        torch.backends.mkldnn.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("precision", ["medium", "high"])
+def test_matmul_precision_of_the_caller_changes_nothing(close_features, precision, default_precision):
+    torch.set_float32_matmul_precision(precision)
+    assert_close_features_match(close_features)
+    assert torch.get_float32_matmul_precision() == precision
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="this torch has no precision per backend")
+@pytest.mark.parametrize(("backend", "precision"), [("mkldnn", "bf16"), ("mkldnn", "tf32"), ("cuda", "tf32")])
+def test_matmul_precision_of_one_backend_changes_nothing(close_features, backend, precision, default_precision):
+    matmul = getattr(torch.backends, backend).matmul
+    matmul.fp32_precision = precision
+    assert_close_features_match(close_features)
+    assert matmul.fp32_precision == precision
+
+
+def test_matmul_precision_is_restored_after_a_failure(monkeypatch, default_precision):
+    torch.set_float32_matmul_precision("medium")
+    monkeypatch.setattr(flow_module, "MATCH_ROWS", 0)  # makes the product itself fail
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match="zero"):
+            match_features(randn(2, 4, 3, 3), (3, 3))
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
+@pytest.mark.parametrize(("h", "w"), [(5, 7), (6, 4), (1, 6), (6, 1), (1, 1)])
+def test_backward_warp_is_the_loop(h, w):
+    x, flow = randn(2, 3, h, w), 3 * randn(2, 2, h, w, seed=1)
+    torch.testing.assert_close(backward_warp(x, flow), naive.backward_warp(x, flow), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dx", "dy"), [(0, 0), (1, 0), (0, -1), (2, 1), (-3, 2), (9, 0), (0, -9)])
+def test_backward_warp_by_whole_cells_looks_up_those_cells_and_zeros_outside(dx, dy):
+    h, w = 6, 8
+    x = randn(1, 2, h, w)
+    padded = F.pad(x, (10, 10, 10, 10))
+    expected = padded[..., 10 + dy : 10 + dy + h, 10 + dx : 10 + dx + w]
+    torch.testing.assert_close(backward_warp(x, constant_flow(h, w, dx, dy)), expected, rtol=0, atol=1e-12)
+
+
+def test_matched_cells_look_each_other_up():
+    first = randn(32, 6, 7)
+    pair = torch.stack([first, first.roll((1, -2), (1, 2))])
+    flow = match_features(pair, (6, 7))
+    torch.testing.assert_close(backward_warp(pair.flip(0), flow.stacked()), pair, rtol=0, atol=1e-12)
+
+
+def test_leaves_its_inputs_alone():
+    features, x, flow = randn(2, 4, 5, 6), randn(1, 3, 5, 6, seed=1), randn(1, 2, 5, 6, seed=2)
+    before = features.clone(), x.clone(), flow.clone()
+    match_features(features, (5, 6))
+    backward_warp(x, flow)
+    assert all(map(torch.equal, (features, x, flow), before))

@@ -1,0 +1,669 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pipeline as its users call it; what diffusers' own suites demand of a pipeline is among it."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from conftest import EXAMPLES
+from diffusers import AutoencoderTiny, DDIMScheduler, EulerDiscreteScheduler
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from PIL import Image
+from snapshot import snapshot
+from transformers import CLIPConfig, CLIPImageProcessor
+
+from dreammover_pipeline import DreamMoverPipeline
+from dreammover_pipeline.fusion import slerp
+
+
+def close(a, b, tolerance=1e-4):
+    return torch.allclose(torch.as_tensor(a), torch.as_tensor(b), atol=tolerance, rtol=0)
+
+
+# ── Signature and outputs ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_call_signature_holds_the_paper_defaults():
+    parameters = inspect.signature(DreamMoverPipeline.__call__).parameters
+    order = """
+        self img0 img1 prompt height width n_frames times num_inference_steps inversion_steps feature_step
+        feature_block attention_blocks fusion guidance_scale negative_prompt lora_steps lora_rank
+        lora_learning_rate lora_scale frame_batch_size include_inputs generator prompt_embeds
+        negative_prompt_embeds output_type return_dict cross_attention_kwargs clip_skip callback_on_step_end
+        callback_on_step_end_tensor_inputs
+    """
+    assert list(parameters) == order.split()
+    paper = {
+        "n_frames": 32,
+        "num_inference_steps": 50,
+        "inversion_steps": 30,
+        "feature_step": 14,
+        "feature_block": 1,
+        "attention_blocks": (2, 3),
+        "fusion": "two_level",
+        "guidance_scale": 1.0,
+        "lora_steps": 80,
+        "lora_rank": 16,
+        "lora_learning_rate": 5e-4,
+        "lora_scale": 1.0,
+    }
+    assert {name: parameters[name].default for name in paper} == paper
+
+
+def test_output_types_agree(pipe, photos, fast):
+    pt = pipe(*photos, **fast).frames
+    array = pipe(*photos, **fast | {"output_type": "np"}).frames
+    pil = pipe(*photos, **fast | {"output_type": "pil"}).frames
+    latent = pipe(*photos, **fast | {"output_type": "latent"}).frames
+    assert pt.shape == (1, 3, 3, 64, 64)
+    assert array.shape == (1, 3, 64, 64, 3)
+    assert latent.shape == (1, 3, 4, 8, 8)
+    assert isinstance(pil, list)
+    assert len(pil) == 1
+    assert [frame.size for frame in pil[0]] == [(64, 64)] * 3
+    assert np.array_equal(pt[0].permute(0, 2, 3, 1).numpy(), array[0])
+    assert np.array_equal(np.asarray(pil[0][1]), (array[0][1] * 255).round().astype(np.uint8))
+    assert 0 <= float(pt.min()) < float(pt.max()) <= 1
+    assert close(pipe.decode_latents(latent[0]), pt[0])
+
+
+def test_tuple_and_dict_outputs_are_the_same(pipe, photos, fast):
+    output = pipe(*photos, **fast)
+    frames, flow, flagged = pipe(*photos, **fast, return_dict=False)
+    assert torch.equal(output.frames, frames)
+    assert torch.equal(output.flow[0].forward, flow[0].forward)
+    assert output.flow[0].forward.shape == (1, 2, 8, 8)
+    assert flagged is None
+    assert output.nsfw_content_detected is None
+
+
+def test_frames_lie_where_n_frames_or_times_say(pipe, photos, fast):
+    three = pipe(*photos, **fast).frames[0]
+    assert close(pipe(*photos, **fast | {"times": [0.25, 0.5, 0.75], "n_frames": 99}).frames[0], three)
+    assert close(pipe(*photos, **fast | {"times": (0.75, 0.25)}).frames[0], three[[2, 0]])
+
+
+def test_prepare_then_render_is_the_call(pipe, photos, fast):
+    prepared = pipe.prepare(
+        *photos,
+        prompt="a fish",
+        num_inference_steps=6,
+        inversion_steps=4,
+        feature_step=2,
+        lora_steps=2,
+        generator=torch.Generator().manual_seed(5),
+    )
+    whole = pipe(*photos, **fast | {"lora_steps": 2}, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(pipe.render(prepared, n_frames=3, output_type="pt").frames, whole.frames)
+    again = pipe.render(prepared, times=[0.5], output_type="pt").frames[0]
+    assert close(again[0], whole.frames[0][1])
+
+
+def test_include_inputs_puts_the_very_pixels_at_the_ends(pipe, fast):
+    generator = np.random.default_rng(0)
+    first, last = (Image.fromarray(generator.integers(0, 256, (50, 70, 3), dtype=np.uint8)) for _ in "01")
+    frames = pipe(first, last, **fast | {"output_type": "pil"}, include_inputs=True).frames[0]
+    assert len(frames) == 5
+    assert [frame.size for frame in frames] == [(70, 50)] * 5
+    assert np.array_equal(np.asarray(frames[0]), np.asarray(first))
+    assert np.array_equal(np.asarray(frames[-1]), np.asarray(last))
+    latent = pipe(first, last, **fast | {"output_type": "latent"}, include_inputs=True).frames[0]
+    assert latent.shape[0] == 5
+
+
+@pytest.mark.parametrize(
+    ("sizes", "asked", "expected"),
+    [
+        (((64, 64), (64, 64)), {}, (64, 64)),
+        (((90, 60), (90, 60)), {}, (90, 60)),
+        (((61, 97), (200, 50)), {}, (61, 97)),
+        (((90, 60), (64, 64)), {"height": 72, "width": 80}, (72, 80)),
+        (((90, 60), (64, 64)), {"height": 90}, (90, 60)),
+    ],
+)
+def test_frames_come_back_at_the_first_images_size_or_the_size_asked_for(pipe, fast, sizes, asked, expected):
+    images = [np.full((*size, 3), 99, np.uint8) for size in sizes]
+    assert tuple(pipe(*images, **fast, **asked).frames.shape[-2:]) == expected
+
+
+def test_the_checkpoints_own_numbers_are_used(tiny_pipe, fast):
+    images = [EXAMPLES / "fish" / f"{i}.png" for i in (0, 1)]
+    output = tiny_pipe(*images, **fast)
+    assert output.frames.shape == (1, 3, 3, 96, 96)
+    assert output.flow[0].forward.shape == (1, 2, 24, 24)
+
+
+def test_the_method_beats_a_cross_fade_on_the_embedded_checkpoint(tiny_pipe):
+    """Half-way between two poses a cross-fade shows two ghosts; the frames here must be closer to one sprite."""
+    images = [EXAMPLES / "fish" / f"{i}.png" for i in (0, 1)]
+    first, last = (torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) / 255 for path in images)
+    prepared = tiny_pipe.prepare(*images, prompt="a plain blue and purple fish", lora_steps=0)
+    middle = tiny_pipe.render(prepared, times=[0.5], output_type="pt").frames[0, 0]
+
+    def sharpness(image):
+        return float(image.diff(dim=-1).pow(2).mean() + image.diff(dim=-2).pow(2).mean())
+
+    assert sharpness(middle) > 0.8 * sharpness(first)
+    assert sharpness((first + last) / 2) < 0.6 * sharpness(first)
+
+
+# ── Batches ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_pair_does_not_depend_on_its_batch(pipe, photos, fast):
+    first, last = photos
+    arguments = fast | {"lora_steps": 1}
+    batch = pipe(
+        [first, last, first],
+        [last, first, last],
+        **arguments | {"prompt": ["a fish", "a cat", ("a fish", "a robot")]},
+        generator=torch.Generator().manual_seed(1),
+    )
+    assert batch.frames.shape == (3, 3, 3, 64, 64)
+    assert len(batch.flow) == 3
+    for i, (images, prompt) in enumerate([((first, last), "a fish"), ((last, first), "a cat")]):
+        alone = pipe(*images, **arguments | {"prompt": prompt}, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(alone.frames[0], batch.frames[i])
+    listed = pipe([first], [last], **arguments, generator=[torch.Generator().manual_seed(1)])
+    assert torch.equal(listed.frames[0], batch.frames[0])
+
+
+def test_a_batch_of_different_sizes_comes_back_as_lists(pipe, fast):
+    images = [np.full((*size, 3), 99, np.uint8) for size in ((64, 64), (48, 80))]
+    videos = pipe(images, images, **fast | {"output_type": "pil"}).frames
+    assert [video[0].size for video in videos] == [(64, 64), (80, 48)]
+    with pytest.raises(ValueError, match="different sizes"):
+        pipe(images, images, **fast)
+
+
+def test_arrays_with_a_batch_axis_are_batches(pipe, photos, fast):
+    stacked = np.stack([np.asarray(photo) for photo in photos])
+    assert pipe(stacked, stacked[::-1].copy(), **fast).frames.shape[0] == 2
+
+
+# ── Cost and memory, by counting ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def calls(pipe, monkeypatch):
+    """Batch sizes of every call of the UNet, the VAE's encoder and decoder, and the text encoder."""
+    counted = {"unet": [], "encoder": [], "decoder": [], "text_encoder": []}
+    modules = {
+        "unet": pipe.unet,
+        "encoder": pipe.vae.encoder,
+        "decoder": pipe.vae.decoder,
+        "text_encoder": pipe.text_encoder,
+    }
+    for name, module in modules.items():
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: counted[name].append(
+                len(args[0] if args else next(iter(kwargs.values())))
+            ),
+            with_kwargs=True,
+        )
+    return counted
+
+
+@pytest.mark.parametrize(("frames", "batch", "fit"), [(5, 2, 3), (4, 4, 0), (1, 1, 0)])
+def test_models_run_exactly_as_often_as_the_method_needs(pipe, photos, fast, calls, frames, batch, fit):
+    pipe(*photos, **fast | {"n_frames": frames, "frame_batch_size": batch, "lora_steps": fit})
+    steps, batches = 4, -(-frames // batch)
+    pair_calls = fit + (steps + 1) + 1 + steps  # fit, one inversion and ε at its end, features, references
+    assert sum(calls["unet"]) == 2 * pair_calls + steps * frames
+    assert len(calls["unet"]) == pair_calls + steps * batches
+    assert calls["encoder"] == [2]
+    assert calls["decoder"] == [1] * frames
+    assert calls["text_encoder"] == [1]
+
+
+def test_no_references_are_computed_where_none_are_looked_at(pipe, photos, fast, calls):
+    pipe(*photos, **fast | {"attention_blocks": ()})
+    assert sum(calls["unet"]) == 2 * (4 + 1 + 1) + 4 * 3
+
+
+def test_the_released_fusion_asks_for_its_noise_once_more(pipe, photos, fast, calls):
+    pipe(*photos, **fast | {"fusion": "two_level_unwarped"})
+    assert sum(calls["unet"]) == 2 * (4 + 1 + 1 + 5) + 5 * 3
+
+
+def test_guidance_doubles_the_frames_and_nothing_else(pipe, photos, fast, calls):
+    pipe(*photos, **fast | {"guidance_scale": 3.0})
+    assert sum(calls["unet"]) == 2 * (4 + 1 + 1) + 2 * 4 * (2 + 3)
+
+
+def test_frames_are_the_same_for_every_batch_size(pipe, photos, fast):
+    for guidance in (1.0, 4.0):
+        results = [
+            pipe(*photos, **fast | {"n_frames": 5, "frame_batch_size": size, "guidance_scale": guidance}).frames
+            for size in (None, 1, 2, 5)
+        ]
+        assert all(close(result, results[0]) for result in results)
+
+
+# ── Options that change the method ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"fusion": "two_level_unwarped"},
+        {"fusion": "direct"},
+        {"attention_blocks": ()},
+        {"attention_blocks": (1, 2, 3)},
+        {"feature_block": 2},
+        {"feature_step": 3},
+        {"inversion_steps": 3},
+        {"lora_steps": 2},
+        {"prompt": "a cat"},
+        {"prompt": ("a fish", "a robot")},
+        {"guidance_scale": 4.0},
+        {"guidance_scale": 4.0, "negative_prompt": "a robot"},
+    ],
+    ids=str,
+)
+def test_every_option_does_something(pipe, photos, fast, option):
+    reference = fast | ({"guidance_scale": 4.0} if "negative_prompt" in option else {})
+    arguments = {"output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+    plain = pipe(*photos, **reference | arguments).frames
+    changed = pipe(*photos, **fast | option | arguments).frames
+    assert changed.isfinite().all()
+    assert not close(plain, changed, 1e-5)
+
+
+def test_guidance_towards_and_away_from_the_same_text_is_no_guidance(pipe, photos, fast):
+    guided = pipe(*photos, **fast | {"guidance_scale": 5.0, "negative_prompt": "a fish"}).frames
+    assert close(guided, pipe(*photos, **fast).frames, 1e-3)
+
+
+def test_two_equal_prompts_are_one(pipe, photos, fast):
+    assert torch.equal(pipe(*photos, **fast | {"prompt": ("a fish", "a fish")}).frames, pipe(*photos, **fast).frames)
+
+
+def test_frames_between_two_prompts_get_interpolated_embeddings(pipe, photos, fast):
+    seen = []
+
+    def keep(pipeline, i, timestep, tensors):
+        seen.append(tensors["prompt_embeds"])
+        return {}
+
+    pipe(
+        *photos,
+        **fast | {"prompt": ["a fish", "a robot"]},
+        callback_on_step_end=keep,
+        callback_on_step_end_tensor_inputs=["prompt_embeds"],
+    )
+    ends, _ = pipe.encode_prompt(["a fish", "a robot"], torch.device("cpu"))
+    assert close(seen[0], slerp(*ends, torch.tensor([0.25, 0.5, 0.75])), 1e-6)
+
+
+def test_embeddings_may_replace_prompts(pipe, photos, fast):
+    wordless = {name: value for name, value in fast.items() if name != "prompt"}
+    embeds, negative = pipe.encode_prompt("a fish", torch.device("cpu"), 1, True, "a cat")
+    expected = pipe(*photos, **fast | {"guidance_scale": 2.0, "negative_prompt": "a cat"}).frames
+    given = {"prompt_embeds": embeds, "negative_prompt_embeds": negative, "guidance_scale": 2.0}
+    assert torch.equal(pipe(*photos, **wordless, **given).frames, expected)
+    two, _ = pipe.encode_prompt(["a fish", "a cat"], torch.device("cpu"))
+    expected = pipe(*photos, **fast | {"prompt": ("a fish", "a cat")}).frames
+    assert torch.equal(pipe(*photos, **wordless, prompt_embeds=two).frames, expected)
+
+
+def test_clip_skip_takes_an_earlier_layer(pipe):
+    with torch.no_grad():
+        plain, _ = pipe.encode_prompt("a fish", torch.device("cpu"))
+        whole, _ = pipe.encode_prompt("a fish", torch.device("cpu"), clip_skip=0)
+        skipped, _ = pipe.encode_prompt("a fish", torch.device("cpu"), clip_skip=1)
+    assert close(plain, whole, 1e-5)
+    assert not close(plain, skipped, 1e-3)
+
+
+def test_long_prompts_are_cut_with_a_warning(pipe, caplog):
+    pipe.encode_prompt("a fish " * 40, torch.device("cpu"))
+    assert "left out" in caplog.text
+
+
+# ── Callbacks and interruption ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_callback_sees_every_step_and_only_the_tensors_asked_for(pipe, photos, fast):
+    steps = []
+
+    def record(pipeline, i, timestep, tensors):
+        steps.append((i, timestep, sorted(tensors)))
+        return tensors
+
+    pipe(
+        *photos,
+        **fast | {"guidance_scale": 2.0},
+        callback_on_step_end=record,
+        callback_on_step_end_tensor_inputs=pipe._callback_tensor_inputs,
+    )
+    assert [step[0] for step in steps] == list(range(pipe.num_timesteps)) == [0, 1, 2, 3]
+    assert [step[1] for step in steps] == [499, 333, 167, 1]
+    assert all(step[2] == ["latents", "negative_prompt_embeds", "prompt_embeds"] for step in steps)
+
+
+def test_callback_may_replace_latents_and_guidance(pipe, photos, fast):
+    def zero_at_the_end(pipeline, i, timestep, tensors):
+        pipeline._guidance_scale += 1.0
+        if i == pipeline.num_timesteps - 1:
+            tensors["latents"] = torch.zeros_like(tensors["latents"])
+        return tensors
+
+    arguments = fast | {"output_type": "latent", "guidance_scale": 2.0}
+    output = pipe(*photos, **arguments, callback_on_step_end=zero_at_the_end)
+    assert output.frames.abs().sum() == 0
+    assert pipe.guidance_scale == 2.0 + pipe.num_timesteps
+
+
+def test_interrupting_skips_the_steps_left(pipe, photos, fast):
+    fired = []
+
+    def stop(pipeline, i, timestep, tensors):
+        fired.append(i)
+        pipeline._interrupt = i == 1
+        return tensors
+
+    output = pipe(*photos, **fast, callback_on_step_end=stop)
+    assert fired == [0, 1]
+    assert output.frames.shape == (1, 3, 3, 64, 64)
+    assert not pipe(*photos, **fast).frames.equal(output.frames)
+
+
+# ── Everything is afterwards as it was ─────────────────────────────────────────────────────────────────────────────
+
+
+class Stop(BaseException):
+    """Not an Exception, as KeyboardInterrupt is not."""
+
+
+def fail_after(calls: int):
+    def hook(module, args, output):
+        nonlocal calls
+        calls -= 1
+        if calls < 0:
+            raise Stop
+
+    return hook
+
+
+@pytest.mark.parametrize("stage", [0, 2, 5, 8, 9, 11], ids=lambda n: f"UNet call {n}")
+def test_a_call_that_fails_anywhere_leaves_the_unet_as_it_was(pipe, photos, fast, stage):
+    pipe.unet.requires_grad_(True)
+    expected = pipe(*photos, **fast).frames
+    before = snapshot(pipe.unet)
+    handle = pipe.unet.register_forward_hook(fail_after(stage))
+    with pytest.raises(Stop):
+        pipe(*photos, **fast | {"lora_steps": 2})
+    handle.remove()
+    assert snapshot(pipe.unet) == before
+    assert torch.equal(pipe(*photos, **fast).frames, expected)
+
+
+def test_a_call_leaves_everything_as_it_was(pipe, photos, fast):
+    pipe.unet.train()
+    before = snapshot(pipe.unet)
+    dtypes = {name: getattr(pipe, name).dtype for name in ("unet", "vae", "text_encoder")}
+    scheduler = dict(pipe.scheduler.config), pipe.scheduler.timesteps.tolist()
+    pipe(*photos, **fast | {"lora_steps": 1})
+    assert snapshot(pipe.unet) == before
+    assert {name: getattr(pipe, name).dtype for name in dtypes} == dtypes
+    assert (dict(pipe.scheduler.config), pipe.scheduler.timesteps.tolist()) == scheduler
+
+
+# ── Seeds ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_generator_decides_and_the_global_one_is_left_alone(pipe, photos, fast):
+    arguments = fast | {"lora_steps": 2, "output_type": "latent"}
+
+    def run(seed, global_seed):
+        torch.manual_seed(global_seed)
+        before = torch.get_rng_state()
+        frames = pipe(*photos, **arguments, generator=torch.Generator().manual_seed(seed)).frames
+        assert torch.equal(torch.get_rng_state(), before)
+        return frames
+
+    assert torch.equal(run(0, 1), run(0, 2))
+    assert not torch.equal(run(0, 1), run(3, 1))
+
+
+def test_without_a_generator_the_global_one_decides(pipe, photos, fast):
+    arguments = fast | {"lora_steps": 2, "output_type": "latent"}
+    torch.manual_seed(0)
+    first, second = pipe(*photos, **arguments).frames, pipe(*photos, **arguments).frames
+    torch.manual_seed(0)
+    assert torch.equal(pipe(*photos, **arguments).frames, first)
+    assert not torch.equal(first, second)
+
+
+# ── Schedulers, precisions, components ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_any_scheduler_may_be_set_later(pipe, photos, fast):
+    expected = pipe(*photos, **fast).frames
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    assert torch.equal(pipe(*photos, **fast).frames, expected)
+
+
+def test_v_prediction_is_turned_into_noise_at_the_networks_own_timestep(components, photos, fast):
+    components["scheduler"] = DDIMScheduler.from_config(components["scheduler"].config, prediction_type="v_prediction")
+    pipe = DreamMoverPipeline(**components, requires_safety_checker=False)
+    latents, embeds = torch.randn(2, 4, 8, 8), torch.randn(2, 24, 32)
+    with torch.no_grad():
+        eps = pipe.predict_noise(latents, 501, embeds)
+        v = pipe.unet(latents, 501, embeds).sample
+    alpha_bar = pipe.scheduler.alphas_cumprod[501]
+    assert close(eps, alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * latents, 1e-5)
+    assert pipe(*photos, **fast | {"lora_steps": 1}).frames.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(tiny_pipe, dtype):
+    images = [EXAMPLES / "fish" / f"{i}.png" for i in (0, 1)]
+    arguments = {"n_frames": 2, "inversion_steps": 20, "lora_steps": 3, "output_type": "pt"}
+    expected = tiny_pipe(*images, **arguments, generator=torch.Generator().manual_seed(0)).frames
+    frames = tiny_pipe.to(dtype)(*images, **arguments, generator=torch.Generator().manual_seed(0)).frames
+    assert frames.dtype == torch.float32
+    assert frames.isfinite().all()
+    assert (frames - expected).abs().mean() < 0.03
+
+
+def test_a_text_encoder_of_another_precision_is_no_obstacle(pipe, photos, fast):
+    pipe.text_encoder.to(torch.bfloat16)
+    assert pipe(*photos, **fast).frames.isfinite().all()
+
+
+def test_an_overflowing_vae_is_run_again_in_float32(pipe, photos, fast, caplog):
+    # group norm divides the factor out again, so float32 sees the same pictures and float16 overflows on the way
+    for module in (pipe.vae.decoder.conv_in, pipe.vae.encoder.conv_in):
+        module.weight.data *= 2e5
+        module.bias.data *= 2e5
+    expected = pipe(*photos, **fast).frames
+    pipe.to(torch.float16)
+    pipe.unet.to(torch.float32)
+    frames = pipe(*photos, **fast).frames
+    assert frames.isfinite().all()
+    assert (frames - expected).abs().mean() < 0.02
+    assert pipe.vae.dtype == torch.float16
+    pipe(*photos, **fast)
+    assert caplog.text.count("overflowed") == 1
+
+
+def test_a_unet_that_overflows_is_an_error_in_words(pipe, photos, fast):
+    pipe.unet.conv_out.bias.data[0] = torch.inf
+    with pytest.raises(RuntimeError, match=r"bfloat16 or float32"):
+        pipe(*photos, **fast)
+
+
+def test_a_tiny_autoencoder_will_do(components, photos, fast):
+    components["vae"] = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 1),
+        latent_channels=4,
+    ).eval()
+    pipe = DreamMoverPipeline(**components, requires_safety_checker=False)
+    assert pipe(*photos, **fast).frames.shape == (1, 3, 3, 64, 64)
+
+
+@pytest.fixture
+def safety_checker():
+    torch.manual_seed(0)
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=16)).eval()
+    extractor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return checker, extractor
+
+
+@pytest.mark.parametrize("flags", [True, False])
+def test_the_safety_checker_is_honoured(components, safety_checker, photos, fast, flags):
+    checker, extractor = safety_checker
+    checker.concept_embeds_weights.data.fill_(-2.0 if flags else 2.0)  # cosines lie within ±1
+    checker.special_care_embeds_weights.data.fill_(2.0)
+    components.update(safety_checker=checker, feature_extractor=extractor)
+    output = DreamMoverPipeline(**components)(*photos, **fast, include_inputs=True)
+    assert output.nsfw_content_detected == [[False, *[flags] * 3, False]]
+    assert (float(output.frames[0, 1:-1].max()) == 0) == flags
+    assert float(output.frames[0, 0].max()) > 0.5
+
+
+def test_a_safety_checker_needs_its_extractor_and_its_absence_is_mentioned(components, safety_checker, caplog):
+    with pytest.raises(ValueError, match="feature_extractor"):
+        DreamMoverPipeline(**components | {"safety_checker": safety_checker[0]})
+    DreamMoverPipeline(**components)
+    assert "without a safety checker" in caplog.text
+
+
+def test_every_component_may_be_missing(components):
+    nothing = dict.fromkeys(components)
+    text = DreamMoverPipeline(
+        **nothing | {name: components[name] for name in ("tokenizer", "text_encoder")}, requires_safety_checker=False
+    )
+    embeds, _ = text.encode_prompt("a fish", torch.device("cpu"))
+    assert embeds.shape == (1, 24, 32)
+    DreamMoverPipeline(**nothing, requires_safety_checker=False)
+
+
+@pytest.mark.parametrize("feature", ["freeu", "fused_qkv", "attention_slicing", "vae_slicing", "layerwise_casting"])
+def test_diffusers_switches_work(pipe, photos, fast, feature):
+    # prepared beforehand: matching random features has near ties, which the least rounding decides otherwise
+    prepared = pipe.prepare(*photos, num_inference_steps=6, inversion_steps=4, feature_step=2, lora_steps=0)
+    expected = pipe.render(prepared, n_frames=3, output_type="pt").frames
+    if feature == "freeu":
+        pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    elif feature == "fused_qkv":
+        pipe.fuse_qkv_projections()
+    elif feature == "attention_slicing":
+        pipe.enable_attention_slicing()
+    elif feature == "vae_slicing":
+        pipe.vae.enable_slicing()
+    else:
+        pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    before = snapshot(pipe.unet) if feature != "layerwise_casting" else None
+    assert pipe(*photos, **fast).frames.isfinite().all()
+    frames = pipe.render(prepared, n_frames=3, output_type="pt").frames
+    assert close(frames, expected) == (feature in ("fused_qkv", "attention_slicing", "vae_slicing"))
+    if before:
+        assert snapshot(pipe.unet) == before
+
+
+def test_large_frames_go_through_a_tiled_vae(pipe, photos, fast):
+    arguments = fast | {"height": 96, "width": 128, "n_frames": 1}
+    expected = pipe(*photos, **arguments).frames
+    pipe.vae.enable_tiling()
+    tiled = pipe(*photos, **arguments).frames
+    assert tiled.shape == expected.shape
+    assert not torch.equal(tiled, expected)
+
+
+def test_progress_is_shown_by_name_and_can_be_switched_off(pipe, photos, fast, capfd):
+    pipe(*photos, **fast)
+    assert capfd.readouterr().err == ""
+    pipe.set_progress_bar_config(disable=False)
+    pipe(*photos, **fast | {"lora_steps": 1})
+    shown = capfd.readouterr().err
+    assert all(stage in shown for stage in ("Fitting LoRA", "Inverting", "Denoising", "Decoding"))
+
+
+# ── Bad input is refused before any model runs ─────────────────────────────────────────────────────────────────────
+
+GOOD = np.zeros((64, 64, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"img0": "no/such/file.png"}, ValueError, "img0"),
+        ({"img1": None}, TypeError, "img1"),
+        ({"img1": np.full((64, 64, 3), np.nan, np.float32)}, ValueError, "img1"),
+        ({"img0": [GOOD, GOOD], "img1": [GOOD]}, ValueError, "2 and 1 came"),
+        ({"img0": [GOOD], "img1": GOOD}, ValueError, "img0.*img1"),
+        ({"img0": np.zeros((4, 2000, 3), np.uint8)}, ValueError, "img0|aspect|side"),
+        ({"n_frames": 0}, ValueError, "`n_frames` must be at least 1, not 0"),
+        ({"n_frames": 2.5}, TypeError, "n_frames"),
+        ({"times": [0.0, 0.5]}, ValueError, "`times`.*0.0"),
+        ({"times": [0.5, 1.0]}, ValueError, "`times`.*1.0"),
+        ({"times": [float("nan")]}, ValueError, "`times`"),
+        ({"times": []}, ValueError, "`times`.*empty"),
+        ({"times": "half"}, TypeError, "`times`"),
+        ({"inversion_steps": 51}, ValueError, "must nest"),
+        ({"feature_step": 31}, ValueError, "must nest"),
+        ({"feature_step": 0}, ValueError, "feature_step"),
+        ({"num_inference_steps": 1001}, ValueError, "num_inference_steps"),
+        ({"feature_block": 4}, ValueError, "`feature_block` 4"),
+        ({"feature_block": -1}, ValueError, "feature_block"),
+        ({"attention_blocks": (2, 4)}, ValueError, "attention_blocks.*4"),
+        ({"attention_blocks": (0,)}, ValueError, "no self-attention"),
+        ({"attention_blocks": 2}, TypeError, "attention_blocks"),
+        ({"fusion": "three_level"}, ValueError, "`fusion`.*'two_level'"),
+        ({"output_type": "jpeg"}, ValueError, "`output_type`.*'pil'"),
+        ({"guidance_scale": float("inf")}, ValueError, "guidance_scale"),
+        ({"guidance_scale": "7"}, TypeError, "guidance_scale"),
+        ({"lora_steps": -1}, ValueError, "lora_steps"),
+        ({"lora_rank": 0}, ValueError, "lora_rank"),
+        ({"lora_learning_rate": 0.0}, ValueError, "lora_learning_rate"),
+        ({"lora_scale": -1.0}, ValueError, "lora_scale"),
+        ({"frame_batch_size": 0}, ValueError, "frame_batch_size"),
+        ({"height": 0}, ValueError, "height"),
+        ({"width": 8}, ValueError, "width"),
+        ({"prompt": 5}, TypeError, "prompt"),
+        ({"prompt": None}, TypeError, "prompt"),
+        ({"prompt": ["a", "b", "c"]}, ValueError, "prompt"),
+        ({"prompt_embeds": torch.zeros(1, 24, 32), "prompt": "a"}, ValueError, "not both"),
+        ({"prompt_embeds": torch.zeros(3, 24, 32)}, ValueError, "prompt_embeds"),
+        ({"prompt_embeds": torch.zeros(1, 24, 16)}, ValueError, "prompt_embeds.*32"),
+        ({"prompt_embeds": "a"}, TypeError, "prompt_embeds"),
+        ({"negative_prompt": 3}, TypeError, "negative_prompt"),
+        ({"negative_prompt": ["a", "b"]}, ValueError, "negative_prompt"),
+        ({"negative_prompt_embeds": torch.zeros(2, 24, 32)}, ValueError, "negative_prompt_embeds"),
+        ({"generator": 5}, TypeError, "generator"),
+        ({"generator": [torch.Generator()] * 2}, ValueError, "generator"),
+        ({"clip_skip": -1}, ValueError, "clip_skip"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, ValueError, "callback_on_step_end_tensor_inputs"),
+    ],
+    ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_refused_before_any_model_runs(pipe, calls, arguments, error, message):
+    with pytest.raises(error, match=message):
+        pipe(**{"img0": GOOD, "img1": GOOD, "output_type": "pt", "n_frames": 1} | arguments)
+    assert not any(calls.values())
+
+
+def test_prepare_takes_one_pair(pipe):
+    with pytest.raises(ValueError, match="one pair"):
+        pipe.prepare([GOOD] * 2, [GOOD] * 2)
+
+
+def test_a_unet_for_something_else_is_refused(pipe, photos, fast):
+    pipe.unet.register_to_config(in_channels=9)
+    with pytest.raises(ValueError, match="9 channels"):
+        pipe(*photos, **fast)
