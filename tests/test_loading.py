@@ -326,6 +326,7 @@ def in_fresh_process(function, *args, home: Path, installed: bool = True, hub: s
     private = re.compile("(HF_|HUGGING|TRANSFORMERS_|DIFFUSERS_|PYTHON)|.*_proxy$", re.IGNORECASE)
     environment = {name: value for name, value in os.environ.items() if not private.match(name)}
     environment |= {"HF_HOME": str(home / "hf"), "HF_MODULES_CACHE": str(home / "modules"), "DO_NOT_TRACK": "1"}
+    environment["OMP_NUM_THREADS"] = "1"  # these models are too small to share; threads would wait for each other
     environment |= {"HF_ENDPOINT": hub, "HF_HUB_DISABLE_XET": "1"} if hub else {"HF_HUB_OFFLINE": "1"}
     arguments = [function.__name__, str(int(installed)), *map(str, args)]
     process = subprocess.run(

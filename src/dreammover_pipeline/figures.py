@@ -53,13 +53,15 @@ def flow_picture(flow: BidirectionalFlow) -> Image.Image:
     """Show the forward and the backward flow side by side, and a wheel that says how to read them.
 
     A colour's hue is the direction in which a latent cell moves, its saturation how far: white stays, a full colour
-    moves as far as the longest vector of the two flows. In the wheel a colour lies where it points to.
+    moves at least as far as all but a twentieth of the cells do, whose few outliers would else make the rest pale. In
+    the wheel a colour lies where it points to.
     """
     fields = [np.asarray(field[0].detach().double().cpu()) for field in (flow.forward, flow.backward)]  # [2,h,w]
-    longest = max(float(np.hypot(*field).max()) for field in fields)
-    panels = [_enlarged(Image.fromarray(flow_colours(field, longest))) for field in fields]
+    lengths = np.concatenate([np.hypot(*field).ravel() for field in fields])
+    full = float(np.percentile(lengths, 95)) or float(lengths.max())
+    panels = [_enlarged(Image.fromarray(flow_colours(field, full))) for field in fields]
     panels.append(_wheel())
-    titles = ["forward, 0 to 1", "backward, 1 to 0", f"full: {longest:.3g} cells"]
+    titles = ["forward, 0 to 1", "backward, 1 to 0", f"full: {full:.3g} cells"]
 
     lefts = [MARGIN]
     for panel in panels:
@@ -73,18 +75,18 @@ def flow_picture(flow: BidirectionalFlow) -> Image.Image:
     return picture
 
 
-def flow_colours(field: np.ndarray, longest: float) -> np.ndarray:
+def flow_colours(field: np.ndarray, full: float) -> np.ndarray:
     """Colour a field of vectors: hue is direction, saturation is length.
 
     Args:
         field: (2,h,w) vectors (dx, dy), rightwards and downwards.
-        longest: the length that gets a full colour; 0 only for a field of zeros.
+        full: the length from which on a colour is full; 0 only for a field of zeros.
 
     Returns:
         (h,w,3) uint8 RGB: white where the vector is zero, red to the right, hues turning clockwise as seen.
     """
     angle = np.arctan2(field[1], field[0]) / (2 * np.pi) % 1
-    length = np.hypot(*field) / (longest or 1)
+    length = np.minimum(np.hypot(*field) / (full or 1), 1)
     hsv = np.stack([angle * 255, length * 255, np.full_like(length, 255)], axis=-1)  # [h,w,3]
     return np.asarray(Image.fromarray(hsv.round().astype(np.uint8), mode="HSV").convert("RGB"))
 

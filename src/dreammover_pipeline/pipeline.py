@@ -881,9 +881,13 @@ class DreamMoverPipeline(
         return frames, [flagged] if flagged else None
 
     def _progress(self, total: int, doing: str):
-        bar = self.progress_bar(total=total)
-        bar.set_description(doing)
-        return bar
+        """diffusers' progress bar, with a name; the user's settings stand."""
+        settings = getattr(self, "_progress_bar_config", {})
+        try:
+            self.set_progress_bar_config(**{"desc": doing, **settings})
+            return self.progress_bar(total=total)
+        finally:
+            self.set_progress_bar_config(**settings)
 
 
 def load_pairs(img0, img1) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
