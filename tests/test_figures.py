@@ -114,7 +114,7 @@ def test_a_sheet_needs_a_time_for_each_frame():
 
 
 def test_a_few_outliers_do_not_make_the_rest_of_a_flow_pale():
-    flow = constant_flow(1, 0)
+    flow = constant_flow(1, 0, 8, 8).clone()
     flow[..., 0, 0] = 1000
     picture = np.asarray(flow_picture(BidirectionalFlow(flow, flow)))
     panel = picture[MARGIN + CAPTION :, MARGIN:]
