@@ -288,15 +288,17 @@ class TestSlerp:
         a, b = randn(2, 5, 8)
         return a / a.norm(dim=-1, keepdim=True), b / b.norm(dim=-1, keepdim=True)
 
-    def test_closed_form(self):
-        a, b = randn(2, 3, 4)
+    @pytest.mark.parametrize("apart", [0.01, 0.2, 5.0])
+    def test_closed_form(self, apart):
+        a = randn(3, 4)
+        b = a + apart * randn(3, 4, seed=1)
         result = slerp(a, b, times_of())
         assert result.shape == (len(TIMES), 3, 4)
         for i, delta in enumerate(TIMES):
             for row in range(3):
                 angle = math.acos(float(a[row] @ b[row] / (a[row].norm() * b[row].norm())))
                 expected = math.sin((1 - delta) * angle) * a[row] + math.sin(delta * angle) * b[row]
-                assert_exact(result[i, row], expected / math.sin(angle))
+                torch.testing.assert_close(result[i, row], expected / math.sin(angle), rtol=1e-10, atol=1e-10)
 
     def test_ends(self, units):
         assert_exact(slerp(*units, times_of(0.0, 1.0)), torch.stack(units))

@@ -31,19 +31,20 @@ UNEXPECTED = "not expected"  # of what diffusers logs where an __init__ does not
 # What the processes do.
 
 
-def frames_of(pipe, **kwargs) -> np.ndarray:
-    """A short call on the embedded checkpoint's scale, LoRA included: (2, 96, 96, 3)."""
-    return output_of(pipe, **kwargs).frames[0]
+def frames_of(pipe) -> np.ndarray:
+    """What the whole method makes, LoRA included: (2, 96, 96, 3)."""
+    return output_of(pipe, lora_steps=1).frames[0]
 
 
-def output_of(pipe, **kwargs):
+def output_of(pipe, lora_steps: int = 0):
+    """A short call on the embedded checkpoint's scale."""
     import torch
 
     pipe.set_progress_bar_config(disable=True)
-    short = {"n_frames": 2, "num_inference_steps": 6, "inversion_steps": 3, "feature_step": 2, "lora_steps": 1}
+    short = {"n_frames": 2, "num_inference_steps": 6, "inversion_steps": 3, "feature_step": 2}
     images = [str(ROOT / "examples" / "fish" / name) for name in ("0.png", "1.png")]
     generator = torch.Generator().manual_seed(0)
-    output = pipe(*images, prompt="a fish", **short, generator=generator, output_type="np", **kwargs)
+    output = pipe(*images, prompt="a fish", **short, lora_steps=lora_steps, generator=generator, output_type="np")
     assert output.frames.shape == (1, 2, 96, 96, 3)
     assert np.isfinite(output.frames).all()
     return output
@@ -121,10 +122,10 @@ def check_scheduler_honoured(load, checkpoint: str) -> None:
     assert (pipe.scheduler.config.beta_start, pipe.scheduler.config.beta_end) == (0.001, 0.01)
     assert pipe.scheduler.config.beta_schedule == "linear"
     assert dict(euler.config) == before
-    frames_of(pipe)
+    output_of(pipe)
 
 
-def by_installed_class(checkpoint: str, expected: str) -> None:
+def by_installed_class(checkpoint: str, guarded: str, files_missing: str, keys_missing: str, expected: str) -> None:
     import torch
 
     from dreammover_pipeline import DreamMoverPipeline
@@ -145,10 +146,6 @@ def by_installed_class(checkpoint: str, expected: str) -> None:
     pipe = DreamMoverPipeline.from_pretrained(MODEL_ID, safety_checker=None)
     assert pipe.safety_checker is None
     check_frames(pipe, expected)
-
-
-def by_installed_class_with_parts(checkpoint: str, guarded: str, files_missing: str, keys_missing: str) -> None:
-    from dreammover_pipeline import DreamMoverPipeline
 
     check_optional_parts(DreamMoverPipeline.from_pretrained, guarded, files_missing, keys_missing)
     check_scheduler_honoured(DreamMoverPipeline.from_pretrained, checkpoint)
@@ -178,7 +175,7 @@ def custom_loader(code: str):
     return load
 
 
-def by_folder(code: str, checkpoint: str, expected: str) -> None:
+def by_folder(code: str, saved: str, checkpoint: str, expected: str) -> None:
     import torch
 
     load = custom_loader(code)
@@ -187,8 +184,11 @@ def by_folder(code: str, checkpoint: str, expected: str) -> None:
     assert pipe.safety_checker is None
     check_frames(pipe, expected)
 
-    pipe = load(checkpoint, safety_checker=None)
-    assert pipe.safety_checker is None
+    pipe.save_pretrained(saved)
+    again = load(saved)
+    check_same_tensors(weights_of(again), weights_of(load(checkpoint)))
+    check_frames(again, expected)
+    assert load(checkpoint, safety_checker=None).safety_checker is None
     assert dtypes_of(load(checkpoint, dtype=torch.float16)) == {torch.float16}
 
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
@@ -324,12 +324,6 @@ def saving(folder: str, folder_with_parts: str, checkpoint: str, guarded: str, e
     assert StableDiffusionPipeline.from_pretrained(folder_with_parts).safety_checker is not None
 
 
-def saved_by_folder(code: str, folder: str, checkpoint: str, expected: str) -> None:
-    pipe = custom_loader(code)(folder)
-    check_same_tensors(weights_of(pipe), weights_of(custom_loader(code)(checkpoint)))
-    check_frames(pipe, expected)
-
-
 # How the processes are started.
 
 
@@ -388,10 +382,15 @@ def checkpoint() -> Path:
 @pytest.fixture(scope="session")
 def expected(checkpoint, tmp_path_factory) -> Path:
     """The frames every route must come to."""
+    import torch
+
     from dreammover_pipeline import DreamMoverPipeline
 
     file = tmp_path_factory.mktemp("expected") / "frames.npy"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes
     np.save(file, frames_of(DreamMoverPipeline.from_pretrained(checkpoint)))
+    torch.set_num_threads(threads)
     return file
 
 
@@ -528,21 +527,18 @@ def single_file(checkpoint, tmp_path_factory) -> Path:
 # The routes.
 
 
-def test_the_installed_class_loads_in_one_precision(checkpoint, with_parts, expected, tmp_path):
+def test_the_installed_class(checkpoint, with_parts, expected, tmp_path):
+    arguments = (by_installed_class, checkpoint, *with_parts, expected)
     with serve(folder_repository(MODEL_ID, with_parts[0])) as hub:
-        log = in_fresh_process(by_installed_class, checkpoint, expected, home=tmp_path, hub=hub.endpoint)
+        log = in_fresh_process(*arguments, home=tmp_path, hub=hub.endpoint)
     assert UNEXPECTED not in log
     assert f"{MODEL_ID}/unet/diffusion_pytorch_model.safetensors" in hub.downloads
     assert not [file for file in hub.downloads if "/safety_checker/" in file]  # declined
 
 
-def test_the_installed_class_honours_the_parts_passed_to_it(checkpoint, with_parts, tmp_path):
-    log = in_fresh_process(by_installed_class_with_parts, checkpoint, *with_parts, home=tmp_path)
-    assert UNEXPECTED not in log
-
-
 def test_a_folder_of_code_needs_no_installation(core_folder, checkpoint, expected, tmp_path):
-    log = in_fresh_process(by_folder, core_folder, checkpoint, expected, home=tmp_path, installed=False)
+    arguments = (by_folder, core_folder, tmp_path / "saved", checkpoint, expected)
+    log = in_fresh_process(*arguments, home=tmp_path, installed=False)
     assert UNEXPECTED not in log
 
 
@@ -572,12 +568,9 @@ def test_a_single_file(single_file, checkpoint, with_parts, expected, tmp_path):
     in_fresh_process(by_single_file, single_file, checkpoint, with_parts[0], expected, home=tmp_path)
 
 
-def test_what_is_saved_comes_back(core_folder, checkpoint, with_parts, expected, tmp_path):
+def test_what_is_saved_comes_back(checkpoint, with_parts, expected, tmp_path):
     saved, saved_with_parts = tmp_path / "saved", tmp_path / "saved_with_parts"
-    arguments = (saved, saved_with_parts, checkpoint, with_parts[0], expected)
-    in_fresh_process(saving, *arguments, home=tmp_path / "first")
-    arguments = (saved_by_folder, core_folder, saved, checkpoint, expected)
-    in_fresh_process(*arguments, home=tmp_path / "second", installed=False)
+    in_fresh_process(saving, saved, saved_with_parts, checkpoint, with_parts[0], expected, home=tmp_path)
 
 
 def test_the_wheel_holds_what_it_must_and_no_more(checkpoint, expected, tmp_path):

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+from .inputs import check_integer
 from .records import Canvas
 
 Photo = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
@@ -60,7 +61,7 @@ def load_images(source: Photo | Sequence[Photo], name: str) -> list[torch.Tensor
 
 
 def plan_canvas(
-    size: Size, native_side: int, multiple: int, min_side: int, height: int | None = None, width: int | None = None
+    size: Size, native_side: float, multiple: int, min_side: int, height: int | None = None, width: int | None = None
 ) -> Canvas:
     """Decides the size the models work at and the size frames come back at.
 
@@ -76,14 +77,14 @@ def plan_canvas(
         height, width: Size asked for, in pixels.
 
     Raises:
-        TypeError: `height` or `width` is not an int.
+        TypeError: `height` or `width` is not an integer.
         ValueError: `height` or `width` is not positive, or the working size is too small or absurdly large.
     """
     for side, name in ((height, "height"), (width, "width")):
-        if side is not None and (not isinstance(side, int) or isinstance(side, bool)):
-            raise TypeError(f"{name} is {side!r}, a {type(side).__name__}; an int is needed")
-        if side is not None and not 1 <= side <= MAX_PIXELS:
-            raise ValueError(f"{name} is {side}; a number of pixels from 1 to {MAX_PIXELS} is needed")
+        if side is not None:
+            check_integer(name, side, 1)
+            if side > MAX_PIXELS:
+                raise ValueError(f"`{name}` must be at most {MAX_PIXELS} pixels, not {side}")
     content = _content_size(size, native_side, height, width)
     canvas = tuple(math.ceil(side / multiple) * multiple for side in content)
     asked = f"height={height}, width={width} and a first image of {size[0]}×{size[1]} pixels (height × width)"

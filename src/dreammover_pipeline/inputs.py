@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 
@@ -17,7 +18,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 def check_integer(name: str, value, minimum: int) -> None:
     """Raise unless `value` is an integer of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` must be an integer, not {value!r} of type {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, not {value}")
@@ -25,7 +26,7 @@ def check_integer(name: str, value, minimum: int) -> None:
 
 def check_number(name: str, value, minimum: float, inclusive: bool = True) -> None:
     """Raise unless `value` is a finite real number of at least (or, not inclusive, above) `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number, not {value!r} of type {type(value).__name__}")
     if not math.isfinite(value) or value < minimum or (value == minimum and not inclusive):
         bound = "at least" if inclusive else "above"

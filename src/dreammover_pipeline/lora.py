@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .ddim import recompose, v_from_eps
+from .inputs import check_integer, check_number
 
 ADAPTER = "dreammover_pair"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -30,12 +31,9 @@ class LoraFit:
     learning_rate: float
 
     def __post_init__(self):
-        for name in ("steps", "rank"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be positive and finite, not {self.learning_rate!r}")
+        check_integer("steps", self.steps, 1)
+        check_integer("rank", self.rank, 1)
+        check_number("learning_rate", self.learning_rate, 0, inclusive=False)
 
 
 def fit_pair_lora(
