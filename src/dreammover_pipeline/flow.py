@@ -45,22 +45,31 @@ def backward_warp(x: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
     """
     h, w = x.shape[-2:]
     dtype = working_dtype(x)
+    # Cells have integer centres; grid_sample's edge-based coordinates express that on grids of one cell too.
     target = cell_grid(h, w, flow.to(dtype)) + flow.to(dtype)
-    extent = torch.tensor([max(w - 1, 1), max(h - 1, 1)], device=x.device, dtype=dtype).reshape(1, 2, 1, 1)
-    normalised = (2 * target / extent - 1).movedim(1, -1)  # (B, h, w, 2)
-    return F.grid_sample(x.to(dtype), normalised, mode="bilinear", padding_mode="zeros", align_corners=True)
+    extent = torch.tensor([w, h], device=x.device, dtype=dtype).reshape(1, 2, 1, 1)
+    normalised = ((2 * target + 1) / extent - 1).movedim(1, -1)  # (B, h, w, 2)
+    return F.grid_sample(x.to(dtype), normalised, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 @contextmanager
 def _exact_matmul(device_type: str) -> Iterator[None]:
     """Full float32 products, whatever autocast, TF32 or bf16 setting the caller has: in bf16 45 % of matches move."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    if hasattr(torch.backends.mkldnn, "matmul"):  # since torch 2.9 every backend has a setting of its own
+        backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+        attribute, exact = "fp32_precision", "ieee"
+        settings = [backend.fp32_precision for backend in backends]
+    else:
+        backends, attribute, exact = [torch.backends.cuda.matmul], "allow_tf32", False
+        settings = [torch.backends.cuda.matmul.allow_tf32]
     try:
+        for backend in backends:
+            setattr(backend, attribute, exact)
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for backend, setting in zip(backends, settings, strict=True):
+            setattr(backend, attribute, setting)
 
 
 def match_features(features: torch.Tensor, size: tuple[int, int]) -> BidirectionalFlow:

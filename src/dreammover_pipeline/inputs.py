@@ -7,7 +7,7 @@ Every error names the argument, says what came and what is allowed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
 import torch
@@ -76,7 +76,7 @@ def frame_times(n_frames, times) -> tuple[float, ...]:
         raise TypeError(f"`times` must be a sequence of numbers, not {times!r}") from error
     if not values:
         raise ValueError("`times` must hold at least one number, but it is empty")
-    outside = [value for value in values if not 0 < value < 1]
+    outside = [value for value in values if not 0 < torch.tensor(value).item() < 1]  # as float32, like the rest
     if outside:
         raise ValueError(f"`times` must lie strictly between 0 and 1, but {outside[0]} is among them")
     return values
@@ -89,7 +89,7 @@ def check_attention_blocks(blocks, self_attentions: Sequence[int]) -> None:
         blocks: the `attention_blocks` argument.
         self_attentions: the number of self-attentions in each up block of the UNet.
     """
-    if isinstance(blocks, (str, int)) or not all(type(block) is int for block in blocks):
+    if isinstance(blocks, str) or not isinstance(blocks, Iterable) or not all(type(block) is int for block in blocks):
         raise TypeError(f"`attention_blocks` must be a sequence of integers, not {blocks!r}")
     for block in blocks:
         if not 0 <= block < len(self_attentions):

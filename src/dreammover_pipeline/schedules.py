@@ -53,7 +53,8 @@ def ddim_schedule(scheduler: SchedulerMixin, num_inference_steps: int, inversion
     ddim.set_timesteps(num_inference_steps)
     timesteps = ddim.timesteps.tolist()[::-1]
     trained = len(ddim.alphas_cumprod)
-    if timesteps[-1] >= trained or sorted(set(timesteps)) != timesteps:
+    distinct = len(timesteps) == num_inference_steps and timesteps == sorted(set(timesteps))
+    if not distinct or timesteps[0] < 0 or timesteps[-1] >= trained:
         raise ValueError(
             f"`num_inference_steps` {num_inference_steps} does not cut the scheduler's {trained} timesteps into "
             "distinct steps; use fewer"
