@@ -18,6 +18,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.tiny import CHECKPOINT
 
+# Models this small gain nothing from threads, and on a busy machine threads that wait for each other lose a lot.
+torch.set_num_threads(1)
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 

@@ -212,6 +212,7 @@ def test_models_run_exactly_as_often_as_the_method_needs(pipe, photos, fast, cal
     pair_calls = fit + (steps + 1) + 1 + steps  # fit, one inversion and ε at its end, features, references
     assert sum(calls["unet"]) == 2 * pair_calls + steps * frames
     assert len(calls["unet"]) == pair_calls + steps * batches
+    assert max(calls["unet"]) == max(2, -(-frames // batches))  # what is held at once does not grow with the frames
     assert calls["encoder"] == [2]
     assert calls["decoder"] == [1] * frames
     assert calls["text_encoder"] == [1]

@@ -490,7 +490,7 @@ class DreamMoverPipeline(
         weights = self._fit_lora(clean, prompt_embeds, settings, draw_seed(generator))
         active = self.unet.active_adapters() if self.unet._hf_peft_config_loaded else []
         flags = [(parameter, parameter.requires_grad) for parameter in self.unet.parameters()]
-        self.load_lora_weights({f"unet.{name}": weight for name, weight in weights.items()}, adapter_name=adapter_name)
+        self.unet.load_lora_adapter(weights, prefix=None, adapter_name=adapter_name, _pipeline=self)
         self.unet.set_adapter([*active, adapter_name])
         self.unet.requires_grad_(False)  # peft makes active adapters trainable
         for parameter, flag in flags:
