@@ -300,3 +300,20 @@ def test_cross_attention_kwargs_scale_all_loras(pipe, photos, fast):
     off = pipe(*photos, **fast, cross_attention_kwargs={"scale": 0.0}).frames
     assert not torch.allclose(active, plain, atol=1e-3)
     assert torch.allclose(off, plain, atol=1e-4)
+
+
+def test_the_text_encoders_loras_are_scaled_too_and_come_back(pipe):
+    def embed(scale=None):
+        with torch.no_grad():
+            return pipe.encode_prompt("a fish", torch.device("cpu"), lora_scale=scale)[0]
+
+    plain = embed()
+    pipe.text_encoder.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"]), "words")
+    for name, parameter in pipe.text_encoder.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(0.5)
+    full = embed()
+    assert not torch.allclose(full, plain, atol=1e-3)
+    assert torch.allclose(embed(0.0), plain, atol=1e-5)
+    assert not torch.allclose(embed(0.5), full, atol=1e-4)
+    assert torch.allclose(embed(), full, atol=1e-6)

@@ -680,7 +680,7 @@ class DreamMoverPipeline(
         if self.safety_checker is None:
             return image, None
         pictures = self.image_processor.numpy_to_pil(self.image_processor.pt_to_numpy(image))
-        device, dtype = self._execution_device, self.unet.dtype
+        device, dtype = self._execution_device, self.safety_checker.dtype
         clip_input = self.feature_extractor(pictures, return_tensors="pt").pixel_values.to(device, dtype)
         return self.safety_checker(images=image, clip_input=clip_input)
 
