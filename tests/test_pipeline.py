@@ -134,18 +134,20 @@ def test_the_checkpoints_own_numbers_are_used(tiny_pipe, fast):
     assert output.flow[0].forward.shape == (1, 2, 24, 24)
 
 
-def test_the_method_beats_a_cross_fade_on_the_embedded_checkpoint(tiny_pipe):
-    """Half-way between two poses a cross-fade shows two ghosts; the frames here must be closer to one sprite."""
-    images = [EXAMPLES / "fish" / f"{i}.png" for i in (0, 1)]
-    first, last = (torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) / 255 for path in images)
-    prepared = tiny_pipe.prepare(*images, prompt="a plain blue and purple fish", lora_steps=0)
+@pytest.mark.parametrize("name", ["fish", "robot"])
+def test_the_method_beats_a_cross_fade_on_the_embedded_checkpoint(tiny_pipe, name):
+    """Against the true frame half-way, on a pair it has never seen and without a LoRA: by far more than rounding."""
+
+    def read(file):
+        pixels = np.array(Image.open(EXAMPLES / name / file))
+        return torch.from_numpy(pixels).permute(2, 0, 1) / 255
+
+    def psnr(image):
+        return float(-10 * (image - read("0.500.png")).square().mean().log10())
+
+    prepared = tiny_pipe.prepare(EXAMPLES / name / "0.png", EXAMPLES / name / "1.png", lora_steps=0)
     middle = tiny_pipe.render(prepared, times=[0.5], output_type="pt").frames[0, 0]
-
-    def sharpness(image):
-        return float(image.diff(dim=-1).pow(2).mean() + image.diff(dim=-2).pow(2).mean())
-
-    assert sharpness(middle) > 0.8 * sharpness(first)
-    assert sharpness((first + last) / 2) < 0.6 * sharpness(first)
+    assert psnr(middle) > psnr((read("0.png") + read("1.png")) / 2) + 1.5
 
 
 # ── Batches ────────────────────────────────────────────────────────────────────────────────────────────────────────
