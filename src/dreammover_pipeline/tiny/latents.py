@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training images as the UNet sees them: latents in shards, and captions as tokens."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from tqdm import tqdm
+
+from . import validation
+from .models import WORDS, build_tokenizer
+from .recipes import Recipe, draw_images, from_bytes, seed_of
+from .trainer import write_state
+
+SHORTENED = 8  # one caption in so many says nothing of the background
+
+
+class LatentShards:
+    """The UNet's training images, encoded once: with thousands of samples a second, drawing anew would be the brake.
+
+    Shards are files in a folder of their own. They follow from the recipe and the autoencoder, so they need not be
+    copied along with the states: what is missing is made again.
+
+    Args:
+        recipe: says how many.
+        folder: of the shards.
+        vae: the finished autoencoder.
+        vae_step: how long it was trained; shards of another are replaced.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, vae: AutoencoderKL, vae_step: int):
+        self.recipe, self.folder, self.vae, self.vae_step = recipe, folder, vae, vae_step
+        self.tokenizer = build_tokenizer(WORDS, recipe.sizes.tokens)
+
+    def make(self, deadline: float) -> bool:
+        """Make the shards that are missing; whether all are there, or the time was up before."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        numbers = range(self.recipe.images // self.recipe.shard)
+        for number in tqdm(numbers, desc="latents", unit="shard"):
+            if self._is_there(number):
+                continue
+            if time.monotonic() >= deadline:
+                return False
+            write_state(self._file(number), self._encoded(number))
+        return True
+
+    def load(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """All latents (N, C, h, w) float16, scaled, and their captions' tokens (N, L)."""
+        files = [self._file(number) for number in range(self.recipe.images // self.recipe.shard)]
+        shards = [torch.load(file) for file in files]
+        latents, tokens = (torch.cat([shard[key] for shard in shards]) for key in ("latents", "tokens"))
+        return latents.to(device), tokens.to(device)
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number:04d}.pt"
+
+    def _is_there(self, number: int) -> bool:
+        file = self._file(number)
+        return file.is_file() and torch.load(file, mmap=True)["vae_step"] == self.vae_step
+
+    def _encoded(self, number: int) -> dict:
+        seed = seed_of(self.recipe.seed, "latents", number)
+        images, captions = draw_images(self.recipe.world, self.recipe.shard, seed, self.vae.device)
+        captions[::SHORTENED] = [caption.split(" over ")[0] for caption in captions[::SHORTENED]]
+        latents = [validation.encode(self.vae, from_bytes(part)) for part in images.split(256)]
+        return {
+            "latents": torch.cat(latents).half().cpu(),
+            "tokens": tokenized(self.tokenizer, captions),
+            "vae_step": self.vae_step,
+        }
+
+
+def tokenized(tokenizer, captions: list[str]) -> Tensor:
+    """(B, L) int16, padded to the longest prompt there may be."""
+    ids = tokenizer(captions, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+    return ids.input_ids.to(torch.int16)

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the two networks learn from, how they are measured, and which of them is kept.
+
+A stage has a `name`, a `plan` and a `rule` in words; it `build`s a model, computes the `loss` of a step, `finish`es
+the averaged model for use, `measure`s that, and says whether it is `better` than the one kept so far.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import Tensor, nn
+
+from . import validation
+from .latents import LatentShards, tokenized
+from .models import (
+    build_scheduler,
+    build_text_encoder,
+    build_unet,
+    build_vae,
+    initialised,
+    normalise_latents,
+)
+from .recipes import Recipe, draw_images, from_bytes, seed_of
+
+FULL_FRAMES = 0.2  # last share of the VAE's steps, on whole images
+POOLED, WARPED = 0.2, 0.3  # shares of the VAE's steps that decode latents at half size, or moved
+LATENT_NOISE = 0.05  # standard deviation of what the decoder has to bear
+KL, GRADIENT = 1.2e-3, 0.4  # weights in the VAE's loss
+SNR = 5.0  # of min-SNR weighting
+DROPPED = 0.12  # share of the prompts left out, for guidance
+TOLERANCE = 0.1  # how far above the lowest noise error a UNet may be that is kept
+
+
+def _generator(device: torch.device, *parts: str | int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed_of(*parts))
+
+
+class VaeStage:
+    """The autoencoder, trained on crops of images that are drawn as it goes.
+
+    Latents of warped images should be warped latents, since the method warps them: so some steps decode latents that
+    one random affine map moved, and compare with the moved image.
+    """
+
+    name = "vae"
+    rule = "highest held-out PSNR"
+
+    def __init__(self, recipe: Recipe, device: torch.device):
+        self.recipe, self.device, self.plan = recipe, device, recipe.vae
+        self.pairs = validation.held_out_pairs(recipe.world, "same", recipe.held_out, device)
+        self.pool, self.pool_number = None, None
+
+    def build(self) -> nn.ModuleDict:
+        """The untrained model."""
+        recipe = self.recipe
+        return nn.ModuleDict(
+            {"vae": initialised(lambda: build_vae(recipe.sizes, recipe.world.size), seed_of(recipe.seed, "vae"))}
+        )
+
+    def loss(self, model: nn.ModuleDict, step: int) -> Tensor:
+        """L1 + 2·MSE + 0.4·gradients + 0.0012·KL of reconstructions."""
+        choices = random.Random(seed_of(self.recipe.seed, "vae choices", step))
+        generator = _generator(self.device, self.recipe.seed, "vae noise", step)
+        images = self._crops(step, choices)
+        posterior = model["vae"].encode(images).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator, device=self.device)
+        latents = posterior.mean + (posterior.var + LATENT_NOISE**2).sqrt() * noise
+        choice = choices.random()
+        if choice < POOLED:
+            latents, images = F.avg_pool2d(latents, 2), F.avg_pool2d(images, 2)
+        elif choice < POOLED + WARPED:
+            transform = _random_affine(choices).to(self.device)
+            latents, images = _warped(latents, transform), _warped(images, transform)
+        decoded = model["vae"].decode(latents).sample.float()
+        return _reconstruction_loss(decoded, images) + KL * _kl(posterior)
+
+    def _crops(self, step: int, choices: random.Random) -> Tensor:
+        """(B, 3, crop, crop) in [-1, 1]; towards the end fewer whole images, about as many pixels."""
+        recipe, size = self.recipe, self.recipe.world.size
+        if step // recipe.pool_steps != self.pool_number:
+            self.pool_number = step // recipe.pool_steps
+            seed = seed_of(recipe.seed, "vae images", self.pool_number)
+            self.pool, _ = draw_images(recipe.world, recipe.pool, seed, self.device)
+        whole = step >= (1 - FULL_FRAMES) * self.plan.steps
+        crop = size if whole else recipe.crop
+        batch = max(1, self.plan.batch * recipe.crop**2 // size**2) if whole else self.plan.batch
+        crops = []
+        for _ in range(batch):
+            i, y, x = choices.randrange(recipe.pool), choices.randint(0, size - crop), choices.randint(0, size - crop)
+            crops.append(self.pool[i, :, y : y + crop, x : x + crop])
+        return from_bytes(torch.stack(crops))
+
+    def finish(self, model: nn.ModuleDict) -> None:
+        """Bring the latents to unit variance."""
+        images, _ = draw_images(self.recipe.world, 256, seed_of("latent statistics"), self.device)
+        normalise_latents(model["vae"], from_bytes(images))
+
+    def measure(self, model: nn.ModuleDict, step: int) -> dict[str, float]:
+        """Figures of a finished model."""
+        return validation.measure_vae(model["vae"], self.pairs)
+
+    @staticmethod
+    def better(row: dict, kept: dict | None, history: list[dict]) -> bool:
+        """Whether `rule` prefers a model to the one kept, by their figures."""
+        return kept is None or row["psnr"] >= kept["psnr"]
+
+
+def _random_affine(choices: random.Random) -> Tensor:
+    """(1, 2, 3): a turn to 60°, a scale to 1.3, a shift to a quarter of the side."""
+    angle, scale = choices.uniform(-1, 1) * math.pi / 3, 1.3 ** choices.uniform(-1, 1)
+    cos, sin = scale * math.cos(angle), scale * math.sin(angle)
+    x, y = choices.uniform(-0.5, 0.5), choices.uniform(-0.5, 0.5)
+    return torch.tensor([[[cos, -sin, x], [sin, cos, y]]])
+
+
+def _warped(x: Tensor, transform: Tensor) -> Tensor:
+    grid = F.affine_grid(transform.expand(len(x), -1, -1), list(x.shape), align_corners=False)
+    return F.grid_sample(x.float(), grid, padding_mode="reflection", align_corners=False)
+
+
+def _reconstruction_loss(decoded: Tensor, images: Tensor) -> Tensor:
+    error = decoded - images
+    gradients = sum((error.diff(dim=dim)).abs().mean() for dim in (2, 3))
+    return error.abs().mean() + 2 * error.square().mean() + GRADIENT * gradients
+
+
+def _kl(posterior) -> Tensor:
+    """Kullback–Leibler divergence from a standard normal distribution, a mean over elements."""
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+
+
+class UnetStage:
+    """The noise predictor and its text encoder, trained on the shards."""
+
+    name = "unet"
+    rule = (
+        "highest PCK@.1 of up_blocks[1] on held-out recast pairs among evaluations whose noise error (mean of "
+        f"eps_mse_*) is within {TOLERANCE:.0%} of the lowest so far; the one kept gives way once it is not"
+    )
+
+    def __init__(self, recipe: Recipe, shards: LatentShards, sheets: Path, device: torch.device):
+        self.recipe, self.device, self.plan = recipe, device, recipe.unet
+        self.vae, self.tokenizer, self.sheets = shards.vae, shards.tokenizer, sheets
+        self.latents, self.tokens = shards.load(device)
+        self.no_prompt = tokenized(self.tokenizer, [""]).to(device)
+        self.scheduler = build_scheduler()
+        self.alphas = self.scheduler.alphas_cumprod.to(device)
+        self.held_out = {}
+        for difficulty in validation.DIFFICULTIES:
+            pairs = validation.held_out_pairs(recipe.world, difficulty, recipe.held_out, device)
+            tokens = tokenized(self.tokenizer, pairs.captions).to(device)
+            self.held_out[difficulty] = pairs, validation.encode(self.vae, pairs.images.flatten(0, 1)), tokens
+
+    def build(self) -> nn.ModuleDict:
+        """The untrained models."""
+        sizes, pixels, seed = self.recipe.sizes, self.recipe.world.size, self.recipe.seed
+        unet = initialised(lambda: build_unet(sizes, pixels), seed_of(seed, "unet"))
+        if self.device.type == "cpu":
+            unet.set_attn_processor(_fast_on_cpu(unet))
+        return nn.ModuleDict(
+            {
+                "unet": unet,
+                "text_encoder": initialised(lambda: build_text_encoder(sizes, self.tokenizer), seed_of(seed, "text")),
+            }
+        )
+
+    def loss(self, model: nn.ModuleDict, step: int) -> Tensor:
+        """Squared error of the noise with min-SNR weights, at timesteps spread evenly over the batch."""
+        generator, batch = _generator(self.device, self.recipe.seed, "unet", step), self.plan.batch
+        at = {"generator": generator, "device": self.device}
+        chosen = torch.randint(len(self.latents), (batch,), **at)
+        dropped = torch.rand(batch, 1, **at) < DROPPED
+        tokens = torch.where(dropped, self.no_prompt, self.tokens[chosen])
+        share = (torch.arange(batch, device=self.device) + torch.rand(batch, **at)) / batch
+        timesteps = (share * len(self.alphas)).long().clamp_max(len(self.alphas) - 1)
+        latents = self.latents[chosen].float()
+        noise = torch.randn(latents.shape, **at)
+        noisy = validation.add_noise(latents, timesteps, noise, self.alphas)
+        embeds = model["text_encoder"](tokens.long())[0]
+        predicted = model["unet"](noisy, timesteps, embeds).sample.float()
+        snr = self.alphas[timesteps] / (1 - self.alphas[timesteps])
+        return ((predicted - noise).square().mean((1, 2, 3)) * (SNR / snr).clamp_max(1)).mean()
+
+    def finish(self, model: nn.ModuleDict) -> None:
+        """Nothing is left to do."""
+
+    def measure(self, model: nn.ModuleDict, step: int) -> dict[str, float]:
+        """Figures of a model; draws its sample sheet, too."""
+        figures = {}
+        for difficulty, (pairs, latents, tokens) in self.held_out.items():
+            with torch.no_grad():
+                embeds = model["text_encoder"](tokens.long())[0]
+            if difficulty == "same":
+                figures |= validation.measure_noise(model["unet"], latents, embeds, self.alphas)
+            found = validation.measure_correspondence(model["unet"], latents, embeds, self.alphas, pairs)
+            figures |= {f"{difficulty}_{name}": value for name, value in found.items()}
+        parts = self.vae, model["unet"], model["text_encoder"], self.tokenizer, self.scheduler
+        sheet = validation.sample_sheet(*parts, self.held_out["same"][0], self.recipe.sheet)
+        self.sheets.mkdir(exist_ok=True)
+        sheet.save(self.sheets / f"{step:06d}.png")
+        return figures
+
+    @staticmethod
+    def better(row: dict, kept: dict | None, history: list[dict]) -> bool:
+        """Whether `rule` prefers a model to the one kept, by their figures; `history` ends with the new one's."""
+        limit = (1 + TOLERANCE) * min(map(_noise_error, history))
+        if kept is None or _noise_error(kept) > limit:
+            return True
+        return _noise_error(row) <= limit and row["recast_up1_pck.1"] >= kept["recast_up1_pck.1"]
+
+
+def _fast_on_cpu(unet: nn.Module) -> dict:
+    """Plain attention, but for self-attention on the latent grid: training steps take a fifth less time that way."""
+    fused = re.compile(r"(down_blocks\.0|up_blocks\.3)\..*attn1")
+    return {name: AttnProcessor2_0() if fused.match(name) else AttnProcessor() for name in unet.attn_processors}
+
+
+def _noise_error(row: dict) -> float:
+    errors = [row[f"eps_mse_{timestep}"] for timestep in validation.NOISE_STEPS]
+    return sum(errors) / len(errors)

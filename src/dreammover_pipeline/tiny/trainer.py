@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop around a stage: steps, evaluations, the best weights, and states to go on from."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .optim import Average, MuonAdamW, rate_factor
+from .validation import draw_curves
+
+
+class Trainer:
+    """Runs one stage: takes steps, evaluates the averaged weights, keeps the best, saves and takes up again.
+
+    Args:
+        stage: what is trained and how it is judged, one of `stages`.
+        identity: what a saved state must have been trained on to be taken up.
+        folder: of the states.
+        device: to train on.
+
+    Raises:
+        ValueError: the folder has a state of another identity.
+    """
+
+    def __init__(self, stage, identity: dict, folder: Path, device: torch.device):
+        self.stage, self.identity, self.folder, self.device = stage, identity, folder, device
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model = stage.build().to(device, memory_format=torch.channels_last).train()
+        self.optimizer = MuonAdamW(self.model, stage.plan.muon_rate, stage.plan.adamw_rate)
+        self.average = Average(self.model, stage.plan.average)
+        self.step, self.seconds, self.history, self.best = 0, 0.0, [], {"row": None, "weights": None}
+        self.loss_sum = torch.zeros((), device=device)  # since the last evaluation
+        self.loss_count = 0
+        if (state := read_state(folder, stage.name)) is not None:
+            self._take_up(state)
+        self.started = self.saved = time.monotonic()
+
+    def run(self, deadline: float) -> bool:
+        """Train to the end, or save and stop when the time is up.
+
+        Args:
+            deadline: on the clock of `time.monotonic`.
+
+        Returns:
+            Whether the stage is finished.
+        """
+        steps = self.stage.plan.steps
+        with tqdm(total=steps, initial=self.step, desc=self.stage.name, unit="step") as bar:
+            while self.step < steps:
+                if time.monotonic() >= deadline:
+                    self.save()
+                    return False
+                if not self.history:
+                    self.evaluate()  # what an untrained network is worth
+                loss = self.advance()
+                bar.update()
+                if self.step % 20 == 0:
+                    bar.set_postfix(loss=f"{loss.item():.4f}")
+                if self.step % self.stage.plan.evaluate == 0 or self.step == steps:
+                    self.evaluate()
+                    self.save()
+                elif time.monotonic() - self.saved >= self.stage.recipe.save_seconds:
+                    self.save()
+        return True
+
+    def advance(self) -> torch.Tensor:
+        """Take one step; its loss."""
+        with torch.autocast(self.device.type, torch.bfloat16):
+            loss = self.stage.loss(self.model, self.step)
+        loss.backward()
+        plan = self.stage.plan
+        self.optimizer.step(rate_factor(self.step, plan.steps, plan.decay))
+        self.average.update(self.step)
+        self.step += 1
+        self.loss_sum += loss.detach()
+        self.loss_count += 1
+        return loss.detach()
+
+    def evaluate(self) -> None:
+        """Measure the averaged weights, note the figures, and keep the weights if they are the best."""
+        model = copy.deepcopy(self.model).eval()
+        load_weights(model, self.average.weights)
+        self.stage.finish(model)
+        loss = (self.loss_sum / self.loss_count).item() if self.loss_count else None
+        row = {"step": self.step, "seconds": round(self._seconds()), "loss": loss}
+        row |= self.stage.measure(model, self.step)
+        self.history.append(row)
+        if self.stage.better(row, self.best["row"], self.history):
+            weights = {name: parameter.detach().half() for name, parameter in model.named_parameters()}
+            self.best = {"row": row, "weights": weights}
+        self.loss_sum.zero_()
+        self.loss_count = 0
+        self.report()
+
+    def report(self) -> None:
+        """Write the evaluations for people."""
+        lines = "".join(json.dumps(row) + "\n" for row in self.history)
+        (self.folder / f"{self.stage.name}.jsonl").write_text(lines, encoding="utf-8")
+        draw_curves(self.history, self.folder / f"{self.stage.name}.png")
+
+    def save(self) -> None:
+        """Write the state."""
+        state = {
+            "identity": self.identity,
+            "step": self.step,
+            "seconds": self._seconds(),
+            "history": self.history,
+            "best": self.best,
+            "loss": (self.loss_sum, self.loss_count),
+            "weights": dict(self.model.named_parameters()),
+            "average": self.average.weights,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        write_state(self.folder / f"{self.stage.name}.pt", state)
+        self.saved = time.monotonic()
+
+    def _take_up(self, state: dict) -> None:
+        if state["identity"] != self.identity:
+            raise ValueError(
+                f"{self.folder / self.stage.name}.pt was trained by another recipe, seed or autoencoder; "
+                "take another --out, or the options it was begun with"
+            )
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.history, self.best = state["history"], state["best"]
+        loss_sum, self.loss_count = state["loss"]
+        self.loss_sum.copy_(loss_sum)
+        load_weights(self.model, state["weights"])
+        for name, weight in state["average"].items():
+            self.average.weights[name].copy_(weight)
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _seconds(self) -> float:
+        """Seconds spent on this stage, by all runs."""
+        return self.seconds + time.monotonic() - self.started
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Set all parameters of a model by name, whatever the dtype and device of the weights."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])
+
+
+def read_state(folder: Path, name: str) -> dict | None:
+    """The saved state of a stage, on the CPU, or None if there is none."""
+    file = folder / f"{name}.pt"
+    return torch.load(file, map_location="cpu") if file.is_file() else None
+
+
+def write_state(file: Path, state: object) -> None:
+    """Write so that at every moment there is either the old file or the whole new one."""
+    unfinished = file.with_suffix(".tmp")
+    torch.save(state, unfinished)
+    os.replace(unfinished, file)

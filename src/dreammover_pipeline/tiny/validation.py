@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured during training, on scenes that nobody trains on, whatever the seed of the training."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from ..features import captured_up_block
+from ..flow import match_features
+from .world import World
+
+NOISE_STEPS = (100, 300, 600)  # timesteps at which the noise prediction is measured
+FEATURE_STEP = 101  # timestep whose features are matched
+BLOCKS = (1, 2, 3)  # up blocks whose features are matched
+DIFFICULTIES = ("same", "recast")
+THRESHOLDS = {".1": 0.1, ".05": 0.05}  # of PCK, shares of the image's side
+BATCH = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Pairs of images with their truth, as `held_out_pairs` draws them."""
+
+    images: Tensor  # (2, n, 3, H, W) in [-1, 1]: all first images, then all last ones
+    captions: list[str]  # 2·n, in that order
+    foreground: Tensor  # (2, n, 1, H, W) bool
+    flow: Tensor  # (2, n, 2, H, W) pixels, from each image to the other
+    seen: Tensor  # (2, n, 1, H, W) bool, foreground that is visible in the other image
+
+
+def held_out_pairs(world: World, difficulty: str, count: int, device: torch.device) -> Pairs:
+    """The pairs that everything is measured on."""
+    scenes = world.sample(count, 2**52 + 1, difficulty, device)  # training seeds are hashes
+    ways = ((0.0, 1.0), (1.0, 0.0))
+    foreground = torch.stack([scenes.foreground(time) for time, _ in ways])
+    return Pairs(
+        torch.stack([scenes.frame(time) for time, _ in ways]) * 2 - 1,
+        [first for first, _ in scenes.captions] + [last for _, last in scenes.captions],
+        foreground,
+        torch.stack([scenes.flow(*way) for way in ways]),
+        foreground & torch.stack([scenes.visible(*way) for way in ways]),
+    )
+
+
+def psnr(images: Tensor, truth: Tensor, mask: Tensor) -> float:
+    """Mean over images of the peak signal-to-noise ratio inside a mask, in dB.
+
+    Args:
+        images: (B, 3, H, W); values outside [-1, 1] are clipped.
+        truth: (B, 3, H, W) in [-1, 1].
+        mask: (B, 1, H, W) bool; an image without any of it does not count.
+    """
+    error = (images.clamp(-1, 1) - truth).div(2).square().mean(1, keepdim=True) * mask
+    pixels = mask.sum((1, 2, 3))
+    error = error.sum((1, 2, 3))[pixels > 0] / pixels[pixels > 0]
+    return (-10 * error.clamp_min(1e-10).log10()).mean().item()
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Means of the latents of images (B, 3, H, W) in [-1, 1], scaled: (B, C, h, w), variance about 1."""
+    parts = [vae.encode(part).latent_dist.mean for part in images.split(BATCH)]
+    return torch.cat(parts) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def measure_vae(vae: AutoencoderKL, pairs: Pairs) -> dict[str, float]:
+    """PSNR of reconstructions, whole and foreground, and the deviation of the scaled latents."""
+    images, foreground = pairs.images.flatten(0, 1), pairs.foreground.flatten(0, 1)
+    latents = encode(vae, images)
+    decoded = torch.cat([vae.decode(z / vae.config.scaling_factor).sample for z in latents.split(BATCH)])
+    return {
+        "psnr": psnr(decoded, images, torch.ones_like(foreground)),
+        "psnr_foreground": psnr(decoded, images, foreground),
+        "latent_std": latents.std().item(),
+    }
+
+
+def add_noise(latents: Tensor, timesteps: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
+    """z_t = √ᾱ_t z_0 + √(1−ᾱ_t) ε, with one timestep (B,) for each of the latents (B, C, h, w)."""
+    alpha = alphas[timesteps][:, None, None, None]
+    return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+
+
+@torch.no_grad()
+def measure_noise(unet: UNet2DConditionModel, latents: Tensor, embeds: Tensor, alphas: Tensor) -> dict[str, float]:
+    """Mean squared error of the predicted noise at `NOISE_STEPS`.
+
+    Args:
+        unet: the noise predictor.
+        latents: (B, C, h, w), scaled.
+        embeds: (B, L, D) of their captions.
+        alphas: ᾱ of every timestep.
+    """
+    errors = {}
+    noise = _noise_like(latents)
+    for timestep in NOISE_STEPS:
+        timesteps = torch.full((len(latents),), timestep, device=latents.device)
+        noisy = add_noise(latents, timesteps, noise, alphas)
+        parts = zip(noisy.split(BATCH), timesteps.split(BATCH), embeds.split(BATCH), strict=True)
+        predicted = torch.cat([unet(*part).sample for part in parts])
+        errors[f"eps_mse_{timestep}"] = (predicted - noise).square().mean().item()
+    return errors
+
+
+@torch.no_grad()
+def block_features(unet: UNet2DConditionModel, latents: Tensor, embeds: Tensor, alphas: Tensor) -> dict[int, Tensor]:
+    """What each of `BLOCKS` puts out for latents noised to `FEATURE_STEP`: (B, C', h', w') each."""
+    timesteps = torch.full((len(latents),), FEATURE_STEP, device=latents.device)
+    noisy = add_noise(latents, timesteps, _noise_like(latents), alphas)
+    with ExitStack() as stack:
+        outputs = {block: stack.enter_context(captured_up_block(unet, block)) for block in BLOCKS}
+        for part in zip(noisy.split(BATCH), timesteps.split(BATCH), embeds.split(BATCH), strict=True):
+            unet(*part)
+    return {block: torch.cat(parts) for block, parts in outputs.items()}
+
+
+def pck(features: Tensor, pairs: Pairs, cells: int) -> dict[str, float]:
+    """Share of the seen foreground cells whose nearest neighbour lies near the truth, over both ways of all pairs.
+
+    Cells are matched as the pipeline does it: on the latent grid, by cosine, among all cells of the other image.
+
+    Args:
+        features: (2·n, C', h', w'), all first images, then all last ones.
+        pairs: n of them.
+        cells: a side of the latent grid.
+
+    Returns:
+        The share at each of `THRESHOLDS`, in per cent.
+    """
+    size = pairs.images.shape[-1]
+    pixels = size // cells
+    at_cells = (..., slice(pixels // 2, None, pixels), slice(pixels // 2, None, pixels))  # the pixel at each centre
+    flow, seen = pairs.flow[at_cells], pairs.seen[at_cells][:, :, 0]  # (2, n, 2, h, w), (2, n, h, w)
+    errors = []
+    for i, ends in enumerate(features.unflatten(0, (2, -1)).unbind(1)):
+        matched = match_features(ends, (cells, cells))
+        found = torch.cat([matched.forward, matched.backward]) * pixels
+        errors.append((found - flow[:, i]).norm(dim=1)[seen[:, i]])
+    errors = torch.cat(errors)
+    return {name: 100 * (errors <= share * size).float().mean().item() for name, share in THRESHOLDS.items()}
+
+
+def measure_correspondence(unet, latents: Tensor, embeds: Tensor, alphas: Tensor, pairs: Pairs) -> dict[str, float]:
+    """PCK of every block's features, as {"up1_pck.1": per cent, …}.
+
+    Args:
+        unet: a `UNet2DConditionModel`.
+        latents: (2·n, C, h, w), scaled, of the pairs' images.
+        embeds: (2·n, L, D), of their captions.
+        alphas: ᾱ of every timestep.
+        pairs: n of them.
+    """
+    figures = {}
+    for block, features in block_features(unet, latents, embeds, alphas).items():
+        shares = pck(features, pairs, latents.shape[-1])
+        figures |= {f"up{block}_pck{name}": share for name, share in shares.items()}
+    return figures
+
+
+def _noise_like(latents: Tensor) -> Tensor:
+    """Always the same noise, drawn on the CPU so that devices agree."""
+    return torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
+
+
+def sample_sheet(
+    vae, unet, text_encoder, tokenizer, scheduler: DDIMScheduler, pairs: Pairs, count: int
+) -> Image.Image:
+    """Samples by guided DDIM from noise; above each the held-out image whose caption it was asked for."""
+    captions = pairs.captions[:count]
+    pipeline = StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    samples = pipeline(
+        captions,
+        num_inference_steps=25,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).images
+    return _sheet(pairs.images[0, :count] / 2 + 0.5, samples)
+
+
+def _sheet(upper: Tensor, lower: Tensor, columns: int = 8) -> Image.Image:
+    """Two batches (B, 3, H, W) in [0, 1] as one picture, row under row by turns."""
+    rows = [part for pair in zip(upper.split(columns), lower.split(columns), strict=True) for part in pair]
+    height, width = upper.shape[-2:]
+    sheet = Image.new("RGB", (min(columns, len(upper)) * width, len(rows) * height))
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            pixels = image.clamp(0, 1).mul(255).round().to(torch.uint8).movedim(0, -1).cpu().numpy()
+            sheet.paste(Image.fromarray(pixels), (x * width, y * height))
+    return sheet
+
+
+def draw_curves(history: list[dict], file: Path) -> None:
+    """One panel for every figure of the evaluations, over the steps, as a PNG.
+
+    Args:
+        history: one row an evaluation, with "step", "seconds" and the same figures in each.
+        file: to write.
+    """
+    names = [name for name in history[0] if name not in ("step", "seconds")]
+    columns, width, height = 4, 300, 180
+    canvas = Image.new("RGB", (columns * width, -(-len(names) // columns) * height), "white")
+    draw = ImageDraw.Draw(canvas)
+    last = max(row["step"] for row in history) or 1
+    for i, name in enumerate(names):
+        points = [(row["step"], row[name]) for row in history if row[name] is not None]
+        values = [value for _, value in points] or [0.0]
+        left, top = i % columns * width + 20, i // columns * height + 30
+        low, high = min(values), max(values)
+        scale = (height - 60) / ((high - low) or 1)
+        line = [(left + step / last * (width - 40), top + (high - value) * scale) for step, value in points]
+        draw.rectangle((left, top, left + width - 40, top + height - 60), outline="lightgrey")
+        draw.line(line, fill="navy", width=2)
+        draw.text((left, top - 22), f"{name}: {low:.4g} to {high:.4g}, at last {values[-1]:.4g}", "black")
+    canvas.save(file)
