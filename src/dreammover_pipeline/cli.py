@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
+from .evaluation.command import add_evaluation
 from .figures import contact_sheet, flow_picture
 from .loading import DTYPES, MODELS, check_model, choose_device, load_pipeline, pipeline_class
 from .media import check_fps, check_picture_path, check_video_path, write_picture, write_video
@@ -85,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dreammover {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_interpolate(commands)
+    add_evaluation(commands)
     return parser
 
 

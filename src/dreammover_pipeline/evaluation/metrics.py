@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics of one frame or one flow, each a pure function; docs/evaluation.md says how they add up to a score.
+
+Images are (3, H, W) in [0, 1], masks (1, H, W) bool, flows (1, 2, H, W) in pixels of the image they start from.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from skimage.metrics import structural_similarity
+
+from ..flow import backward_warp
+from ..records import BidirectionalFlow, Canvas
+
+MOST_DECIBELS = 100.0  # what identical images get, so that a mean stays finite
+
+
+def psnr(image: torch.Tensor, truth: torch.Tensor, where: torch.Tensor | None = None) -> float:
+    """Peak signal-to-noise ratio in dB, 10 log₁₀(1 / MSE) over all pixels and channels, at most 100.
+
+    Args:
+        image: (3, H, W).
+        truth: (3, H, W).
+        where: (1, H, W), the pixels that count. Default: all; NaN if none do.
+    """
+    errors = (image.double() - truth.double()).square()
+    if where is not None:
+        errors = errors[where.expand_as(errors)]
+    error = float(errors.mean())
+    return float(-10 * np.log10(max(error, 10 ** (-MOST_DECIBELS / 10))))  # max passes a NaN of its first argument on
+
+
+def ssim(image: torch.Tensor, truth: torch.Tensor) -> float:
+    """Structural similarity in [−1, 1] after Wang et al. 2004: Gaussian window of σ = 1.5, mean over RGB."""
+    return float(
+        structural_similarity(
+            image.double().numpy(),
+            truth.double().numpy(),
+            data_range=1.0,
+            channel_axis=0,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+    )
+
+
+def pixel_flow(flow: BidirectionalFlow, canvas: Canvas) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flow of latent cells as flow of the output's pixels: a pixel moves like the cell its centre lies in.
+
+    Nearest, not bilinear: a matched cell knows nothing finer, and blending across an edge would invent motion.
+
+    Returns:
+        Forward and backward, (1, 2, H, W) each.
+    """
+    h, w = flow.forward.shape[-2:]
+    row = (torch.arange(canvas.output_height) + 0.5) * (canvas.content_height / canvas.output_height)
+    column = (torch.arange(canvas.output_width) + 0.5) * (canvas.content_width / canvas.output_width)
+    row, column = (row * h / canvas.height).long(), (column * w / canvas.width).long()
+    pixels_per_cell = torch.tensor(
+        [
+            canvas.width / w * canvas.output_width / canvas.content_width,
+            canvas.height / h * canvas.output_height / canvas.content_height,
+        ]
+    ).reshape(1, 2, 1, 1)
+    forward, backward = (field.cpu()[..., row[:, None], column] for field in (flow.forward, flow.backward))
+    return forward * pixels_per_cell, backward * pixels_per_cell
+
+
+def endpoint_errors(flow: torch.Tensor, truth: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """How far from the truth each pixel ends, in pixels.
+
+    Args:
+        flow: (1, 2, H, W).
+        truth: (1, 2, H, W).
+        where: (1, H, W), the n pixels that count.
+
+    Returns:
+        (n,).
+    """
+    return (flow - truth)[0].norm(dim=0)[where[0]]
+
+
+def warping_error(
+    first: torch.Tensor, second: torch.Tensor, flow: torch.Tensor, where: torch.Tensor | None = None
+) -> float:
+    """Mean |first(p) − second(p + flow(p))| over pixels and channels, in [0, 1]; the lookup is bilinear.
+
+    Args:
+        first: (3, H, W).
+        second: (3, H, W).
+        flow: (1, 2, H, W), from `first` to `second`.
+        where: (1, H, W), the pixels of `first` that count. Default: all; NaN if none do.
+    """
+    errors = (first - backward_warp(second[None], flow)[0]).abs()
+    return float(errors.mean() if where is None else errors[where.expand_as(errors)].mean())
+
+
+def consistent(forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor:
+    """Where a flow and its way back agree, which an occlusion breaks: |F + B|² < 0.01 (|F|² + |B|²) + 0.5.
+
+    Source: Sundaram, Brox and Keutzer 2010, Eq. (5); a pixel that leaves the frame counts as occluded.
+
+    Args:
+        forward: F, (1, 2, H, W).
+        backward: B, (1, 2, H, W), looked up where F points.
+
+    Returns:
+        (1, H, W) bool.
+    """
+    back = backward_warp(torch.cat([backward, torch.ones_like(backward[:, :1])], 1), forward)
+    back, inside = back[:, :2], back[:, 2] > 0.999
+    gap = (forward + back).square().sum(1)
+    length = forward.square().sum(1) + back.square().sum(1)
+    return (gap < 0.01 * length + 0.5) & inside
+
+
+def high_frequency_energy(image: torch.Tensor) -> float:
+    """Sum of Fourier amplitudes outside the central half of either axis of the shifted spectrum, mean over RGB.
+
+    The centre kept out is a quarter of the spectrum's area.
+
+    Source: DreamMover (arXiv 2409.09605), Fig. 5.
+    """
+    amplitude = torch.fft.fft2(image.double()).abs()
+    h, w = image.shape[-2:]
+    low = (torch.fft.fftfreq(h).abs()[:, None] < 0.25) & (torch.fft.fftfreq(w).abs() < 0.25)
+    return float(amplitude[:, ~low].sum() / len(image))

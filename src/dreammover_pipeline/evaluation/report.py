@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run as a Markdown report and contact sheets, and two runs compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from ..figures import CAPTION, FONT, MARGIN
+from .networks import Tools, as_bytes
+from .run import RunFile, read_strip
+from .scoring import BETTER
+from .statistics import FEWEST_PAIRS, Estimate, estimate, paired_difference, values_by_pair
+
+TITLES = {
+    "psnr": "PSNR",
+    "psnr_mid": "PSNR mid",
+    "psnr_fg": "PSNR fg",
+    "psnr_fg_mid": "PSNR fg mid",
+    "ssim": "SSIM",
+    "ssim_mid": "SSIM mid",
+    "lpips": "LPIPS",
+    "lpips_mid": "LPIPS mid",
+    "epe": "EPE px",
+    "pck05": "PCK@.05",
+    "pck10": "PCK@.1",
+    "we_true": "WE true",
+    "we_true_mid": "WE true mid",
+    "fid": "FID",
+    "lpips_inputs": "LPIPS to inputs",
+    "we": "WE",
+    "we_mid": "WE mid",
+    "high_frequency": "HF ratio",
+}
+ARROWS = {"higher": "↑", "lower": "↓", "nearer 1": "→1"}
+LABEL = 110  # pixels for the names of methods, left of a sheet
+
+
+def write_report(file: RunFile, tools: Tools) -> Path:
+    """Write `report.md` and `sheets/` beside a run's rows.
+
+    Args:
+        file: the run, finished or not.
+        tools: what is there to measure whole suites with.
+
+    Returns:
+        The path of the report.
+    """
+    folder = file.path.parent
+    report = folder / "report.md"
+    report.write_text(markdown(file, suite_fid(file, tools)), encoding="utf-8")
+    for suite, pair in sorted({(row["suite"], row["pair"]) for row in file.rows}):
+        path = folder / "sheets" / suite / f"{pair}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pair_sheet(file, suite, pair).save(path)
+    return report
+
+
+def markdown(file: RunFile, fid: dict[tuple[str, str], float] | None = None) -> str:
+    """The report: for each suite a table of all methods, and the differences of the others from the first method.
+
+    Args:
+        file: the run.
+        fid: by (suite, method), where it could be had.
+    """
+    header = file.header
+    sources = sorted({row["source"] for row in file.rows})
+    lines = [
+        "# Evaluation",
+        "",
+        f"Model {header['model']} (weights {header['weights']}), {header['dtype']} on {header['device']}, "
+        f"seed {header['seed']}, settings {header['settings'] or 'the defaults'}, source {', '.join(sources)}.",
+        "",
+        "Means over pairs with 95 % bootstrap intervals. Warping errors without truth by "
+        f"{header['warping_flow'].upper()} flow.",
+        "",
+    ]
+    if len(sources) > 1:
+        lines += ["**The code changed while this run was made: its rows are not all of one version.**", ""]
+    lines += [f"- {name} is not available: {reason}" for name, reason in header["unavailable"].items()]
+    for suite in header["suites"]:
+        rows = _of_suite(file, suite)
+        if rows:
+            lines += _suite_lines(suite, rows, fid or {})
+    return "\n".join(lines) + "\n"
+
+
+def compare(first: RunFile, second: RunFile, method: str, other_method: str) -> str:
+    """Markdown of a method of one run minus a method of another (or the same), pair by pair, for each suite.
+
+    Raises:
+        ValueError: no suite has a pair that both have, or one's pairs are not the same in both.
+    """
+    table = {}
+    for suite in first.header["suites"]:
+        if suite not in second.header["suites"]:
+            continue
+        _require_same_scenes(suite, first, second)
+        values = [
+            {metric: values_by_pair(_of_suite(file, suite), name, metric) for metric in BETTER}
+            for file, name in ((first, method), (second, other_method))
+        ]
+        differences = {metric: paired_difference(values[0][metric], values[1][metric]) for metric in BETTER}
+        table[suite] = {metric: difference for metric, difference in differences.items() if difference}
+    columns = [metric for metric in BETTER if any(metric in differences for differences in table.values())]
+    if not columns:
+        raise ValueError(f"'{first.path}' and '{second.path}' share no pair with '{method}' and '{other_method}'")
+    lines = _head(["suite", "pairs"], columns)
+    for suite, differences in table.items():
+        if differences:
+            count = max(difference.count for difference in differences.values())
+            lines.append(_line([suite, str(count)], [_marked(differences.get(metric)) for metric in columns]))
+    return "\n".join(lines) + "\n"
+
+
+def suite_fid(file: RunFile, tools: Tools) -> dict[tuple[str, str], float] | None:
+    """FID of all frames of a suite's method to all inputs of the suite, by (suite, method); None without the tool."""
+    if tools.fid is None:
+        return None
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in file.rows:
+        groups.setdefault((row["suite"], row["method"]), []).append(row)
+    return {
+        group: tools.fid(
+            [frame for row in rows for frame in _strip(file, row, row["method"], len(row["times"]))],
+            [image for row in rows for image in _strip(file, row, "inputs", 2)],
+        )
+        for group, rows in groups.items()
+        if sum(len(row["times"]) for row in rows) > 1  # one image has no covariance
+    }
+
+
+def pair_sheet(file: RunFile, suite: str, pair: str) -> Image.Image:
+    """All methods' frames of a pair: a row for each, the truth on top where there is one, a column for each time."""
+    rows = [row for row in file.rows if (row["suite"], row["pair"]) == (suite, pair)]
+    times = rows[0]["times"]
+    first, last = _strip(file, rows[0], "inputs", 2)
+    strips = {row["method"]: _strip(file, row, row["method"], len(times)) for row in rows}
+    if file.strip(suite, pair, "truth").is_file():
+        strips = {"truth": _strip(file, rows[0], "truth", len(times)), **strips}
+    height, width = first.shape[-2:]
+    cell = width + MARGIN, height + MARGIN
+
+    sheet = Image.new("RGB", (LABEL + (len(times) + 2) * cell[0], CAPTION + len(strips) * cell[1]), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, time in enumerate((0, *times, 1)):
+        draw.text((LABEL + column * cell[0], 2), f"{time:.3g}", font=FONT, fill="black")
+    for index, (name, frames) in enumerate(strips.items()):
+        y = CAPTION + index * cell[1]
+        draw.text((MARGIN, y + height // 2), name, font=FONT, fill="black")
+        for column, frame in enumerate((first, *frames, last)):
+            sheet.paste(_picture(frame), (LABEL + column * cell[0], y))
+    return sheet
+
+
+def _of_suite(file: RunFile, suite: str) -> list[dict]:
+    return [row for row in file.rows if row["suite"] == suite]
+
+
+def _require_same_scenes(suite: str, first: RunFile, second: RunFile) -> None:
+    """How many pairs there are may differ; size and frames, under which a pair of one name is another, may not."""
+    one, other = (
+        {name: value for name, value in file.header["suites"][suite].items() if name != "pairs"}
+        for file in (first, second)
+    )
+    if one != other:
+        raise ValueError(f"the suite '{suite}' has {one} in '{first.path}' but {other} in '{second.path}'")
+
+
+def _suite_lines(suite: str, rows: Sequence[dict], fid: dict[tuple[str, str], float]) -> list[str]:
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    values = {(m, metric): list(values_by_pair(rows, m, metric).values()) for m in methods for metric in BETTER}
+    columns = [metric for metric in BETTER if any(values[m, metric] or (metric == "fid" and fid) for m in methods)]
+    lines = ["", f"## {suite}", "", *_head(["method", "pairs"], columns)]
+    for method in methods:
+        cells = [
+            _fid_cell(fid.get((suite, method))) if metric == "fid" else _mean_cell(values[method, metric])
+            for metric in columns
+        ]
+        lines.append(_line([method, str(sum(row["method"] == method for row in rows))], cells))
+    base, *others = methods
+    columns = [metric for metric in columns if metric != "fid"]
+    if others:
+        lines += [
+            "",
+            f"{base} minus the others, pair by pair; bold where the interval excludes zero and there are "
+            f"at least {FEWEST_PAIRS} pairs:",
+            "",
+        ]
+        lines += _head(["", ""], columns)
+    for method in others:
+        differences = [
+            paired_difference(values_by_pair(rows, base, metric), values_by_pair(rows, method, metric))
+            for metric in columns
+        ]
+        count = max((difference.count for difference in differences if difference), default=0)
+        lines.append(_line([f"− {method}", str(count)], [_marked(difference) for difference in differences]))
+    return lines
+
+
+def _head(labels: list[str], metrics: Sequence[str]) -> list[str]:
+    titles = [f"{TITLES[metric]} {ARROWS[BETTER[metric]]}" for metric in metrics]
+    return [_line(labels, titles), _line(["---"] * len(labels), ["---"] * len(titles))]
+
+
+def _line(labels: list[str], cells: list[str]) -> str:
+    return "| " + " | ".join([*labels, *cells]) + " |"
+
+
+def _mean_cell(values: Sequence[float]) -> str:
+    return str(estimate(values)) if values else "–"
+
+
+def _fid_cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def _marked(difference: Estimate | None) -> str:
+    if difference is None:
+        return "–"
+    return f"**{difference}**" if difference.excludes_zero else str(difference)
+
+
+def _strip(file: RunFile, row: dict, name: str, count: int) -> torch.Tensor:
+    return read_strip(file.strip(row["suite"], row["pair"], name), count)
+
+
+def _picture(frame: torch.Tensor) -> Image.Image:
+    return Image.fromarray(as_bytes(frame))

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pairs to evaluate on: the world's, whose truth is known, and folders of pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from PIL import Image
+
+from ..images import load_images
+from ..inputs import frame_times
+from ..tiny.world import DIFFICULTIES, World
+
+TRUTH = re.compile(r"0\.\d+\.png")
+# Far from the small numbers a training run is likely to be seeded with.
+WORLD_SEED = 1_000_000
+
+
+class Motion(Protocol):
+    """What a scene knows of its motion; `Scenes` of one scene is one. Times are in [0, 1]."""
+
+    def flow(self, source: float, target: float) -> torch.Tensor:
+        """(1, 2, H, W) in pixels, at the pixels of the source."""
+
+    def visible(self, source: float, target: float) -> torch.Tensor:
+        """(1, 1, H, W) bool."""
+
+    def foreground(self, time: float) -> torch.Tensor:
+        """(1, 1, H, W) bool."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Two images to interpolate: (3, H, W) in [0, 1], what they show, the times δ of the frames asked for.
+
+    `truth` holds the true frames (F, 3, H, W) at these times, `motion` how everything moves; None where unknown.
+    """
+
+    name: str
+    images: tuple[torch.Tensor, torch.Tensor]
+    prompt: tuple[str, str]
+    times: tuple[float, ...]
+    truth: torch.Tensor | None = None
+    motion: Motion | None = None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Pairs by name, made when asked for; `parameters` are what else decides them."""
+
+    name: str
+    pairs: tuple[str, ...]
+    load: Callable[[str], Pair]
+    parameters: Mapping[str, object] = field(default_factory=dict)
+
+
+def world_suite(difficulty: str, pairs: int, n_frames: int, size: int, seed: int = 0) -> Suite:
+    """Pairs of the procedural world, with their truth.
+
+    Args:
+        difficulty: one of the world's.
+        pairs: how many.
+        n_frames: frames between the two, at i / (n_frames + 1).
+        size: pixels a side.
+        seed: another one gives other scenes.
+    """
+    world, times = World(size=size), frame_times(n_frames, None)
+
+    def load(name: str) -> Pair:
+        scene = world.sample(1, int(name), difficulty)
+        first, *truth, last = (scene.frame(time)[0] for time in (0.0, *times, 1.0))
+        return Pair(name, (first, last), scene.captions[0], times, torch.stack(truth), scene)
+
+    start = WORLD_SEED * (seed + 1)
+    return Suite(difficulty, tuple(str(start + i) for i in range(pairs)), load, {"frames": n_frames, "size": size})
+
+
+def folder_suite(folder: str | Path, n_frames: int, pairs: int | None = None) -> Suite:
+    """Pairs out of a folder that holds a folder for each, `name/0.png` and `name/1.png`.
+
+    In-between frames beside them, named by their time as in `0.250.png`, are the truth, and then exactly these are
+    asked for. `name/prompt.txt` says what the images show, in one line or, where they differ, in two.
+
+    Args:
+        folder: where the pairs are.
+        n_frames: frames asked for where there is no truth, at i / (n_frames + 1).
+        pairs: only the first so many, by name.
+
+    Raises:
+        ValueError: there is no pair, or one is not laid out like this.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"the suite '{folder}' is neither {', '.join(DIFFICULTIES)} nor a folder")
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not names:
+        raise ValueError(f"the folder '{folder}' holds no folders of pairs, like '{folder / 'name' / '0.png'}'")
+    names = names[:pairs]
+    for name in names:
+        _check_pair(folder / name)
+    times = frame_times(n_frames, None)
+    return Suite(
+        folder.resolve().name, tuple(names), lambda name: _load_pair(folder / name, times), {"frames": n_frames}
+    )
+
+
+def find_suites(names: Sequence[str], pairs: int, n_frames: int, size: int, seed: int = 0) -> list[Suite]:
+    """The suites of these names: the world's difficulties, and folders.
+
+    Raises:
+        ValueError: one is neither, or two have one name.
+    """
+    suites = [
+        world_suite(name, pairs, n_frames, size, seed) if name in DIFFICULTIES else folder_suite(name, n_frames, pairs)
+        for name in names
+    ]
+    for suite in suites:
+        if sum(other.name == suite.name for other in suites) > 1:
+            raise ValueError(f"two suites have the name '{suite.name}'; results could not be told apart")
+    return suites
+
+
+def _truth_files(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.iterdir() if TRUTH.fullmatch(path.name)), key=lambda path: float(path.stem))
+
+
+def _check_pair(folder: Path) -> None:
+    for name in ("0.png", "1.png"):
+        if not (folder / name).is_file():
+            raise ValueError(f"the pair '{folder}' lacks '{name}'")
+    truth = _truth_files(folder)
+    size = _size(folder / "0.png")
+    for path in truth:
+        if not float(path.stem) > 0:
+            raise ValueError(f"'{path}' is named by a time that does not lie between 0 and 1")
+        if _size(path) != size:
+            raise ValueError(f"'{path}' has not the size {size[0]}x{size[1]} of its pair's '0.png'")
+    prompt = folder / "prompt.txt"
+    if prompt.is_file() and not 1 <= len(_lines(prompt)) <= 2:
+        raise ValueError(f"'{prompt}' must hold one or two lines")
+
+
+def _size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except OSError as error:
+        raise ValueError(f"'{path}' is no picture that can be read") from error
+
+
+def _lines(path: Path) -> list[str]:
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _load_pair(folder: Path, times: tuple[float, ...]) -> Pair:
+    files = _truth_files(folder)
+    images = [load_images(path, f"'{path}'")[0] for path in (folder / "0.png", folder / "1.png", *files)]
+    prompt = _lines(folder / "prompt.txt") if (folder / "prompt.txt").is_file() else [""]
+    return Pair(
+        folder.name,
+        (images[0], images[1]),
+        (prompt[0], prompt[-1]),
+        tuple(float(path.stem) for path in files) or times,
+        torch.stack(images[2:]) if files else None,
+    )
