@@ -65,6 +65,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     check_integer("--pairs", pairs, 1)
     check_integer("--frames", frames, 1)
     check_integer("--seed", args.seed, 0)
+    pipeline_class()  # first, since it hushes third parties before they are imported
     from .methods import METHODS
 
     methods = list(dict.fromkeys(args.methods or METHODS))
