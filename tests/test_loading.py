@@ -60,7 +60,9 @@ def dtypes_of(pipe) -> set:
 
 def weights_of(pipe) -> dict:
     return {
-        f"{name}.{key}": value.clone() for name in MODELS for key, value in getattr(pipe, name).state_dict().items()
+        f"{name}.{key.removeprefix('text_model.')}": value.clone()
+        for name in MODELS
+        for key, value in getattr(pipe, name).state_dict().items()
     }
 
 
@@ -296,8 +298,8 @@ def saving(folder: str, folder_with_parts: str, checkpoint: str, guarded: str, e
     weights = weights_of(pipe)
     check_frames(pipe, expected)
     pipe.save_pretrained(folder)
-    saved = {
-        f"{name}.{key}": value
+    saved = {  # transformers writes the prefix it read, and its models in memory have none
+        f"{name}.{key.removeprefix('text_model.')}": value
         for name in MODELS
         for file in Path(folder, name).glob("*.safetensors")
         for key, value in load_file(file).items()
