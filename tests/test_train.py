@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from dreammover_pipeline import DreamMoverPipeline
+from dreammover_pipeline.ddim import recompose
 from dreammover_pipeline.flow import cell_grid
 from dreammover_pipeline.tiny import models, optim, recipes, stages, validation
 from dreammover_pipeline.tiny.train import main
@@ -225,7 +226,7 @@ def test_noise_is_added_as_diffusers_does():
     scheduler = models.build_scheduler()
     latents, noise = torch.randn(2, 3, 4, 8, 8).unbind()
     timesteps = torch.tensor([0, 500, 999])
-    ours = validation.add_noise(latents, timesteps, noise, scheduler.alphas_cumprod)
+    ours = recompose(latents, noise, scheduler.alphas_cumprod[timesteps])
     torch.testing.assert_close(ours, scheduler.add_noise(latents, noise, timesteps))
 
 

@@ -11,11 +11,19 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
+    import torch
+
     from .records import BidirectionalFlow
 
 SHEET_EDGE, TILE_MIN, FLOW_EDGE, WHEEL = 2000, 64, 384, 120  # pixels
 CAPTION, MARGIN = 20, 8  # pixels: height of a line of text, space around panels
 FONT = ImageFont.load_default(12)
+
+
+def picture_of(image: torch.Tensor) -> Image.Image:
+    """An image (3, H, W) in [0, 1], clipped to that, as an 8-bit picture, rounded."""
+    pixels = (image.detach().clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(pixels.movedim(0, -1).contiguous().cpu().numpy())
 
 
 def contact_sheet(frames: Sequence[Image.Image], times: Sequence[float]) -> Image.Image:

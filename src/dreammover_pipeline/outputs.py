@@ -39,8 +39,10 @@ def as_output(frame: torch.Tensor, output_type: str):
     return array if output_type == "np" else VaeImageProcessor.numpy_to_pil(array)
 
 
-def joined(outputs: list[DreamMoverPipelineOutput], return_dict: bool) -> DreamMoverPipelineOutput | tuple:
-    """The output of several pairs, made of one output each; a tuple of its fields unless `return_dict`."""
+def joined(outputs: list[DreamMoverPipelineOutput]) -> DreamMoverPipelineOutput:
+    """The output of several pairs, made of one output each; a single one is passed on, its frames not copied."""
+    if len(outputs) == 1:
+        return outputs[0]
     frames = [output.frames for output in outputs]
     if isinstance(frames[0], list):
         frames = [video for batch in frames for video in batch]
@@ -49,5 +51,9 @@ def joined(outputs: list[DreamMoverPipelineOutput], return_dict: bool) -> DreamM
     flow = [output.flow[0] for output in outputs]
     flagged = [output.nsfw_content_detected for output in outputs]
     flagged = None if flagged[0] is None else [flags for batch in flagged for flags in batch]
-    output = DreamMoverPipelineOutput(frames, flow, flagged)
+    return DreamMoverPipelineOutput(frames, flow, flagged)
+
+
+def returned(output: DreamMoverPipelineOutput, return_dict: bool) -> DreamMoverPipelineOutput | tuple:
+    """The output as it was asked for: itself, or the tuple of its fields (`to_tuple` would leave out None)."""
     return output if return_dict else (output.frames, output.flow, output.nsfw_content_detected)

@@ -47,7 +47,7 @@ from .inputs import (
 )
 from .lora import LoraFit, fit_pair_lora, pair_lora
 from .memory import affordable_frames, split_evenly
-from .outputs import DreamMoverPipelineOutput, as_output, joined
+from .outputs import DreamMoverPipelineOutput, as_output, joined, returned
 from .records import Canvas, FusedFrames, PreparedPair
 from .sampling import denoise, invert
 from .schedules import ddim_schedule, deterministic_ddim
@@ -298,7 +298,7 @@ class DreamMoverPipeline(
             outputs.append(output)
             if self.interrupt:
                 break
-        return joined(outputs, return_dict)
+        return returned(joined(outputs), return_dict)
 
     @torch.no_grad()
     def prepare(
@@ -445,7 +445,7 @@ class DreamMoverPipeline(
         _require_finite(latents, self.unet.dtype)
         frames, flagged = self._finish(pair, latents, include_inputs, output_type)
         self.maybe_free_model_hooks()
-        return joined([DreamMoverPipelineOutput(frames, [pair.flow], flagged)], return_dict)
+        return returned(DreamMoverPipelineOutput(frames, [pair.flow], flagged), return_dict)
 
     @torch.no_grad()
     def fit_lora(

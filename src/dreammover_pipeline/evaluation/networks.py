@@ -16,6 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..figures import picture_of
+
 ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's, in torch.hub's folder of checkpoints, like the others
 RAFT = "raft_large_C_T_SKHT_V2-ff5fadd5.pth"  # torchvision's
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's
@@ -70,14 +72,9 @@ def dis_flow(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     Returns:
         (1, 2, H, W) in pixels.
     """
-    grey = [cv2.cvtColor(as_bytes(image), cv2.COLOR_RGB2GRAY) for image in (first, second)]
+    grey = [cv2.cvtColor(np.asarray(picture_of(image)), cv2.COLOR_RGB2GRAY) for image in (first, second)]
     flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(*grey, None)  # [H,W,2]
     return torch.from_numpy(flow).movedim(-1, 0)[None]
-
-
-def as_bytes(image: torch.Tensor) -> np.ndarray:
-    """An image (3, H, W) in [0, 1] as 8-bit (H, W, 3), rounded."""
-    return (image * 255).round().clamp(0, 255).to(torch.uint8).movedim(0, -1).contiguous().numpy()
 
 
 def load_raft() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from ..figures import CAPTION, FONT, MARGIN
-from .networks import Tools, as_bytes
+from ..figures import CAPTION, FONT, MARGIN, picture_of
+from .networks import Tools
 from .run import RunFile, read_strip
 from .scoring import BETTER
 from .statistics import FEWEST_PAIRS, Estimate, estimate, paired_difference, values_by_pair
@@ -152,7 +152,7 @@ def pair_sheet(file: RunFile, suite: str, pair: str) -> Image.Image:
         y = CAPTION + index * cell[1]
         draw.text((MARGIN, y + height // 2), name, font=FONT, fill="black")
         for column, frame in enumerate((first, *frames, last)):
-            sheet.paste(_picture(frame), (LABEL + column * cell[0], y))
+            sheet.paste(picture_of(frame), (LABEL + column * cell[0], y))
     return sheet
 
 
@@ -226,7 +226,3 @@ def _marked(difference: Estimate | None) -> str:
 
 def _strip(file: RunFile, row: dict, name: str, count: int) -> torch.Tensor:
     return read_strip(file.strip(row["suite"], row["pair"], name), count)
-
-
-def _picture(frame: torch.Tensor) -> Image.Image:
-    return Image.fromarray(as_bytes(frame))

@@ -19,9 +19,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..figures import picture_of
 from ..pipeline import DreamMoverPipeline
 from .methods import METHODS, Job
-from .networks import Tools, as_bytes
+from .networks import Tools
 from .scoring import score
 from .suites import Suite
 
@@ -204,7 +205,7 @@ def write_strip(frames: torch.Tensor, path: Path) -> None:
     """Write frames (F, 3, H, W) side by side as one 8-bit picture, which appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    Image.fromarray(as_bytes(torch.cat(list(frames), -1))).save(partial, format="png")
+    picture_of(torch.cat(list(frames), -1)).save(partial, format="png")
     partial.replace(path)
 
 

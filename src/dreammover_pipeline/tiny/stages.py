@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
+from ..ddim import recompose
 from . import validation
 from .latents import LatentShards, tokenized
 from .models import (
@@ -183,7 +184,7 @@ class UnetStage:
         timesteps = (share * len(self.alphas)).long().clamp_max(len(self.alphas) - 1)
         latents = self.latents[chosen].float()
         noise = torch.randn(latents.shape, **at)
-        noisy = validation.add_noise(latents, timesteps, noise, self.alphas)
+        noisy = recompose(latents, noise, self.alphas[timesteps])
         embeds = model["text_encoder"](tokens.long())[0]
         predicted = model["unet"](noisy, timesteps, embeds).sample.float()
         snr = self.alphas[timesteps] / (1 - self.alphas[timesteps])

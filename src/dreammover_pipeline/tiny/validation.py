@@ -12,7 +12,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..ddim import recompose
 from ..features import captured_up_block
+from ..figures import picture_of
 from ..flow import match_features
 from .world import World
 
@@ -83,12 +85,6 @@ def measure_vae(vae: AutoencoderKL, pairs: Pairs) -> dict[str, float]:
     }
 
 
-def add_noise(latents: Tensor, timesteps: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
-    """z_t = √ᾱ_t z_0 + √(1−ᾱ_t) ε, with one timestep (B,) for each of the latents (B, C, h, w)."""
-    alpha = alphas[timesteps][:, None, None, None]
-    return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-
-
 @torch.no_grad()
 def measure_noise(unet: UNet2DConditionModel, latents: Tensor, embeds: Tensor, alphas: Tensor) -> dict[str, float]:
     """Mean squared error of the predicted noise at `NOISE_STEPS`.
@@ -103,7 +99,7 @@ def measure_noise(unet: UNet2DConditionModel, latents: Tensor, embeds: Tensor, a
     noise = _noise_like(latents)
     for timestep in NOISE_STEPS:
         timesteps = torch.full((len(latents),), timestep, device=latents.device)
-        noisy = add_noise(latents, timesteps, noise, alphas)
+        noisy = recompose(latents, noise, alphas[timesteps])
         parts = zip(noisy.split(BATCH), timesteps.split(BATCH), embeds.split(BATCH), strict=True)
         predicted = torch.cat([unet(*part).sample for part in parts])
         errors[f"eps_mse_{timestep}"] = (predicted - noise).square().mean().item()
@@ -114,7 +110,7 @@ def measure_noise(unet: UNet2DConditionModel, latents: Tensor, embeds: Tensor, a
 def block_features(unet: UNet2DConditionModel, latents: Tensor, embeds: Tensor, alphas: Tensor) -> dict[int, Tensor]:
     """What each of `BLOCKS` puts out for latents noised to `FEATURE_STEP`: (B, C', h', w') each."""
     timesteps = torch.full((len(latents),), FEATURE_STEP, device=latents.device)
-    noisy = add_noise(latents, timesteps, _noise_like(latents), alphas)
+    noisy = recompose(latents, _noise_like(latents), alphas[timesteps])
     with ExitStack() as stack:
         outputs = {block: stack.enter_context(captured_up_block(unet, block)) for block in BLOCKS}
         for part in zip(noisy.split(BATCH), timesteps.split(BATCH), embeds.split(BATCH), strict=True):
@@ -196,8 +192,7 @@ def _sheet(upper: Tensor, lower: Tensor, columns: int = 8) -> Image.Image:
     sheet = Image.new("RGB", (min(columns, len(upper)) * width, len(rows) * height))
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
-            pixels = image.clamp(0, 1).mul(255).round().to(torch.uint8).movedim(0, -1).cpu().numpy()
-            sheet.paste(Image.fromarray(pixels), (x * width, y * height))
+            sheet.paste(picture_of(image), (x * width, y * height))
     return sheet
 
 
