@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from . import __version__
 from .evaluation.command import add_evaluation
 from .figures import contact_sheet, flow_picture
-from .loading import DTYPES, MODELS, check_model, choose_device, load_pipeline, pipeline_class
+from .loading import add_model_options, check_model, choose_device, load_pipeline, pipeline_class
 from .media import check_fps, check_picture_path, check_video_path, write_picture, write_video
 
 if TYPE_CHECKING:
@@ -106,11 +106,7 @@ def _add_interpolate(commands: argparse._SubParsersAction) -> None:
     add("--seed", type=_seed, default=0, metavar="N", help="same seed, same video (default: %(default)s)")
     add("--quiet", action="store_true", help="show no progress bars")
 
-    models = f"sd15 ({MODELS['sd15']}), tiny (comes with the program), a Hub id, a folder, or a .safetensors file"
-    add = parser.add_argument_group("model").add_argument
-    add("--model", default="sd15", metavar="NAME", help=f"{models} (default: %(default)s)")
-    add("--dtype", choices=DTYPES, help="default: float16 on cuda, float32 elsewhere")
-    add("--device", metavar="NAME", help="cuda, mps, cpu, ...; default: the first of these three that is there")
+    add_model_options(parser, default="sd15")
 
     add = parser.add_argument_group("method", argument_default=argparse.SUPPRESS).add_argument
     add("--prompt", action="append", metavar="TEXT", help="what the photos show; twice: one for each photo")

@@ -6,6 +6,7 @@ torch and diffusers take seconds to import, so they are imported when a function
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,15 @@ MODELS = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5", "tiny": str(CHE
 MODEL_FILES = (".safetensors", ".ckpt")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 DTYPES = ("float32", "float16", "bfloat16")
+
+
+def add_model_options(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the options that say which model to load, in which precision, on which device."""
+    models = f"sd15 ({MODELS['sd15']}), tiny (comes with the program), a Hub id, a folder, or a .safetensors file"
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default=default, metavar="NAME", help=f"{models} (default: %(default)s)")
+    add("--dtype", choices=DTYPES, help="default: float16 on cuda, float32 elsewhere")
+    add("--device", metavar="NAME", help="cuda, mps, cpu, ...; default: the first of these three that is there")
 
 
 def pipeline_class() -> type[DreamMoverPipeline]:

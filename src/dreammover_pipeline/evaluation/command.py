@@ -13,7 +13,7 @@ import re
 import time
 from importlib.util import find_spec
 
-from ..loading import DTYPES, check_model, choose_device, load_pipeline, pipeline_class
+from ..loading import add_model_options, check_model, choose_device, load_pipeline, pipeline_class
 
 FULL = {"pairs": 32, "frames": 7}
 QUICK = {"pairs": 3, "frames": 3}  # about five minutes on two cores with the embedded checkpoint
@@ -37,10 +37,8 @@ def add_evaluation(commands: argparse._SubParsersAction) -> None:
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the pipeline's; repeatable")
     add("--flow", default="dis", metavar="NAME", help="for warping errors without truth: dis or raft (default: dis)")
     add("--seed", type=int, default=0, metavar="N", help="of the world's scenes and the LoRAs (default: %(default)s)")
-    add("--model", default="tiny", metavar="NAME", help="as for interpolate (default: %(default)s)")
-    add("--dtype", choices=DTYPES, help="default: float16 on cuda, float32 elsewhere")
-    add("--device", metavar="NAME", help="default: the first of cuda, mps, cpu that is there")
     add("--quiet", action="store_true", help="show no progress bar")
+    add_model_options(parser, default="tiny")
 
     text = "The difference between two runs, or two methods of them, pair by pair, with intervals."
     parser = commands.add_parser("compare", help="compare two evaluations", description=text)
