@@ -207,7 +207,13 @@ def test_ctrl_c_ends_in_one_line_and_keeps_the_old_video(tmp_path):
     output = tmp_path / "out.mp4"
     output.write_bytes(b"finished")
     command = [*PROCESS, "interpolate", *PHOTOS, *TINY, "--lora-steps", "9999", "-o", str(output)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+
+    def as_in_a_terminal():  # background jobs of a shell start with Ctrl-C ignored, and pass that on
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=as_in_a_terminal
+    ) as process:
         seen = b""
         while seen.count(b"Fitting LoRA") < 2 and (byte := process.stderr.read(1)):
             seen += byte
