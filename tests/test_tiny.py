@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedded checkpoint, as a file set that any stack must read alike."""
 
+import numpy as np
 import torch
 from conftest import EXAMPLES
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from safetensors import safe_open
 
 from dreammover_pipeline.tiny import CHECKPOINT
+from dreammover_pipeline.tiny.examples import write_examples
 
 
 def test_it_is_small():
@@ -28,9 +31,22 @@ def test_it_comes_up_whole_in_one_precision_in_diffusers_own_pipeline():
     assert torch.equal(loaded, stored)
 
 
+def test_the_examples_are_scenes_of_its_world(tmp_path):
+    """The committed pictures are what the program that made them makes."""
+    write_examples(tmp_path)
+    made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*"))
+    assert made == sorted(path.relative_to(EXAMPLES) for path in EXAMPLES.glob("*/*"))
+    for path in made:
+        if path.suffix == ".txt":
+            assert (tmp_path / path).read_text() == (EXAMPLES / path).read_text()
+        else:
+            there, here = (np.array(Image.open(root / path)).astype(int) for root in (EXAMPLES, tmp_path))
+            assert np.abs(there - here).max() <= 1  # rounding differs between machines
+
+
 def test_prompts_mean_something_to_it(tiny_pipe):
     """Noise predicted for a picture is better with its caption than with another's."""
-    caption, other = "a plain blue and purple fish over a smooth red background", "a dotted white and red robot"
+    caption, other = (EXAMPLES / "fish" / "prompt.txt").read_text(), "a dotted white and green robot"
     prepared = tiny_pipe.prepare(EXAMPLES / "fish" / "0.png", EXAMPLES / "fish" / "1.png", lora_steps=0)
     clean = prepared.inversion.path[0]
     alpha_bar = float(tiny_pipe.scheduler.alphas_cumprod[601])
