@@ -80,6 +80,34 @@ def match(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return flow
 
 
+def round_trip_error(there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+    """|F(p) + F'(p + F(p))| for the cells of one image, (1, 1, h, w); infinite where p + F(p) leaves the grid."""
+    h, w = there.shape[-2:]
+    found = backward_warp(back, there)
+    error = torch.full((1, 1, h, w), math.inf, dtype=torch.float64)
+    for row, column in product(range(h), range(w)):
+        dx, dy = there[0, :, row, column].tolist()
+        if 0 <= column + dx <= w - 1 and 0 <= row + dy <= h - 1:
+            error[0, 0, row, column] = (there[0, :, row, column] + found[0, :, row, column]).norm()
+    return error
+
+
+def smooth_flow(there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+    """One pass over the flow of one image, (1, 2, h, w): Gaussian (σ 1.5, 5×5) times exp(−e²/2) + 0.001."""
+    h, w = there.shape[-2:]
+    error, out = round_trip_error(there, back), torch.zeros_like(there)
+    for row, column in product(range(h), range(w)):
+        total = 0.0
+        for y, x in product(range(row - 2, row + 3), range(column - 2, column + 3)):
+            if 0 <= y < h and 0 <= x < w:
+                near = math.exp(-((y - row) ** 2 + (x - column) ** 2) / (2 * 1.5**2))
+                weight = near * (math.exp(-(float(error[0, 0, y, x]) ** 2) / 2) + 1e-3)
+                out[0, :, row, column] += weight * there[0, :, y, x]
+                total += weight
+        out[0, :, row, column] /= total
+    return out
+
+
 def photometric_error(pair: torch.Tensor, forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor:
     """mean_c |x − backwarp(x of the other image)|, (2, 1, h, w)."""
     first, last = pair[:1].double(), pair[1:].double()

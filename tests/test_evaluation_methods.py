@@ -18,7 +18,7 @@ from dreammover_pipeline.evaluation.suites import Pair, find_suites, folder_suit
 from dreammover_pipeline.images import load_images
 
 SHORT = {"num_inference_steps": 6, "inversion_steps": 4, "feature_step": 2, "lora_steps": 1}
-MATCHED = {"ours", "direct_fusion", "released_fusion", "no_attention", "latent_splat", "pixel_splat"}
+MATCHED = {"ours", "photometric", "direct_fusion", "released_fusion", "no_attention", "latent_splat", "pixel_splat"}
 
 
 def world_pair(size=64, n_frames=3, difficulty="same", seed=0):
@@ -78,7 +78,25 @@ def test_the_pair_is_prepared_once_and_its_time_is_told(job):
     METHODS["no_lora"](job)
     assert job.preparing_seconds > seconds
     assert job.prepared().lora is not None
-    assert job.prepared(lora=False).lora is None
+    assert job.prepared(lora_steps=0).lora is None
+
+
+def test_preparations_that_differ_share_one_lora(job):
+    METHODS["paper"](job)
+    METHODS["shallow"](job)
+    prepared = job._prepared.values()
+    assert len(prepared) == 3
+    lora = job.prepared().lora
+    assert all(torch.equal(pair.lora[name], lora[name]) for pair in prepared for name in lora)
+    assert job.prepared(inversion_steps=1, feature_step=1).inversion.steps == 1
+
+
+def test_the_paper_row_is_the_pipeline_with_the_papers_settings(pipe, job):
+    settings = SHORT | {"feature_block": 1, "flow_smoothing": 0, "importance": "photometric"}
+    frames, _ = METHODS["paper"](job)
+    assert torch.equal(frames, METHODS["ours"](Job(pipe, job.pair, 0, settings))[0])
+    for splat in ("latent_splat", "pixel_splat"):
+        assert not torch.equal(METHODS[splat](job)[0], METHODS[splat](Job(pipe, job.pair, 0, settings))[0])
 
 
 def test_settings_reach_the_pipeline(pipe):

@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from dreammover_pipeline import flow as flow_module
-from dreammover_pipeline.flow import backward_warp, cell_grid, match_features
+from dreammover_pipeline.flow import (
+    backward_warp,
+    cell_grid,
+    join_features,
+    match_features,
+    round_trip_error,
+    smooth_flow,
+)
+from dreammover_pipeline.records import BidirectionalFlow
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -188,6 +196,64 @@ def test_matched_cells_look_each_other_up():
     pair = torch.stack([first, first.roll((1, -2), (1, 2))])
     flow = match_features(pair, (6, 7))
     torch.testing.assert_close(backward_warp(pair.flip(0), flow.stacked()), pair, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("h", "w"), [(5, 7), (1, 6), (6, 1), (1, 1)])
+def test_round_trip_error_is_the_loop(h, w):
+    flow = BidirectionalFlow(*(2 * randn(2, 1, 2, h, w)))
+    expected = [
+        naive.round_trip_error(*ends) for ends in ((flow.forward, flow.backward), (flow.backward, flow.forward))
+    ]
+    torch.testing.assert_close(round_trip_error(flow), torch.cat(expected), rtol=0, atol=1e-12)
+
+
+def test_round_trip_error_of_a_shift_and_its_way_back_is_zero_inside_and_infinite_outside():
+    there = constant_flow(5, 6, 2, -1)
+    error = round_trip_error(BidirectionalFlow(there, -there))
+    inside = torch.zeros(5, 6, dtype=torch.bool)
+    inside[1:, :4] = True
+    assert error[0, 0][inside].max() < 1e-12
+    assert (error[0, 0][~inside] == torch.inf).all()
+
+
+@pytest.mark.parametrize(("h", "w"), [(5, 7), (1, 6), (2, 2), (1, 1)])
+def test_a_pass_of_smoothing_is_the_loop(h, w):
+    flow = BidirectionalFlow(*(2 * randn(2, 1, 2, h, w)))
+    smooth = smooth_flow(flow, 1)
+    expected = naive.smooth_flow(flow.forward, flow.backward), naive.smooth_flow(flow.backward, flow.forward)
+    torch.testing.assert_close(smooth.forward, expected[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(smooth.backward, expected[1], rtol=0, atol=1e-12)
+
+
+def test_smoothing_is_repeated_and_may_be_left_out():
+    flow = BidirectionalFlow(*randn(2, 1, 2, 6, 5))
+    assert_same_flow(smooth_flow(flow, 0), flow)
+    assert_same_flow(smooth_flow(flow, 3), smooth_flow(smooth_flow(smooth_flow(flow, 1), 1), 1))
+    assert_same_flow(smooth_flow(flow.reversed(), 2), smooth_flow(flow, 2).reversed())
+
+
+def test_smoothing_keeps_a_uniform_flow_and_carries_it_into_a_mismatch():
+    there = constant_flow(7, 8, 1, 0).clone()
+    flow = BidirectionalFlow(there, -there)
+    torch.testing.assert_close(smooth_flow(flow, 2).forward, there, rtol=0, atol=1e-12)
+    wrong = there.clone()
+    wrong[0, :, 3, 3] = torch.tensor([-3.0, 3.0])  # no match leads back from there
+    smooth = smooth_flow(BidirectionalFlow(wrong, -there), 1)
+    torch.testing.assert_close(smooth.forward, there, rtol=0, atol=0.02)
+
+
+def test_joined_features_average_the_cosines():
+    blocks = randn(2, 6, 4, 5), randn(2, 3, 2, 3, seed=1)
+    joined = join_features(blocks, (4, 5))
+    assert joined.shape == (2, 9, 4, 5)
+
+    def cosines(features):
+        first, second = F.normalize(features.flatten(2), dim=1)
+        return first.T @ second
+
+    fine = F.interpolate(blocks[1], size=(4, 5), mode="bilinear", align_corners=False)
+    mean = (cosines(blocks[0]) + cosines(fine)) / 2
+    torch.testing.assert_close(cosines(joined), mean, rtol=0, atol=1e-12)
 
 
 def test_leaves_its_inputs_alone():

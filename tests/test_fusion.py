@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from dreammover_pipeline.fusion import (
+    agreement_importance,
     fuse_direct,
     fuse_high_level,
     fuse_low_level,
-    importance,
     photometric_error,
+    photometric_importance,
     scaled_flows,
     select_unwarped,
     slerp,
@@ -73,30 +74,61 @@ class TestImportance:
         expected = naive.importance(pair, flow.forward, flow.backward)
         assert (expected > -10).any()
         assert (expected == -10).any()
-        assert_exact(importance(pair, flow), expected)
+        assert_exact(photometric_importance(pair, flow), expected)
         assert_exact(photometric_error(pair, flow), naive.photometric_error(pair, flow.forward, flow.backward))
 
     def test_is_zero_where_the_images_agree(self):
         pair = randn(1, 3, 4, 5).expand(2, -1, -1, -1)
-        assert importance(pair, no_flow(4, 5)).abs().max() < 1e-12
+        assert photometric_importance(pair, no_flow(4, 5)).abs().max() < 1e-12
 
     def test_of_a_constant_difference(self):
         pair = torch.stack([torch.full((3, 4, 5), 0.25), torch.full((3, 4, 5), -0.25)]).double()
-        metric = importance(pair, no_flow(4, 5))
+        metric = photometric_importance(pair, no_flow(4, 5))
         assert metric.shape == (2, 1, 4, 5)
         assert_exact(metric, torch.full((2, 1, 4, 5), -5.0, dtype=torch.float64))
-        assert_exact(importance(pair, no_flow(4, 5), alpha=4), metric * 0.4)
-        assert_exact(importance(pair, no_flow(4, 5), limit=3), metric.clamp(-3, 3))
-        assert_exact(importance(3 * pair, no_flow(4, 5)), torch.full_like(metric, -10))
+        assert_exact(photometric_importance(pair, no_flow(4, 5), alpha=4), metric * 0.4)
+        assert_exact(photometric_importance(pair, no_flow(4, 5), limit=3), metric.clamp(-3, 3))
+        assert_exact(photometric_importance(3 * pair, no_flow(4, 5)), torch.full_like(metric, -10))
 
     def test_outside_the_other_image_there_is_nothing(self):
         pair = torch.full((2, 3, 4, 5), 0.5, dtype=torch.float64)
         away = BidirectionalFlow(*torch.full((2, 1, 2, 4, 5), 99.0, dtype=torch.float64))
-        assert_exact(importance(pair, away), torch.full((2, 1, 4, 5), -5.0, dtype=torch.float64))
+        assert_exact(photometric_importance(pair, away), torch.full((2, 1, 4, 5), -5.0, dtype=torch.float64))
 
     def test_stays_in_its_range(self):
-        metric = importance(100 * randn(2, 3, 5, 6), flow_of(5, 6))
+        metric = photometric_importance(100 * randn(2, 3, 5, 6), flow_of(5, 6))
         assert -10 <= metric.min() <= metric.max() <= 0
+
+
+class TestAgreementImportance:
+    """M = −min(|F + F'∘F|, limit)."""
+
+    def test_is_the_loop(self):
+        flow = flow_of(5, 6)
+        errors = [naive.round_trip_error(a, b) for a, b in zip(*both_ways(flow), strict=True)]
+        expected = -torch.cat(errors).clip(max=10)
+        assert (expected == -10).any()
+        assert (expected > -10).any()
+        assert_exact(agreement_importance(flow), expected)
+        assert_exact(agreement_importance(flow, limit=2), expected.clip(min=-2))
+
+    def test_a_moving_object_is_not_outweighed_by_a_resting_background(self):
+        """Where both land on one place, brightness constancy lets the background win, agreement lets neither."""
+        h, w = 4, 6
+        clean = torch.zeros(2, 1, h, w, dtype=torch.float64)
+        clean[0, :, 1, 1], clean[1, :, 1, 4] = 1.0, 1.4  # moved three cells to the right, and changed a little
+        forward, backward = (torch.zeros(1, 2, h, w, dtype=torch.float64) for _ in range(2))
+        forward[0, 0, 1, 1], backward[0, 0, 1, 4] = 3, -3
+        backward[0, 0, 1, 1] = 3  # what the object hid, and hides now, is matched anywhere
+        flow = BidirectionalFlow(forward, backward)
+        photometric, agreement = photometric_importance(clean, flow), agreement_importance(flow)
+        assert photometric[0, 0, 1, 1] < photometric[0, 0, 1, 2]
+        assert agreement[0, 0, 1, 1] == agreement[0, 0, 1, 2] == 0
+        assert agreement[0, 0, 1, 4] == -3  # hidden background: its match does not lead back
+
+
+def both_ways(flow):
+    return (flow.forward, flow.backward), (flow.backward, flow.forward)
 
 
 def test_flows_to_the_frames_are_shares_of_the_whole():

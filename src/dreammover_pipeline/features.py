@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -30,19 +30,22 @@ def captured_up_block(unet: torch.nn.Module, block: int) -> Iterator[list[torch.
         handle.remove()
 
 
-def up_block_features(unet: torch.nn.Module, block: int, forward: Callable[[], object]) -> torch.Tensor:
-    """Features of one up block during one forward of the UNet.
+def up_block_features(
+    unet: torch.nn.Module, blocks: Sequence[int], forward: Callable[[], object]
+) -> list[torch.Tensor]:
+    """Features of some up blocks during one forward of the UNet.
 
     Source: DreamMover §3.2: the second up block at step 14 of the inversion.
 
     Args:
         unet: a `UNet2DConditionModel`.
-        block: index into `unet.up_blocks`.
+        blocks: indices into `unet.up_blocks`.
         forward: runs the UNet once.
 
     Returns:
-        (B, C', h', w'), in the UNet's dtype.
+        One (B, C', h', w') for each block, in the UNet's dtype.
     """
-    with captured_up_block(unet, block) as outputs:
+    with ExitStack() as stack:
+        outputs = [stack.enter_context(captured_up_block(unet, block)) for block in blocks]
         forward()
-    return outputs[-1]
+    return [output[-1] for output in outputs]

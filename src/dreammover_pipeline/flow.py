@@ -8,7 +8,7 @@ integer coordinates (`align_corners=True`), so an integer flow moves values exac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +19,9 @@ from .records import BidirectionalFlow
 
 # Rows of the similarity matrix held at once: at 512² a block is 1024 × 4096 float32, 16 MiB.
 MATCH_ROWS = 1024
+SMOOTHING_RADIUS = 2  # cells; the window of `smooth_flow`
+SMOOTHING_SIGMA = 1.5  # cells; of its Gaussian
+DOUBT = 1e-3  # weight of a vector whose way back does not agree at all, so that every window has a mean
 
 
 def cell_grid(h: int, w: int, like: torch.Tensor) -> torch.Tensor:
@@ -97,6 +100,68 @@ def match_features(features: torch.Tensor, size: tuple[int, int]) -> Bidirection
         (cells[:, :, forward] - cells).reshape(1, 2, h, w),
         (cells[:, :, backward] - cells).reshape(1, 2, h, w),
     )
+
+
+def join_features(blocks: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
+    """Features of several blocks as one, whose cosine similarity is the mean of the blocks' own.
+
+    Source: ours; DreamMover matches the features of one block.
+
+    Args:
+        blocks: (2, C', h', w') each, of any size.
+        size: (h, w) of the latent grid; all are upsampled to it as in `match_features`.
+
+    Returns:
+        (2, ΣC', h, w).
+    """
+    resized = [F.interpolate(x.to(working_dtype(x)), size=size, mode="bilinear", align_corners=False) for x in blocks]
+    return torch.cat([F.normalize(x, dim=1) for x in resized], 1)
+
+
+def round_trip_error(flow: BidirectionalFlow) -> torch.Tensor:
+    """How far from a cell its match's own match lies: |F(p) + F'(p + F(p))|, F' the flow the other way.
+
+    Args:
+        flow: the flow both ways.
+
+    Returns:
+        (2, 1, h, w) in cells, for the cells of the first and of the second image; infinite where p + F(p) leaves the
+        grid.
+    """
+    there, back = flow.stacked(), flow.reversed().stacked()
+    found = backward_warp(torch.cat([back, torch.ones_like(back[:, :1])], 1), there)
+    error = (there + found[:, :2]).norm(dim=1, keepdim=True)
+    return torch.where(found[:, 2:] > 0.999, error, torch.inf)
+
+
+def smooth_flow(flow: BidirectionalFlow, passes: int) -> BidirectionalFlow:
+    """Let cells whose match agrees with its own match speak for their neighbours.
+
+    A pass replaces every vector by the mean of the 5×5 around it, weighted by a Gaussian of the distance and by
+    exp(−e²/2) of the neighbour's round-trip error e in cells. On a surface without texture the argmax is noise that
+    no match back confirms; there the flow is carried in from where it is sure.
+
+    Source: ours; DreamMover uses the argmax as it is.
+
+    Args:
+        flow: the flow both ways.
+        passes: how often, 0 … ; the agreement is found anew before each.
+
+    Returns:
+        The flow both ways, in fractions of cells.
+    """
+    h, w = flow.forward.shape[-2:]
+    side = 2 * SMOOTHING_RADIUS + 1
+    offsets = cell_grid(side, side, flow.forward).flatten(2) - SMOOTHING_RADIUS  # (1, 2, side²)
+    near = (-offsets.square().sum(1) / (2 * SMOOTHING_SIGMA**2)).exp()[..., None]  # (1, side², 1)
+    for _ in range(passes):
+        agreement = (-round_trip_error(flow).square() / 2).exp() + DOUBT
+        windows = F.unfold(torch.cat([flow.stacked(), agreement], 1), side, padding=SMOOTHING_RADIUS)
+        dx, dy, weight = windows.unflatten(1, (3, side * side)).unbind(1)  # (2, side², h·w); off the grid weight is 0
+        weight = weight * near
+        mean = torch.stack([(part * weight).sum(1) / weight.sum(1) for part in (dx, dy)], 1).unflatten(2, (h, w))
+        flow = BidirectionalFlow(mean[:1], mean[1:])
+    return flow
 
 
 def _mutual_argmax(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

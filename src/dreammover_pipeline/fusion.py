@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from .ddim import working_dtype
-from .flow import backward_warp
+from .flow import backward_warp, round_trip_error
 from .records import BidirectionalFlow
 from .splatting import softmax_splat, winner_splat
 
@@ -32,7 +32,9 @@ def photometric_error(pair: torch.Tensor, flow: BidirectionalFlow) -> torch.Tens
     return (pair.to(matched.dtype) - matched).abs().mean(1, keepdim=True)
 
 
-def importance(clean: torch.Tensor, flow: BidirectionalFlow, alpha: float = 10.0, limit: float = 10.0) -> torch.Tensor:
+def photometric_importance(
+    clean: torch.Tensor, flow: BidirectionalFlow, alpha: float = 10.0, limit: float = 10.0
+) -> torch.Tensor:
     """Splat metric by brightness constancy: M = clip(−α · mean_c |x − backwarp(x', F)|, −limit, limit).
 
     Source: DreamMover Eq. (4), §3.2: the metric of the softmax splat, on the predicted clean latents.
@@ -47,6 +49,23 @@ def importance(clean: torch.Tensor, flow: BidirectionalFlow, alpha: float = 10.0
         M, the log of each cell's weight, (2, 1, h, w).
     """
     return (-alpha * photometric_error(clean, flow)).clamp(-limit, limit)
+
+
+def agreement_importance(flow: BidirectionalFlow, limit: float = 10.0) -> torch.Tensor:
+    """Splat metric by agreement of the two flows: M = −min(|F + F'∘F|, limit), F' the flow the other way, in cells.
+
+    Source: ours, after the flow consistency of softmax splatting (arXiv 2003.05534 and its successors); DreamMover
+    uses `photometric_importance`, under which a background that rests, and therefore matches itself exactly,
+    outweighs whatever moves in front of it.
+
+    Args:
+        flow: the flow both ways.
+        limit: bound of |M|; a cell whose match lies outside has it.
+
+    Returns:
+        M, the log of each cell's weight, (2, 1, h, w).
+    """
+    return -round_trip_error(flow).clamp(max=limit)
 
 
 def scaled_flows(flow: BidirectionalFlow, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

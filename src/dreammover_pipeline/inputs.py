@@ -13,6 +13,7 @@ from numbers import Integral, Real
 import torch
 
 FUSIONS = ("two_level", "two_level_unwarped", "direct")
+IMPORTANCES = ("agreement", "photometric")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -80,6 +81,26 @@ def frame_times(n_frames, times) -> tuple[float, ...]:
     if outside:
         raise ValueError(f"`times` must lie strictly between 0 and 1, but {outside[0]} is among them")
     return values
+
+
+def feature_blocks(blocks) -> tuple[int, ...]:
+    """The `feature_block` argument, one index or several, as a tuple."""
+    return (blocks,) if isinstance(blocks, Integral) else tuple(blocks)
+
+
+def check_feature_blocks(blocks, up_blocks: int) -> None:
+    """Raise unless `blocks` is the index of one of the UNet's `up_blocks`, or several different ones."""
+    if isinstance(blocks, bool) or not isinstance(blocks, (Integral, Sequence)) or isinstance(blocks, str):
+        raise TypeError(
+            f"`feature_block` must be an integer or several, not {blocks!r} of type {type(blocks).__name__}"
+        )
+    indices = feature_blocks(blocks)
+    for index in indices:
+        check_integer("feature_block", index, 0)
+        if index >= up_blocks:
+            raise ValueError(f"`feature_block` {index} does not exist; the UNet has up blocks 0 … {up_blocks - 1}")
+    if not indices or len(set(indices)) < len(indices):
+        raise ValueError(f"`feature_block` must be one block or several different ones, not {blocks!r}")
 
 
 def check_attention_blocks(blocks, self_attentions: Sequence[int]) -> None:

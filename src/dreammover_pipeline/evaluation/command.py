@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands `dreammover evaluate` and `dreammover compare`.
+"""The commands `dreammover evaluate`, `dreammover compare` and `dreammover correspondence`.
 
 Measuring libraries, torch and diffusers take seconds to import, so that happens after the arguments parsed.
 """
@@ -9,20 +9,25 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import json
 import re
 import time
 from importlib.util import find_spec
+from pathlib import Path
 
 from ..loading import add_model_options, check_model, choose_device, load_pipeline, pipeline_class
 
 FULL = {"pairs": 32, "frames": 7}
+DIFFICULTIES = ("same", "relit", "recast")
 QUICK = {"pairs": 3, "frames": 3}  # about five minutes on two cores with the embedded checkpoint
 # What the suites decide, or what no line of text can hold.
-NOT_SETTINGS = re.compile("self|img|prompt|height|width|generator|frames|times|include|output|return|callback|kwargs")
+NOT_SETTINGS = re.compile(
+    "self|img|prompt|height|width|generator|frames|times|include|output|return|callback|kwargs|^lora$|^pair$"
+)
 
 
 def add_evaluation(commands: argparse._SubParsersAction) -> None:
-    """Register the two commands."""
+    """Register the three commands."""
     text = "Run methods on pairs, measure what can be measured, write a report. Killed, it goes on where it was."
     parser = commands.add_parser("evaluate", help="measure the method, its parts and rivals", description=text)
     parser.allow_abbrev = False
@@ -48,6 +53,19 @@ def add_evaluation(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("second", metavar="OTHER", help="what is subtracted; may be the same folder")
     parser.add_argument("--method", default="ours", metavar="NAME", help="of the first (default: %(default)s)")
     parser.add_argument("--other-method", metavar="NAME", help="of the other; default: the same")
+
+    text = "Which features find which way: every up block, several noise steps, matched on either grid, smoothed."
+    parser = commands.add_parser("correspondence", help="measure the flow of all features", description=text)
+    parser.allow_abbrev = False
+    parser.set_defaults(run=_correspondence)
+    add = parser.add_argument
+    add("-o", "--output", metavar="FOLDER", required=True, help="correspondence.jsonl and .md go there")
+    add("--suites", nargs="+", metavar="NAME", default=DIFFICULTIES, help="of same, relit, recast; default: all")
+    add("--pairs", type=int, default=16, metavar="N", help="of each suite (default: %(default)s)")
+    add("--steps", type=int, nargs="+", default=(1, 6, 14, 22, 30), metavar="N", help="of 50; default: 1 6 14 22 30")
+    add("--seed", type=int, default=0, metavar="N", help="of the world's scenes (default: %(default)s)")
+    add("--quiet", action="store_true", help="show no progress bar")
+    add_model_options(parser, default="tiny")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -76,7 +94,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from .run import RunFile, header, run
     from .suites import find_suites
 
-    names = args.suites or ("same", "relit", "recast")
+    names = args.suites or DIFFICULTIES
     find_suites(names, pairs, frames, 64)  # for its complaints, before a model is loaded that decides the real size
     tools = find_tools(args.flow)
     pipe = load_pipeline(args.model, args.dtype, choose_device(args.device))
@@ -87,6 +105,34 @@ def _evaluate(args: argparse.Namespace) -> None:
     run(pipe, suites, methods, file, tools, args.quiet)
     report = write_report(file, tools)
     print(f"{report}: {len(file.rows)} rows in {time.perf_counter() - start:.0f} s")
+
+
+def _correspondence(args: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    _require_libraries()
+    check_model(args.model)
+    from ..inputs import check_choice, check_integer
+
+    check_integer("--pairs", args.pairs, 1)
+    check_integer("--seed", args.seed, 0)
+    for name in args.suites:
+        check_choice("--suites", name, DIFFICULTIES)
+    pipeline_class()  # first, since it hushes third parties before they are imported
+    from .correspondence import study, table
+    from .suites import find_suites
+
+    pipe = load_pipeline(args.model, args.dtype, choose_device(args.device))
+    pipe.set_progress_bar_config(disable=True)
+    check_settings(pipe, {"inversion_steps": max(args.steps), "feature_step": min(args.steps)})
+    suites = find_suites(args.suites, args.pairs, 1, native_size(pipe), args.seed)
+    rows = study(pipe, suites, args.steps, args.quiet)
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "correspondence.jsonl").write_text(lines, encoding="utf-8")
+    report = folder / "correspondence.md"
+    report.write_text("\n".join(f"## {suite.name}\n\n{table(rows, suite.name)}" for suite in suites), encoding="utf-8")
+    print(f"{report}: {len(rows)} rows in {time.perf_counter() - start:.0f} s")
 
 
 def native_size(pipe) -> int:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 
-from ..fusion import fuse_high_level, importance
+from ..fusion import agreement_importance, fuse_high_level, photometric_importance
 from ..images import fit, fit_to_output, unfit
 from ..pipeline import DreamMoverPipeline
 from ..records import BidirectionalFlow, Canvas, PreparedPair
@@ -37,7 +38,7 @@ class Job:
     seed: int
     settings: Mapping[str, object] = field(default_factory=dict)
     preparing_seconds: float = 0.0  # spent so far in `prepared`
-    _prepared: dict[bool, PreparedPair] = field(default_factory=dict)
+    _prepared: dict[tuple, PreparedPair] = field(default_factory=dict)
 
     @cached_property
     def canvas(self) -> Canvas:
@@ -60,17 +61,28 @@ class Job:
         """δ of the frames, (F,)."""
         return torch.tensor(self.pair.times)
 
-    def prepared(self, lora: bool = True) -> PreparedPair:
-        """The pair prepared, with or without its LoRA."""
-        if lora not in self._prepared:
+    def setting(self, function: Callable, name: str):
+        """The value that an argument of `prepare` or `render` has in this job."""
+        return self.settings.get(name, inspect.signature(function).parameters[name].default)
+
+    def prepared(self, **changes) -> PreparedPair:
+        """The pair prepared, some settings changed. The LoRA is fitted once, for all that have one."""
+        key = tuple(sorted(changes.items()))
+        if key not in self._prepared:
+            lora = None if not changes or "lora_steps" in changes else self.prepared().lora
             start = time.perf_counter()
-            settings = accepted(self.pipe.prepare, self.settings) | ({} if lora else {"lora_steps": 0})
+            settings = accepted(self.pipe.prepare, self.settings) | changes
             generator = torch.Generator().manual_seed(self.seed)
-            self._prepared[lora] = self.pipe.prepare(
-                *self.pair.images, self.pair.prompt, **settings, generator=generator
+            self._prepared[key] = self.pipe.prepare(
+                *self.pair.images, self.pair.prompt, **settings, lora=lora, generator=generator
             )
             self.preparing_seconds += time.perf_counter() - start
-        return self._prepared[lora]
+        return self._prepared[key]
+
+    @property
+    def by_agreement(self) -> bool:
+        """Whether the settings ask for importance by agreement of the flows."""
+        return self.setting(self.pipe.render, "importance") == "agreement"
 
     def render(self, prepared: PreparedPair, **changes) -> Result:
         """Frames of a prepared pair, some settings changed."""
@@ -93,6 +105,33 @@ def accepted(function: Callable, settings: Mapping[str, object]) -> dict[str, ob
 def ours(job: Job) -> Result:
     """The pipeline as its settings say."""
     return job.render(job.prepared())
+
+
+def paper(job: Job) -> Result:
+    """What the paper says: features of one block, the bare argmax, importance by brightness constancy."""
+    return job.render(job.prepared(feature_block=1, flow_smoothing=0), importance="photometric")
+
+
+def no_smoothing(job: Job) -> Result:
+    """Ours with the bare argmax for its flow."""
+    return job.render(job.prepared(flow_smoothing=0))
+
+
+def photometric(job: Job) -> Result:
+    """Ours with importance by brightness constancy."""
+    return job.render(job.prepared(), importance="photometric")
+
+
+def one_block(job: Job) -> Result:
+    """Ours with the features of the paper's up block alone."""
+    return job.render(job.prepared(feature_block=1))
+
+
+def shallow(job: Job) -> Result:
+    """Ours inverted a third as deep."""
+    steps, step = (job.setting(job.pipe.prepare, name) for name in ("inversion_steps", "feature_step"))
+    steps = max(1, steps // 3)
+    return job.render(job.prepared(inversion_steps=steps, feature_step=min(step, steps)))
 
 
 def true_flow(job: Job) -> Result:
@@ -124,7 +163,7 @@ def no_attention(job: Job) -> Result:
 
 def no_lora(job: Job) -> Result:
     """Ours without the pair's LoRA, from inversion on."""
-    return job.render(job.prepared(lora=False))
+    return job.render(job.prepared(lora_steps=0))
 
 
 def crossfade(job: Job) -> Result:
@@ -137,23 +176,28 @@ def latent_splat(job: Job) -> Result:
     """The clean latents splatted and averaged like the layout, then decoded: no diffusion."""
     pair = job.prepared()
     clean = pair.inversion.path[0]
-    latents, _ = fuse_high_level(clean, pair.flow, importance(clean, pair.flow), job.times)
+    metric = agreement_importance(pair.flow) if job.by_agreement else photometric_importance(clean, pair.flow)
+    latents, _ = fuse_high_level(clean, pair.flow, metric, job.times)
     return job.decode(latents), pair.flow
 
 
 def pixel_splat(job: Job) -> Result:
-    """The same with pixels, in [−1, 1], and the flow upsampled bilinearly: no VAE either."""
+    """The same with pixels, in [−1, 1], flow and agreement upsampled bilinearly: no VAE either."""
     flow = job.prepared().flow
     pixels = 2 * job.working_images - 1
-    fine = BidirectionalFlow(*(_upsampled(part.cpu(), pixels.shape[-2:]) for part in (flow.forward, flow.backward)))
-    frames, _ = fuse_high_level(pixels, fine, importance(pixels, fine), job.times)
+    size = pixels.shape[-2:]
+    fine = BidirectionalFlow(*(_upsampled(part.cpu(), size) for part in (flow.forward, flow.backward)))
+    if job.by_agreement:
+        metric = F.interpolate(agreement_importance(flow).cpu(), size=size, mode="bilinear", align_corners=False)
+    else:
+        metric = photometric_importance(pixels, fine)
+    frames, _ = fuse_high_level(pixels, fine, metric, job.times)
     return unfit((frames / 2 + 0.5).clamp(0, 1), job.canvas), flow
 
 
 def branching(job: Job) -> Result:
     """Wang and Golland's interpolation in noise: no flow, no LoRA, no inversion."""
-    steps = inspect.signature(job.pipe.prepare).parameters["num_inference_steps"].default
-    steps = job.settings.get("num_inference_steps", steps)
+    steps = job.setting(job.pipe.prepare, "num_inference_steps")
     latents = branching_slerp(job.pipe, job.working_images, job.pair.prompt, job.pair.times, steps, job.seed)
     return job.decode(latents), None
 
@@ -183,6 +227,11 @@ class Method:
 
 METHODS = {
     "ours": Method(ours),
+    "paper": Method(paper),
+    "no_smoothing": Method(no_smoothing),
+    "photometric": Method(photometric),
+    "one_block": Method(one_block),
+    "shallow": Method(shallow),
     "true_flow": Method(true_flow, "motion"),
     "dis_flow": Method(dis),
     "direct_fusion": Method(direct),
@@ -216,4 +265,4 @@ def _at_cell_centres(flow: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def _upsampled(flow: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Flow of cells as flow of pixels, bilinear."""
     scale = torch.tensor([size[1] / flow.shape[-1], size[0] / flow.shape[-2]]).reshape(1, 2, 1, 1)
-    return torch.nn.functional.interpolate(flow, size=size, mode="bilinear", align_corners=False) * scale
+    return F.interpolate(flow, size=size, mode="bilinear", align_corners=False) * scale

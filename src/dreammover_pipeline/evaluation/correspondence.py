@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which features find which way: every up block, several noise steps, both grids to match on, smoothed or not.
+
+No in-between frames are denoised, so a study takes seconds a pair. What a flow is worth is measured by its own error
+and by the middle frame that splatting the clean latents along it gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from ..features import up_block_features
+from ..flow import join_features, match_features, smooth_flow
+from ..fusion import agreement_importance, fuse_high_level
+from ..images import unfit
+from ..pipeline import DreamMoverPipeline
+from ..records import BidirectionalFlow, Inversion
+from .methods import Job
+from .metrics import endpoint_errors, pixel_flow, psnr
+from .statistics import estimate
+from .suites import Suite
+
+PASSES = (0, 1, 3, 10)
+PATCH = 3  # latent cells a side of the patches that are matched for comparison
+METRICS = {"pck05": "PCK@.05", "pck10": "PCK@.1", "epe": "EPE px", "epe_rest": "EPE rest", "splat": "splat PSNR"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to get a flow: from which features, at which step, matched on which grid, smoothed how often."""
+
+    features: str
+    step: int
+    grid: str  # "latent": features upsampled, then matched; "own": matched as they are, the flow upsampled
+    passes: int
+
+
+def study(pipe: DreamMoverPipeline, suites: Sequence[Suite], steps: Sequence[int], quiet: bool = False) -> list[dict]:
+    """Measure every variant on every pair, without a LoRA.
+
+    Args:
+        pipe: any Stable Diffusion 1.x/2.x.
+        suites: with known motion; pairs without are left out.
+        steps: of the inversion, whose features are matched.
+        quiet: show no progress bar.
+
+    Returns:
+        A row for each suite, pair and variant, with the metrics of `METRICS`; `epe_rest` is the end-point error over
+        visible pixels that are no foreground, `splat` the PSNR of the middle frame.
+    """
+    rows = []
+    pairs = [(suite, name) for suite in suites for name in suite.pairs]
+    for suite, name in tqdm(pairs, desc="Matching", disable=quiet):
+        settings = {"inversion_steps": max(steps), "feature_step": 1, "lora_steps": 0}
+        job = Job(pipe, suite.load(name), 0, settings)
+        if job.pair.motion is None:
+            continue
+        prepared = job.prepared()
+        for variant, flow in _flows(pipe, prepared.inversion, prepared.prompt_embeds, steps):
+            rows.append({"suite": suite.name, "pair": name, **vars(variant), "metrics": _measured(job, flow)})
+    return rows
+
+
+def table(rows: Sequence[dict], suite: str) -> str:
+    """Means over a suite's pairs with 95 % bootstrap intervals, as Markdown, the best splat first."""
+    of_suite = [row for row in rows if row["suite"] == suite]
+    by_variant: dict[Variant, list[dict]] = {}
+    for row in of_suite:
+        variant = Variant(*(row[name] for name in Variant.__dataclass_fields__))
+        by_variant.setdefault(variant, []).append(row["metrics"])
+    found = {
+        variant: [estimate([metrics[name] for metrics in measured]) for name in METRICS]
+        for variant, measured in by_variant.items()
+    }
+    lines = [
+        f"| features | step | grid | passes | {' | '.join(METRICS.values())} |",
+        "|---|" + "--:|" * (3 + len(METRICS)),
+    ]
+    for variant, estimates in sorted(found.items(), key=lambda item: -item[1][-1].mean):
+        cells = [variant.features, variant.step, variant.grid, variant.passes, *estimates]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+@torch.no_grad()
+def _flows(
+    pipe: DreamMoverPipeline, inversion: Inversion, prompt_embeds: torch.Tensor, steps: Sequence[int]
+) -> Iterator[tuple[Variant, BidirectionalFlow]]:
+    size = inversion.path.shape[-2:]
+    blocks = range(1, len(pipe.unet.up_blocks))
+    for step in steps:
+        timestep, latents = inversion.schedule.timestep(step), inversion.path[step]
+        features = up_block_features(
+            pipe.unet, blocks, lambda z=latents, t=timestep: pipe.predict_noise(z, t, prompt_embeds)
+        )
+        named = {f"up{block}": part for block, part in zip(blocks, features, strict=True)}
+        named |= {"up1+up2": join_features(features[:2], size), f"{PATCH}×{PATCH} latents": _patches(latents)}
+        for (name, part), grid in product(named.items(), ("latent", "own")):
+            own = part.shape[-2:]
+            if grid == "own" and own == size:
+                continue
+            flow = match_features(part, size if grid == "latent" else own)
+            if grid == "own":
+                flow = BidirectionalFlow(*(_refined(way, size) for way in (flow.forward, flow.backward)))
+            for passes in PASSES:
+                yield Variant(name, step, grid, passes), smooth_flow(flow, passes)
+
+
+def _patches(latents: torch.Tensor) -> torch.Tensor:
+    """The latents around every cell as its features, (2, C·k², h, w)."""
+    return F.unfold(latents, PATCH, padding=PATCH // 2).unflatten(2, latents.shape[-2:])
+
+
+def _refined(flow: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    scale = torch.tensor([size[1] / flow.shape[-1], size[0] / flow.shape[-2]]).reshape(1, 2, 1, 1).to(flow)
+    return F.interpolate(flow, size=size, mode="bilinear", align_corners=False) * scale
+
+
+@torch.no_grad()
+def _measured(job: Job, flow: BidirectionalFlow) -> dict[str, float]:
+    motion, side = job.pair.motion, max(job.canvas.output_height, job.canvas.output_width)
+    sprites, rest = [], []
+    for field, (source, target) in zip(pixel_flow(flow, job.canvas), ((0, 1), (1, 0)), strict=True):
+        seen, sprite = motion.visible(source, target)[0], motion.foreground(source)[0]
+        sprites.append(endpoint_errors(field, motion.flow(source, target), seen & sprite))
+        rest.append(endpoint_errors(field, motion.flow(source, target), seen & ~sprite))
+    errors = torch.cat(sprites)
+    half = torch.tensor([0.5])
+    latents, _ = fuse_high_level(job.prepared().inversion.path[0], flow, agreement_importance(flow), half)
+    middle = unfit(job.pipe.decode_latents(latents).cpu(), job.canvas)[0]
+    return {
+        "pck05": float((errors <= 0.05 * side).float().mean()),
+        "pck10": float((errors <= 0.1 * side).float().mean()),
+        "epe": float(errors.mean()),
+        "epe_rest": float(torch.cat(rest).mean()),
+        "splat": psnr(middle, motion.frame(0.5)[0]),
+    }
