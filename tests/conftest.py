@@ -8,9 +8,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import copy
 from pathlib import Path
 
+import diffusers.utils.logging as diffusers_logging
 import numpy as np
 import pytest
 import torch
+import transformers.utils.logging as transformers_logging
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -99,7 +101,7 @@ def pipe(components) -> DreamMoverPipeline:
 
 @pytest.fixture
 def tiny_pipe() -> DreamMoverPipeline:
-    """The embedded checkpoint: 96 px, latents 24×24, trained weights."""
+    """The embedded checkpoint: 128 px, latents 32×32, trained weights."""
     pipe = DreamMoverPipeline.from_pretrained(CHECKPOINT)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -129,3 +131,13 @@ def fast() -> dict:
         "lora_steps": 0,
         "output_type": "pt",
     }
+
+
+@pytest.fixture(scope="module")
+def restored_logging():
+    """For tests that run commands in process: those hush third parties."""
+    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
+    yield
+    for logging, level in zip((diffusers_logging, transformers_logging), levels, strict=True):
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()

@@ -17,6 +17,7 @@ def snapshot(unet: torch.nn.Module) -> dict:
                 for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
             ],
             "processor": id(getattr(module, "processor", None)),
+            "checkpointing": getattr(module, "gradient_checkpointing", None),
             "adapters": [
                 getattr(module, attribute, None)
                 for attribute in ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")

@@ -9,30 +9,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-import diffusers.utils.logging as diffusers_logging
 import imageio.v3 as iio
 import numpy as np
 import pytest
-import transformers.utils.logging as transformers_logging
 from PIL import Image
 
 from dreammover_pipeline import DreamMoverPipeline, __version__
 from dreammover_pipeline.cli import main
+
+pytestmark = pytest.mark.usefixtures("restored_logging")
 
 FISH = Path(__file__).parent.parent / "examples" / "fish"
 PHOTOS = [str(FISH / "0.png"), str(FISH / "1.png")]
 TINY = ["--model", "tiny", "--device", "cpu"]
 FAST = [*TINY, "--frames=3", "--steps=10", "--inversion-steps=4", "--feature-step=3", "--lora-steps=2"]
 PROCESS = [sys.executable, "-m", "dreammover_pipeline"]
-
-
-@pytest.fixture(autouse=True)
-def _restored_logging():
-    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
-    yield
-    for logging, level in zip((diffusers_logging, transformers_logging), levels, strict=True):
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()
 
 
 def run_process(*arguments, **environment):
@@ -69,12 +60,12 @@ def test_video_sheet_and_flow_as_a_process(tmp_path):
     assert all(re.match(r"([\w ]+: +)?\d+%\|", bar) for bar in bars), done.stderr  # progress, and no noise
     assert sorted(path.name for path in tmp_path.iterdir()) == ["flow.png", "out.mp4", "sheet.png"]
     video = iio.imread(paths[0]).astype(float)
-    assert video.shape == (5, 96, 96, 3)
+    assert video.shape == (5, 128, 128, 3)
     for frame, photo in zip(video[[0, -1]], PHOTOS, strict=True):
         assert np.abs(frame - read(photo)).mean() < 4
     sheet, flow = Image.open(paths[1]), Image.open(paths[2])
-    assert sheet.width > 3 * 96
-    assert flow.width > flow.height > 24
+    assert sheet.width > 3 * 128
+    assert flow.width > flow.height > 32
 
 
 def test_the_same_seed_gives_the_same_bytes_and_a_folder_starts_and_ends_with_the_photos(tmp_path, capsys):

@@ -4,12 +4,14 @@
 import ast
 import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from conftest import EXAMPLES
 from PIL import Image
 
+from dreammover_pipeline.cli import main
 from dreammover_pipeline.tiny import CHECKPOINT
 
 ROOT = Path(__file__).parent.parent
@@ -46,8 +48,8 @@ def test_the_test_named_in_the_table_exercises_the_function(number, module, name
     assert f"{user}(" in text
 
 
-def readme_blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
 def test_readme_python_runs_as_printed(tmp_path, monkeypatch):
@@ -56,14 +58,32 @@ def test_readme_python_runs_as_printed(tmp_path, monkeypatch):
     for i in (0, 1):
         Image.open(EXAMPLES / "fish" / f"{i}.png").save(tmp_path / f"lion_{i}.png")
     session = {}
-    blocks = readme_blocks("python")
-    assert len(blocks) >= 2
-    for block in blocks:
+    printed = blocks("README.md", "python")
+    assert len(printed) >= 2
+    for block in printed:
         block = block.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(CHECKPOINT))
         block = block.replace('"cuda"', '"cpu"').replace("torch.float16", "torch.float32")
         exec(compile(block, "README.md", "exec"), session)
     assert (tmp_path / "lion.mp4").stat().st_size > 1000
     assert (tmp_path / "lion_lora" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_the_page_on_prepared_pairs_runs_as_printed(tmp_path, monkeypatch, restored_logging):
+    """Its Python in one session, then its commands, in a folder that has the examples as a clone has."""
+    monkeypatch.chdir(tmp_path)
+    Path("examples").symlink_to(EXAMPLES)
+    session = {}
+    for block in blocks("docs/prepared.md", "python"):
+        exec(compile(block, "prepared.md", "exec"), session)
+    assert [len(session[name]) for name in ("preview", "middle", "frames")] == [1, 1, 1]
+    Path("fish.safetensors").unlink()
+    for command in "".join(blocks("docs/prepared.md", "bash")).splitlines():
+        program, *arguments = shlex.split(command)
+        assert program == "dreammover"
+        assert main([*arguments, "--quiet"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("examples", "fish.gif", "fish.safetensors", "longer.gif")
+    ]
 
 
 def test_readme_commands_are_two():

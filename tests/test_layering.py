@@ -20,7 +20,7 @@ from dreammover_pipeline import DreamMoverPipeline
 FOLDER = Path(dreammover_pipeline.pipeline.__file__).parent
 # Tensors in, tensors out: no models, no diffusers.
 MATHS = ("records", "ddim", "sampling", "flow", "splatting", "fusion", "memory", "inputs")
-REQUIRED = {"torch", "diffusers", "transformers", "numpy", "PIL"}  # all come with diffusers' own installation
+REQUIRED = {"torch", "diffusers", "transformers", "numpy", "PIL", "safetensors"}  # come with diffusers itself
 OPTIONAL = {"peft"}  # only inside functions
 
 

@@ -32,7 +32,7 @@ UNEXPECTED = "not expected"  # of what diffusers logs where an __init__ does not
 
 
 def frames_of(pipe) -> np.ndarray:
-    """What the whole method makes, LoRA included: (2, 96, 96, 3)."""
+    """What the whole method makes, LoRA included: (2, 128, 128, 3)."""
     return output_of(pipe, lora_steps=1).frames[0]
 
 
@@ -45,7 +45,7 @@ def output_of(pipe, lora_steps: int = 0):
     images = [str(ROOT / "examples" / "fish" / name) for name in ("0.png", "1.png")]
     generator = torch.Generator().manual_seed(0)
     output = pipe(*images, prompt="a fish", **short, lora_steps=lora_steps, generator=generator, output_type="np")
-    assert output.frames.shape == (1, 2, 96, 96, 3)
+    assert output.frames.shape == (1, 2, 128, 128, 3)
     assert np.isfinite(output.frames).all()
     return output
 

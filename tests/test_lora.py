@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
+import weakref
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from snapshot import snapshot
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreammover_pipeline.ddim import recompose
-from dreammover_pipeline.lora import LoraFit, fit_pair_lora, pair_lora
+from dreammover_pipeline.lora import LoraFit, _adapted, fit_pair_lora, pair_lora
 
 FIT = LoraFit(steps=3, rank=4, learning_rate=1e-3)
 
@@ -151,6 +154,204 @@ def test_a_unet_in_eight_bits_is_refused(unet, pair, alphas_cumprod):
     unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     with pytest.raises(ValueError, match="lora_steps=0"):
         fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0)
+
+
+# ── Memory and stalls ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Peak bytes of what forwards keep for their backward passes; tensors that share memory count once.
+
+    A model's own weights, which views keep, are not counted, nor what a backward pass computes again.
+    """
+
+    def __init__(self, model):
+        self.users = {parameter.untyped_storage().data_ptr(): 1 for parameter in model.parameters()}
+        self.now = self.peak = 0
+        super().__init__(self.pack, lambda held: held[0])
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        held = Held([tensor])
+        if self.users.setdefault(address, 0) == 0:
+            self.now += size
+            self.peak = max(self.peak, self.now)
+        self.users[address] += 1
+        weakref.finalize(held, self.release, address, size)
+        return held
+
+    def release(self, address, size):
+        self.users[address] -= 1
+        if self.users[address] == 0:
+            self.now -= size
+
+
+class Held(list):
+    """A list that can be referred to weakly."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_checkpointing_keeps_less_and_fits_the_same(unet, pair, alphas_cumprod, dtype):
+    unet.to(dtype)
+    before = snapshot(unet)
+    kept, recomputed = SavedBytes(unet), SavedBytes(unet)
+    with kept:
+        plain = fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0)
+    with recomputed:
+        frugal = fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0, gradient_checkpointing=True)
+    assert all(torch.equal(frugal[name], plain[name]) for name in plain)
+    assert 0 < recomputed.peak < 0.5 * kept.peak
+    assert snapshot(unet) == before
+
+
+def test_gradient_checkpointing_is_switched_back_after_a_failure(unet, pair, alphas_cumprod):
+    def interrupt():
+        assert unet.is_gradient_checkpointing
+        raise KeyboardInterrupt
+
+    before = snapshot(unet)
+    with pytest.raises(KeyboardInterrupt):
+        fit_pair_lora(unet, *pair, alphas_cumprod, FIT, 0, on_step=interrupt, gradient_checkpointing=True)
+    assert snapshot(unet) == before
+
+
+def test_a_users_own_gradient_checkpointing_stays(unet, pair, alphas_cumprod):
+    unet.enable_gradient_checkpointing()
+    before = snapshot(unet)
+    fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0, gradient_checkpointing=True)
+    assert snapshot(unet) == before
+
+
+class HostReads(TorchDispatchMode):
+    """Counts tensor values that Python asks for; each of them would wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_step_of_the_fit_waits_for_the_device(unet, pair, alphas_cumprod, dtype, checkpointing):
+    unet.to(dtype)
+    reads = []
+    for steps in (1, 4):
+        with HostReads() as mode:
+            fit_pair_lora(
+                unet, *pair, alphas_cumprod, LoraFit(steps, 4, 1e-3), 0, gradient_checkpointing=checkpointing
+            )
+        reads.append(mode.count)
+    assert reads[0] == reads[1]
+
+
+# ── In effect ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def fitted(unet, pair, alphas_cumprod):
+    return fit_pair_lora(unet, *pair, alphas_cumprod, LoraFit(3, 4, 1e-2), seed=0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.4])
+@pytest.mark.parametrize("user", ["none", "active"])
+def test_fused_weights_act_as_an_adapter_would(unet, pair, fitted, scale, user):
+    if user == "active":
+        add_user_lora(unet)
+    plain = forward(unet, *pair)
+    with _adapted(unet, fitted, scale):
+        expected = forward(unet, *pair)
+    with pair_lora(unet, fitted, scale):
+        fused = forward(unet, *pair)
+        assert all("dreammover_pair" not in name for name, _ in unet.named_parameters())
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    assert torch.allclose(fused, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_come_back_to_the_bit(unet, fitted, dtype):
+    unet.to(dtype)
+    expected = {name: weight.clone() for name, weight in unet.state_dict().items()}
+
+    def changed():
+        return {name for name, weight in unet.state_dict().items() if not torch.equal(weight, expected[name])}
+
+    with pair_lora(unet, fitted, 0.7):
+        assert changed() == {name.replace("lora_A.", "") for name in fitted if "lora_A" in name}
+    assert not changed()
+    with pytest.raises(KeyboardInterrupt), pair_lora(unet, fitted, 0.7):
+        raise KeyboardInterrupt
+    assert not changed()
+
+
+def test_weights_stored_in_eight_bits_get_an_adapter(unet, pair, fitted):
+    with pair_lora(unet, fitted, 1.0):
+        expected = forward(unet, *pair) - forward_without(unet, pair, fitted)
+    unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    before, plain = snapshot(unet), forward(unet, *pair)
+    with pair_lora(unet, fitted, 1.0):
+        effect = forward(unet, *pair) - plain
+    assert snapshot(unet) == before
+    assert (effect - expected).norm() < 0.2 * expected.norm()
+
+
+def forward_without(unet, pair, fitted):
+    """Within the context of a LoRA: without it, by putting its negative on top."""
+    with pair_lora(unet, fitted, -1.0):
+        return forward(unet, *pair)
+
+
+@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
+def test_group_offloading_pauses_for_the_fit_and_for_fusing(components, pair, alphas_cumprod, fitted, level):
+    """A backward pass would find the weights gone: groups come for forwards only."""
+    unet = components["unet"]
+    expected = fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0)
+    with pair_lora(unet, fitted, 1.0):
+        acting = forward(unet, *pair)
+    plain = forward(unet, *pair)
+    cpu = torch.device("cpu")
+    unet.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=level, num_blocks_per_group=1)
+
+    hooked = set()
+
+    def look():
+        hooked.add(
+            any(getattr(module, "_diffusers_hook", None) and module._diffusers_hook.hooks for module in unet.modules())
+        )
+
+    weights = fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0, on_step=look)
+    assert hooked == {False}
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    with pair_lora(unet, fitted, 1.0):
+        assert torch.equal(forward(unet, *pair), acting)
+        look()
+    assert hooked == {False, True}
+    assert torch.equal(forward(unet, *pair), plain)
+
+
+def test_weights_offloaded_to_disk_are_refused(unet, pair, alphas_cumprod, fitted, tmp_path):
+    cpu = torch.device("cpu")
+    unet.enable_group_offload(
+        onload_device=cpu, offload_device=cpu, offload_type="leaf_level", offload_to_disk_path=str(tmp_path)
+    )
+    with pytest.raises(ValueError, match="offload_to_disk_path"):
+        fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0)
+    with pytest.raises(ValueError, match="offload_to_disk_path"), pair_lora(unet, fitted, 1.0):
+        pass
+
+
+def test_a_lora_acts_on_a_unet_offloaded_layer_by_layer(unet, pair, fitted):
+    from accelerate import cpu_offload
+
+    plain = forward(unet, *pair)
+    with pair_lora(unet, fitted, 1.0):
+        expected = forward(unet, *pair)
+    cpu_offload(unet, execution_device=torch.device("cpu"))  # what enable_sequential_cpu_offload does
+    with pair_lora(unet, fitted, 1.0):
+        assert torch.equal(forward(unet, *pair), expected)
+    assert torch.equal(forward(unet, *pair), plain)
 
 
 # ── The user's own adapters ────────────────────────────────────────────────────────────────────────────────────────
@@ -297,9 +498,11 @@ def test_cross_attention_kwargs_scale_all_loras(pipe, photos, fast):
     plain = pipe(*photos, **fast).frames
     user_active(pipe.unet)
     active = pipe(*photos, **fast).frames
-    off = pipe(*photos, **fast, cross_attention_kwargs={"scale": 0.0}).frames
+    off = {"cross_attention_kwargs": {"scale": 0.0}}
     assert not torch.allclose(active, plain, atol=1e-3)
-    assert torch.allclose(off, plain, atol=1e-4)
+    assert torch.allclose(pipe(*photos, **fast, **off).frames, plain, atol=1e-4)
+    fit = {"lora_steps": 3, "lora_learning_rate": 1e-2}
+    assert torch.allclose(pipe(*photos, **fast | fit, **off).frames, plain, atol=1e-4)
 
 
 def test_the_text_encoders_loras_are_scaled_too_and_come_back(pipe):

@@ -24,12 +24,12 @@ def close(a, b, tolerance=1e-4):
 # ── Signature and outputs ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_call_signature_holds_the_paper_defaults():
+def test_call_signature_holds_the_papers_defaults_but_for_three():
     parameters = inspect.signature(DreamMoverPipeline.__call__).parameters
     order = """
         self img0 img1 prompt height width n_frames times num_inference_steps inversion_steps feature_step
-        feature_block attention_blocks fusion guidance_scale negative_prompt lora_steps lora_rank
-        lora_learning_rate lora_scale frame_batch_size include_inputs generator prompt_embeds
+        feature_block flow_smoothing attention_blocks fusion importance guidance_scale negative_prompt lora_steps
+        lora_rank lora_learning_rate lora_scale frame_batch_size include_inputs generator prompt_embeds
         negative_prompt_embeds output_type return_dict cross_attention_kwargs clip_skip callback_on_step_end
         callback_on_step_end_tensor_inputs
     """
@@ -39,7 +39,6 @@ def test_call_signature_holds_the_paper_defaults():
         "num_inference_steps": 50,
         "inversion_steps": 30,
         "feature_step": 14,
-        "feature_block": 1,
         "attention_blocks": (2, 3),
         "fusion": "two_level",
         "guidance_scale": 1.0,
@@ -48,7 +47,9 @@ def test_call_signature_holds_the_paper_defaults():
         "lora_learning_rate": 5e-4,
         "lora_scale": 1.0,
     }
-    assert {name: parameters[name].default for name in paper} == paper
+    ours = {"feature_block": (1, 2), "flow_smoothing": 3, "importance": "agreement"}
+    expected = paper | ours
+    assert {name: parameters[name].default for name in expected} == expected
 
 
 def test_output_types_agree(pipe, photos, fast):
@@ -130,11 +131,11 @@ def test_frames_come_back_at_the_first_images_size_or_the_size_asked_for(pipe, f
 def test_the_checkpoints_own_numbers_are_used(tiny_pipe, fast):
     images = [EXAMPLES / "fish" / f"{i}.png" for i in (0, 1)]
     output = tiny_pipe(*images, **fast)
-    assert output.frames.shape == (1, 3, 3, 96, 96)
-    assert output.flow[0].forward.shape == (1, 2, 24, 24)
+    assert output.frames.shape == (1, 3, 3, 128, 128)
+    assert output.flow[0].forward.shape == (1, 2, 32, 32)
 
 
-@pytest.mark.parametrize("name", ["fish", "robot"])
+@pytest.mark.parametrize("name", ["fish", "robot", "cat", "bird"])
 def test_the_method_beats_a_cross_fade_on_the_embedded_checkpoint(tiny_pipe, name):
     """Against the true frame half-way, on a pair it has never seen and without a LoRA: by far more than rounding."""
 
@@ -255,6 +256,9 @@ def test_frames_are_the_same_for_every_batch_size(pipe, photos, fast):
         {"attention_blocks": ()},
         {"attention_blocks": (1, 2, 3)},
         {"feature_block": 2},
+        {"feature_block": 1},
+        {"flow_smoothing": 0},
+        {"importance": "photometric"},
         {"feature_step": 3},
         {"inversion_steps": 3},
         {"lora_steps": 2},
@@ -624,6 +628,13 @@ GOOD = np.zeros((64, 64, 3), np.uint8)
         ({"num_inference_steps": 1001}, ValueError, "num_inference_steps"),
         ({"feature_block": 4}, ValueError, "`feature_block` 4"),
         ({"feature_block": -1}, ValueError, "feature_block"),
+        ({"feature_block": ()}, ValueError, "feature_block.*one block or several"),
+        ({"feature_block": (1, 1)}, ValueError, "feature_block.*different"),
+        ({"feature_block": (1, 4)}, ValueError, "`feature_block` 4"),
+        ({"feature_block": "1"}, TypeError, "feature_block"),
+        ({"feature_block": True}, TypeError, "feature_block"),
+        ({"flow_smoothing": -1}, ValueError, "flow_smoothing"),
+        ({"importance": "depth"}, ValueError, "`importance`.*'agreement'"),
         ({"attention_blocks": (2, 4)}, ValueError, "attention_blocks.*4"),
         ({"attention_blocks": (0,)}, ValueError, "no self-attention"),
         ({"attention_blocks": 2}, TypeError, "attention_blocks"),

@@ -32,6 +32,7 @@ class References:
     @contextmanager
     def record(self) -> Iterator[None]:
         """While it lasts, forwards carry the two inputs: they attend to themselves and their tokens are kept."""
+        self.tokens.clear()  # else torch.compile would take the first recording and later ones for two cases
         self.recording = True
         try:
             yield

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
@@ -86,9 +86,18 @@ def check_picture_path(path: str | os.PathLike) -> None:
     Raises:
         ValueError: an ending other than a picture's, a parent folder that is missing or read-only, a folder in place.
     """
+    check_file_path(path, PICTURE_SUFFIXES)
+
+
+def check_file_path(path: str | os.PathLike, suffixes: Sequence[str]) -> None:
+    """Refuse a path where no file of these endings can be written.
+
+    Raises:
+        ValueError: another ending, a parent folder that is missing or read-only, a folder in place.
+    """
     suffix = Path(path).suffix.lower()
-    if suffix not in PICTURE_SUFFIXES:
-        raise ValueError(f"'{path}' ends in '{suffix}'; allowed are {', '.join(PICTURE_SUFFIXES)}")
+    if suffix not in suffixes:
+        raise ValueError(f"'{path}' ends in '{suffix}'; allowed are {', '.join(suffixes)}")
     _check_parent(path)
     _check_not_a_folder(path)
 
@@ -139,12 +148,13 @@ def _replacing(path: str | os.PathLike) -> Iterator[Path]:
     temporary = target.with_name(f".dreammover-{secrets.token_hex(4)}{Path(path).suffix}")
     try:
         yield temporary
-        _move(temporary, target)
+        move_over(temporary, target)
     finally:
         _remove(temporary)
 
 
-def _move(source: Path, target: Path) -> None:
+def move_over(source: Path, target: Path) -> None:
+    """Move a file or folder to where, on the same disk, another one may be, which it replaces."""
     if not target.is_dir():
         os.replace(source, target)
         return

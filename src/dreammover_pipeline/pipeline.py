@@ -8,8 +8,10 @@ them and matches their features; `render` fuses the two at every δ, denoises wi
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -27,31 +29,50 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 from .attention import reference_attention, self_attention_names
 from .ddim import eps_from_v, predict_clean, recompose
 from .features import up_block_features
-from .flow import match_features
-from .fusion import fuse_direct, fuse_high_level, fuse_low_level, importance, select_unwarped, slerp
+from .flow import join_features, match_features, smooth_flow
+from .fusion import (
+    agreement_importance,
+    fuse_direct,
+    fuse_high_level,
+    fuse_low_level,
+    photometric_importance,
+    select_unwarped,
+    slerp,
+)
 from .images import fit, fit_to_output, is_batch, load_images, plan_canvas, unfit
 from .inputs import (
     FUSIONS,
+    IMPORTANCES,
     OUTPUT_TYPES,
     check_attention_blocks,
     check_choice,
+    check_feature_blocks,
     check_generator,
     check_integer,
     check_number,
     check_steps,
     draw_seed,
+    feature_blocks,
     frame_times,
     pair_generators,
     pair_negatives,
     pair_texts,
 )
-from .lora import LoraFit, fit_pair_lora, pair_lora
-from .memory import affordable_frames, split_evenly
+from .lora import LoraFit, check_pair_lora, fit_pair_lora, pair_lora
+from .memory import (
+    Batches,
+    advice_on_out_of_memory,
+    affordable_frames,
+    affords_fit,
+    free_cache,
+    is_out_of_memory,
+)
 from .outputs import DreamMoverPipelineOutput, as_output, joined, returned
 from .records import Canvas, FusedFrames, PreparedPair
 from .sampling import denoise, invert
 from .schedules import ddim_schedule, deterministic_ddim
 from .splatting import softmax_splat  # noqa: F401, named so that the custom-pipeline loader ships it
+from .storage import check_same_models, fingerprint, read_pair, write_pair
 from .text import embed_text
 
 logger = logging.get_logger(__name__)
@@ -165,9 +186,11 @@ class DreamMoverPipeline(
         num_inference_steps: int = 50,
         inversion_steps: int = 30,
         feature_step: int = 14,
-        feature_block: int = 1,
+        feature_block: int | Sequence[int] = (1, 2),
+        flow_smoothing: int = 3,
         attention_blocks: Sequence[int] = (2, 3),
         fusion: str = "two_level",
+        importance: str = "agreement",
         guidance_scale: float = 1.0,
         negative_prompt: str | Sequence[str] | None = None,
         lora_steps: int = 80,
@@ -205,18 +228,23 @@ class DreamMoverPipeline(
             inversion_steps: T, how many of them the images are inverted and the frames denoised; fewer keep closer to
                 the photos, more let the model redraw what warping breaks.
             feature_step: the step whose features are matched.
-            feature_block: the up block whose features are matched.
+            feature_block: the up block whose features are matched, or several whose similarities are averaged; the
+                paper matches 1 alone.
+            flow_smoothing: passes that carry the flow from cells whose match agrees both ways to their neighbours; 0
+                for the paper's bare argmax.
             attention_blocks: up blocks whose self-attention looks at the two images; none to switch that off.
             fusion: "two_level" (the paper's), "two_level_unwarped" (the released code's noise selection), "direct"
                 (no levels; the paper's ablation).
+            importance: what decides between cells that land on one place: "agreement" of the two flows, or
+                "photometric", the paper's brightness constancy.
             guidance_scale: above 1, classifier-free guidance of the frames; the paper uses none.
             negative_prompt: what guidance leads away from.
             lora_steps: steps of the pair's LoRA fit; 0 for none.
             lora_rank: its rank.
             lora_learning_rate: of its AdamW.
             lora_scale: weight of the fitted LoRA wherever the UNet runs.
-            frame_batch_size: frames denoised at once, at most; the result is the same up to rounding. Default: what
-                fits the free memory.
+            frame_batch_size: frames denoised at once, at most; halved where memory runs out; the result is the same
+                up to rounding. Default: what fits the free memory.
             include_inputs: put the two inputs, at the output size and otherwise untouched, at the ends.
             generator: decides the LoRA fit (nothing else is random); a list holds one per pair.
             prompt_embeds: text embeddings (B, L, D) instead of `prompt`, or (2·B, L, D) with one per image.
@@ -243,6 +271,7 @@ class DreamMoverPipeline(
             "inversion_steps": inversion_steps,
             "feature_step": feature_step,
             "feature_block": feature_block,
+            "flow_smoothing": flow_smoothing,
             "lora_steps": lora_steps,
             "lora_rank": lora_rank,
             "lora_learning_rate": lora_learning_rate,
@@ -254,6 +283,7 @@ class DreamMoverPipeline(
             "times": times,
             "attention_blocks": attention_blocks,
             "fusion": fusion,
+            "importance": importance,
             "guidance_scale": guidance_scale,
             "frame_batch_size": frame_batch_size,
             "output_type": output_type,
@@ -311,7 +341,8 @@ class DreamMoverPipeline(
         num_inference_steps: int = 50,
         inversion_steps: int = 30,
         feature_step: int = 14,
-        feature_block: int = 1,
+        feature_block: int | Sequence[int] = (1, 2),
+        flow_smoothing: int = 3,
         lora_steps: int = 80,
         lora_rank: int = 16,
         lora_learning_rate: float = 5e-4,
@@ -320,10 +351,13 @@ class DreamMoverPipeline(
         prompt_embeds: torch.Tensor | None = None,
         cross_attention_kwargs: dict | None = None,
         clip_skip: int | None = None,
+        lora: dict[str, torch.Tensor] | None = None,
     ) -> PreparedPair:
         """Do everything that does not depend on the frames asked for, once: encode, fit, invert, match.
 
-        Args are those of `__call__`, for one pair.
+        Args are those of `__call__`, for one pair, and:
+            lora: LoRA weights, as `fit_lora` returns and `PreparedPair.lora` holds them, to use instead of fitting
+                some; `lora_steps`, `lora_rank`, `lora_learning_rate` and `generator` are then ignored.
 
         Returns:
             What `render` takes, as often as wanted.
@@ -336,6 +370,7 @@ class DreamMoverPipeline(
             inversion_steps=inversion_steps,
             feature_step=feature_step,
             feature_block=feature_block,
+            flow_smoothing=flow_smoothing,
             lora_steps=lora_steps,
             lora_rank=lora_rank,
             lora_learning_rate=lora_learning_rate,
@@ -343,28 +378,30 @@ class DreamMoverPipeline(
             clip_skip=clip_skip,
         )
         check_generator(generator, 1)
+        if lora is not None:
+            check_pair_lora(self.unet, lora)
         schedule = ddim_schedule(self.scheduler, num_inference_steps, inversion_steps)
         first, last, canvas, text = self._one_pair(img0, img1, prompt, height, width, prompt_embeds)
 
         clean = self.encode_images(torch.stack([fit(first, canvas), fit(last, canvas)]))
         prompt_embeds = self._encode_pair(**text, cross_attention_kwargs=cross_attention_kwargs, clip_skip=clip_skip)
-        lora = None
-        if lora_steps:
+        if lora is None and lora_steps:
             settings = LoraFit(lora_steps, lora_rank, lora_learning_rate)
             lora = self._fit_lora(clean, prompt_embeds, settings, draw_seed(generator))
 
         def predict_noise(latents: torch.Tensor, timestep: int) -> torch.Tensor:
             return self.predict_noise(latents, timestep, prompt_embeds, cross_attention_kwargs=cross_attention_kwargs)
 
-        with pair_lora(self.unet, lora, lora_scale):
+        with self._pair_lora(lora, lora_scale, cross_attention_kwargs):
             with self._progress(inversion_steps + 1, "Inverting") as bar:
                 inversion = invert(clean, predict_noise, schedule, inversion_steps, bar.update)
             _require_finite(inversion.path[-1], self.unet.dtype)
             timestep = schedule.timestep(feature_step)
-            features = up_block_features(
-                self.unet, feature_block, lambda: predict_noise(inversion.at(timestep), timestep)
-            )
-        flow = match_features(features, clean.shape[-2:])
+            blocks = feature_blocks(feature_block)
+            features = up_block_features(self.unet, blocks, lambda: predict_noise(inversion.at(timestep), timestep))
+        size = clean.shape[-2:]
+        flow = match_features(features[0] if len(features) == 1 else join_features(features, size), size)
+        flow = smooth_flow(flow, flow_smoothing)
         self.maybe_free_model_hooks()
         ends = (fit_to_output(first, canvas), fit_to_output(last, canvas))
         return PreparedPair(ends, canvas, inversion, flow, prompt_embeds, lora, lora_scale)
@@ -377,6 +414,7 @@ class DreamMoverPipeline(
         times: Sequence[float] | None = None,
         attention_blocks: Sequence[int] = (2, 3),
         fusion: str = "two_level",
+        importance: str = "agreement",
         guidance_scale: float = 1.0,
         negative_prompt: str | None = None,
         frame_batch_size: int | None = None,
@@ -397,12 +435,15 @@ class DreamMoverPipeline(
 
         Raises:
             TypeError, ValueError: an argument is not what it may be; raised before any model runs.
+            torch.OutOfMemoryError: memory does not suffice for a single frame. If that was in decoding, the error's
+                `latents` (F, C, h, w) are the denoised frames, for `decode_latents`.
         """
         self.check_render_inputs(
             n_frames=n_frames,
             times=times,
             attention_blocks=attention_blocks,
             fusion=fusion,
+            importance=importance,
             guidance_scale=guidance_scale,
             frame_batch_size=frame_batch_size,
             output_type=output_type,
@@ -427,13 +468,13 @@ class DreamMoverPipeline(
             return replaced.get("latents", latents)
 
         with (
-            pair_lora(self.unet, pair.lora, pair.lora_scale),
+            self._pair_lora(pair.lora, pair.lora_scale, cross_attention_kwargs),
             self._frame_predictor(
                 pair, conditions, attention_blocks, frame_batch_size, cross_attention_kwargs
             ) as predict_noise,
             self._progress(pair.inversion.steps, "Denoising") as bar,
         ):
-            fused = self.fuse(pair, delta, fusion, predict_noise)
+            fused = self.fuse(pair, delta, fusion, importance, predict_noise)
             latents = denoise(
                 fused.latents,
                 predict_noise,
@@ -498,6 +539,50 @@ class DreamMoverPipeline(
         self.maybe_free_model_hooks()
         return weights
 
+    def fingerprint(self) -> str:
+        """What decides the frames of given arguments, in short: UNet, VAE and text encoder, by all of their weights.
+
+        It is the same wherever the weights are held, offloaded or not, compiled or not, and in every precision that
+        rounds none of them. A LoRA changes it while it acts: loaded and active, at its weight, or fused; loaded and
+        disabled it does not. Every call reads every weight: seconds for Stable Diffusion 1.5 on one CPU core.
+
+        Returns:
+            64 hexadecimal digits.
+        """
+        return fingerprint(self._fingerprinted)
+
+    def save_pair(self, pair: PreparedPair, path: str | os.PathLike) -> None:
+        """Write a prepared pair to one safetensors file, whole or not at all, together with the models' fingerprints.
+
+        The fingerprints are those of now: save before LoRAs are loaded, fused or unloaded.
+
+        Args:
+            pair: what `prepare` returned.
+            path: the file; one that is there is replaced.
+        """
+        write_pair(pair, path, {name: fingerprint({name: model}) for name, model in self._fingerprinted.items()})
+
+    def load_pair(self, path: str | os.PathLike) -> PreparedPair:
+        """Read a pair that `save_pair` wrote, for `render` on this pipeline's device; frames come out the same.
+
+        UNet and VAE must be those it was saved with. With another text encoder, which only negative prompts still
+        need, it loads with a warning.
+
+        Args:
+            path: the file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is cut off, damaged or of another kind, its format version is unknown, or the UNet or
+                the VAE are other ones.
+        """
+        pair, saved = read_pair(path, self._execution_device)
+        present = {name: fingerprint({name: model}) for name, model in self._fingerprinted.items()}
+        check_same_models(path, saved, {name: present[name] for name in ("unet", "vae")})
+        if "text_encoder" in present and saved.get("text_encoder") != present["text_encoder"]:
+            logger.warning(f"'{path}' was saved with another text encoder; negative prompts will be read by this one.")
+        return replace(pair, prompt_embeds=pair.prompt_embeds.to(self.unet.dtype))
+
     # The stages, each of them public.
 
     def encode_prompt(
@@ -561,9 +646,10 @@ class DreamMoverPipeline(
             (B, C, h, w), float32.
         """
         pixels = 2 * images.to(self._execution_device) - 1
-        latents = self._in_vae_precision(
-            lambda x: retrieve_latents(self.vae.encode(x), sample_mode="argmax"), pixels, "encoding"
-        )
+        with self._vae_switches_kept():
+            latents = self._in_vae_memory(
+                lambda x: retrieve_latents(self.vae.encode(x), sample_mode="argmax"), pixels, "encoding"
+            )
         return latents * self.vae.config.scaling_factor
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -575,10 +661,44 @@ class DreamMoverPipeline(
         Returns:
             (B, 3, H, W) in [0, 1], float32.
         """
-        images = self._in_vae_precision(
+        with self._vae_switches_kept():
+            return self._decode(latents)
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        images = self._in_vae_memory(
             lambda x: self.vae.decode(x, return_dict=False)[0], latents / self.vae.config.scaling_factor, "decoding"
         )
         return (images / 2 + 0.5).clamp(0, 1)
+
+    @contextmanager
+    def _vae_switches_kept(self) -> Iterator[None]:
+        """What `_in_vae_memory` switches on meanwhile is afterwards as it was."""
+        names = [name for name in ("use_slicing", "use_tiling") if hasattr(self.vae, name)]
+        switches = {name: getattr(self.vae, name) for name in names}
+        try:
+            yield
+        finally:
+            for name, value in switches.items():
+                setattr(self.vae, name, value)
+
+    def _in_vae_memory(self, function: Callable, x: torch.Tensor, doing: str) -> torch.Tensor:
+        """Run the VAE; where memory does not suffice, image by image, then in tiles, and so from then on."""
+        switches = {"use_slicing": "one image at a time", "use_tiling": "in tiles, whose tones may differ a little"}
+        if len(x) == 1:
+            del switches["use_slicing"]
+        for switch, how in switches.items():
+            if getattr(self.vae, switch, True):
+                continue
+            try:
+                return self._in_vae_precision(function, x, doing)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            free_cache(x.device)
+            logger.warning(f"Out of memory {doing}; the VAE goes on {how}.")
+            setattr(self.vae, switch, True)
+        with advice_on_out_of_memory(f"{doing}, on {tuple(x.shape)}"):
+            return self._in_vae_precision(function, x, doing)
 
     def _in_vae_precision(self, function: Callable, x: torch.Tensor, doing: str) -> torch.Tensor:
         """Run the VAE in its own precision; where that overflows, as float16 can, run this once more in float32."""
@@ -619,13 +739,15 @@ class DreamMoverPipeline(
         if guided:
             latents = latents.repeat(2, 1, 1, 1)
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
-        output = self.unet(
-            latents.to(self.unet.dtype),
-            torch.tensor(timestep, device=latents.device),  # a number would make torch.compile start anew every step
-            encoder_hidden_states=prompt_embeds,
-            cross_attention_kwargs=cross_attention_kwargs,
-            return_dict=False,
-        )[0].float()
+        with advice_on_out_of_memory(f"in the UNet, on latents {tuple(latents.shape)}"):
+            # A number for the timestep, or expanded embeddings besides others, would make torch.compile start anew.
+            output = self.unet(
+                latents.to(self.unet.dtype),
+                torch.tensor(timestep, device=latents.device),
+                encoder_hidden_states=prompt_embeds.contiguous(),
+                cross_attention_kwargs=cross_attention_kwargs,
+                return_dict=False,
+            )[0].float()
         if self.scheduler.config.prediction_type == "v_prediction":
             output = eps_from_v(output, latents, float(self.scheduler.alphas_cumprod[timestep]))
         if not guided:
@@ -638,6 +760,7 @@ class DreamMoverPipeline(
         pair: PreparedPair,
         times: torch.Tensor,
         fusion: str = "two_level",
+        importance: str = "agreement",
         predict_noise: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
     ) -> FusedFrames:
         """Fuse the pair at step T for every δ.
@@ -647,7 +770,8 @@ class DreamMoverPipeline(
         Args:
             pair: what `prepare` returned.
             times: δ, (F,).
-            fusion: as in `__call__`.
+            fusion: as in `__call__`, like the next.
+            importance: the splat metric.
             predict_noise: ε of frames (F, C, h, w) at a timestep; only "two_level_unwarped" asks it.
 
         Returns:
@@ -656,7 +780,7 @@ class DreamMoverPipeline(
         inversion, flow = pair.inversion, pair.flow
         noisy, alpha_bar = inversion.path[-1], inversion.alpha_bar
         clean = predict_clean(noisy, inversion.eps, alpha_bar)
-        metric = importance(clean, flow)
+        metric = agreement_importance(flow) if importance == "agreement" else photometric_importance(clean, flow)
         if fusion == "direct":
             latents, coverage = _piecewise(lambda t: fuse_direct(noisy, flow, metric, t), times)
             return FusedFrames(latents, None, None, coverage, times)
@@ -693,6 +817,7 @@ class DreamMoverPipeline(
         inversion_steps,
         feature_step,
         feature_block,
+        flow_smoothing,
         lora_steps,
         lora_rank,
         lora_learning_rate,
@@ -702,12 +827,8 @@ class DreamMoverPipeline(
         """Raise TypeError or ValueError unless these arguments of `prepare` are what they may be."""
         check_steps(num_inference_steps, inversion_steps, feature_step, self.scheduler.config.num_train_timesteps)
         ddim_schedule(self.scheduler, num_inference_steps, inversion_steps)
-        check_integer("feature_block", feature_block, 0)
-        blocks = len(self.unet.up_blocks)
-        if feature_block >= blocks:
-            raise ValueError(
-                f"`feature_block` {feature_block} does not exist; the UNet has up blocks 0 … {blocks - 1}"
-            )
+        check_feature_blocks(feature_block, len(self.unet.up_blocks))
+        check_integer("flow_smoothing", flow_smoothing, 0)
         self._check_lora_inputs(lora_steps, lora_rank, lora_learning_rate)
         check_number("lora_scale", lora_scale, 0)
         if clip_skip is not None:
@@ -731,6 +852,7 @@ class DreamMoverPipeline(
         times,
         attention_blocks,
         fusion,
+        importance,
         guidance_scale,
         frame_batch_size,
         output_type,
@@ -741,6 +863,7 @@ class DreamMoverPipeline(
         blocks = range(len(self.unet.up_blocks))
         check_attention_blocks(attention_blocks, [len(self_attention_names(self.unet, block)) for block in blocks])
         check_choice("fusion", fusion, FUSIONS)
+        check_choice("importance", importance, IMPORTANCES)
         check_number("guidance_scale", guidance_scale, 0)
         if frame_batch_size is not None:
             check_integer("frame_batch_size", frame_batch_size, 1)
@@ -771,6 +894,11 @@ class DreamMoverPipeline(
 
     # What the stages share.
 
+    @property
+    def _fingerprinted(self) -> dict[str, torch.nn.Module]:
+        models = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
+        return {name: model for name, model in models.items() if model is not None}
+
     def _encode_pair(self, prompt, prompt_embeds=None, cross_attention_kwargs=None, clip_skip=None) -> torch.Tensor:
         """(2, L, D), one per image; a prompt they share is encoded once."""
         texts = None if prompt is None else list(dict.fromkeys(prompt))
@@ -787,17 +915,43 @@ class DreamMoverPipeline(
         self, clean: torch.Tensor, prompt_embeds: torch.Tensor, settings: LoraFit, seed: int
     ) -> dict[str, torch.Tensor]:
         ddim = deterministic_ddim(self.scheduler)
-        with self._progress(settings.steps, "Fitting LoRA") as bar:
-            return fit_pair_lora(
-                self.unet,
-                clean,
-                prompt_embeds,
-                ddim.alphas_cumprod,
-                settings,
-                seed,
-                ddim.config.prediction_type,
-                bar.update,
-            )
+
+        def attempt(gradient_checkpointing: bool) -> dict[str, torch.Tensor]:
+            with self._progress(settings.steps, "Fitting LoRA") as bar:
+                return fit_pair_lora(
+                    self.unet,
+                    clean,
+                    prompt_embeds,
+                    ddim.alphas_cumprod,
+                    settings,
+                    seed,
+                    ddim.config.prediction_type,
+                    bar.update,
+                    gradient_checkpointing,
+                )
+
+        if affords_fit(*self._footprint(clean)):
+            try:
+                return attempt(False)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            free_cache(clean.device)
+            logger.warning("Out of memory; the LoRA fit starts anew with gradient checkpointing, for the same result.")
+        with advice_on_out_of_memory("in the LoRA fit"):
+            return attempt(True)
+
+    def _pair_lora(self, lora, scale: float, cross_attention_kwargs: dict | None):
+        """The pair's LoRA in effect; "scale" in the kwargs, which diffusers gives loaded ones, is given to it too."""
+        return pair_lora(self.unet, lora, scale * (cross_attention_kwargs or {}).get("scale", 1.0))
+
+    def _footprint(self, latents: torch.Tensor, groups: int = 1) -> tuple[torch.device, int, int, torch.dtype, int]:
+        """What decides how much of the UNet's work on latents (…, h, w) fits, in `groups` of guidance."""
+        h, w = latents.shape[-2:]
+        device, to_come = self._execution_device, 0
+        if getattr(self, "_all_hooks", []):  # enable_model_cpu_offload brings the whole UNet when it is called
+            to_come = sum(weight.nbytes for weight in self.unet.parameters() if weight.device.type != device.type)
+        return device, groups * h * w, self.unet.config.block_out_channels[0], self.unet.dtype, to_come
 
     def _frame_conditions(
         self, pair, times, guided, negative_prompt, negative_prompt_embeds, cross_attention_kwargs
@@ -831,11 +985,8 @@ class DreamMoverPipeline(
         At every step the two inputs go first, at their own latents of that step, and leave the tokens that the
         frames then attend to; so the references are exact and the inputs need no denoising of their own.
         """
-        h, w = pair.inversion.path.shape[-2:]
-        cells = h * w * (1 if conditions["negative_prompt_embeds"] is None else 2)
-        largest = frame_batch_size or affordable_frames(
-            self._execution_device, cells, self.unet.config.block_out_channels[0], self.unet.dtype
-        )
+        groups = 1 if conditions["negative_prompt_embeds"] is None else 2
+        batches = Batches(frame_batch_size or affordable_frames(*self._footprint(pair.inversion.path, groups)))
         with reference_attention(self.unet, attention_blocks) as references:
 
             def predict_noise(latents: torch.Tensor, timestep: int) -> torch.Tensor:
@@ -845,15 +996,19 @@ class DreamMoverPipeline(
                         inputs = pair.inversion.at(timestep)
                         unconditional = None if negative is None else negative[:1].expand_as(pair.prompt_embeds)
                         self.predict_noise(inputs, timestep, pair.prompt_embeds, unconditional, cross_attention_kwargs)
-                sizes = split_evenly(len(latents), largest)
-                negatives = [None] * len(sizes) if negative is None else negative.split(sizes)
-                batches = zip(latents.split(sizes), prompt_embeds.split(sizes), negatives, strict=True)
-                return torch.cat(
-                    [
-                        self.predict_noise(x, timestep, text, other, cross_attention_kwargs)
-                        for x, text, other in batches
-                    ]
+                largest = batches.largest
+                eps = batches.map(
+                    lambda x, text, other: self.predict_noise(x, timestep, text, other, cross_attention_kwargs),
+                    latents,
+                    prompt_embeds,
+                    negative,
                 )
+                if batches.largest < largest:
+                    logger.warning(
+                        f"Out of memory; from here on at most {batches.largest} frames are denoised at once. "
+                        "The frames are the same."
+                    )
+                return eps
 
             yield predict_noise
 
@@ -863,13 +1018,18 @@ class DreamMoverPipeline(
             ends = pair.inversion.path[0]
             return (torch.cat([ends[:1], latents, ends[1:]]) if include_inputs else latents)[None], None
         frames, flagged = [], []
-        with self._progress(len(latents), "Decoding") as bar:
-            for latent in latents.split(1):
-                frame = unfit(self.decode_latents(latent).cpu(), pair.canvas)
-                frame, flags = self.run_safety_checker(frame)
-                frames.append(as_output(frame, output_type))
-                flagged += flags or []
-                bar.update()
+        with self._progress(len(latents), "Decoding") as bar, self._vae_switches_kept():
+            try:
+                for latent in latents.split(1):
+                    frame = unfit(self._decode(latent).cpu(), pair.canvas)
+                    frame, flags = self.run_safety_checker(frame)
+                    frames.append(as_output(frame, output_type))
+                    flagged += flags or []
+                    bar.update()
+            except torch.OutOfMemoryError as error:
+                error.latents = latents
+                error.add_note("What was denoised is not lost: this error's `latents` are for `decode_latents`.")
+                raise
         if include_inputs:
             first, last = (as_output(image[None], output_type) for image in pair.images)
             frames = [first, *frames, last]

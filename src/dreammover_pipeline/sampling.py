@@ -50,7 +50,8 @@ def invert(
         on_step()
     eps = predict_noise(latents, schedule.timestep(steps)).to(latents.dtype)
     on_step()
-    return Inversion(torch.stack(path), eps, schedule)
+    # Models leave a memory format behind on which rounding depends, and a saved pair has none.
+    return Inversion(torch.stack(path).contiguous(), eps.contiguous(), schedule)
 
 
 def denoise(

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prepared pair in a file, and what tells whether it belongs to the models at hand.
+
+The file is one safetensors file: the pair's tensors as they are, and a header entry `dreammover_pair`, JSON, with
+everything else. It is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from .lora import acting_tensors
+from .records import BidirectionalFlow, Canvas, Inversion, PreparedPair, Schedule
+
+FORMAT_VERSION = 1
+HEADER = "dreammover_pair"
+LORA = "lora."  # before the names of the pair's LoRA weights
+
+# Odd constants of splitmix64, as signed integers: 0x9E3779B97F4A7C15 and 0xBF58476D1CE4E5B9.
+GOLDEN, MIX = -7046029254386353131, -4658895280553007687
+PIECE = 2**18  # elements at once, an even number: little enough for a processor's cache
+
+
+@torch.no_grad()
+def fingerprint(modules: Mapping[str, torch.nn.Module]) -> str:
+    """What models compute with, in short: equal for equal names, shapes and values of all weights.
+
+    Where and how the weights are held does not matter: device, offloading, torch.compile, and the precision as long
+    as no value is rounded to it, so a checkpoint stored in float16 has one fingerprint in float16 and in float32.
+    Adapters matter as far as they act (`acting_tensors`). Values of float64 count to float32 precision.
+
+    Args:
+        modules: the models, by the names that are to count.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        ValueError: weights are nowhere to be had.
+    """
+    lines = [
+        f"{part}.{name} {tuple(tensor.shape)} {_checksum(tensor)} {weight}"
+        for part, module in modules.items()
+        for name, tensor, weight in acting_tensors(module)
+    ]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """A 64-bit sum over the values, each mixed with its position, computed where the tensor is.
+
+    Integer sums wrap around and have no rounding, so every device and every order of summation gives the same.
+    """
+    total, position = torch.zeros((), dtype=torch.int64, device=tensor.device), 0
+    for piece in tensor.reshape(-1).split(PIECE):
+        words = _words(piece)
+        mixed = torch.arange(position, position + len(words), device=words.device).mul_(GOLDEN).add_(words)
+        mixed.bitwise_xor_(mixed >> 32).mul_(MIX)
+        mixed.bitwise_xor_(mixed >> 29)
+        total += mixed.sum()
+        position += len(words)
+    return int(total)
+
+
+def _words(values: torch.Tensor) -> torch.Tensor:
+    """Values (n,) as int64: integers as they are, of floats the bits of two float32 in a word."""
+    if not values.is_floating_point():
+        return values.long()
+    return F.pad(values.float(), (0, len(values) % 2)).view(torch.int64)
+
+
+def write_pair(pair: PreparedPair, path: str | os.PathLike, fingerprints: Mapping[str, str]) -> None:
+    """Write a prepared pair to a file; one that is there is replaced once the new one is complete.
+
+    Args:
+        pair: what `DreamMoverPipeline.prepare` returned.
+        path: the file.
+        fingerprints: of the models the pair belongs to, by their names.
+    """
+    tensors = {
+        "images.0": pair.images[0],
+        "images.1": pair.images[1],
+        "inversion.path": pair.inversion.path,
+        "inversion.eps": pair.inversion.eps,
+        "flow.forward": pair.flow.forward,
+        "flow.backward": pair.flow.backward,
+        "prompt_embeds": pair.prompt_embeds,
+        **{f"{LORA}{name}": weight for name, weight in (pair.lora or {}).items()},
+    }
+    header = {
+        "version": FORMAT_VERSION,
+        "canvas": asdict(pair.canvas),
+        "schedule": asdict(pair.inversion.schedule),
+        "lora_scale": float(pair.lora_scale),
+        "fingerprints": dict(fingerprints),
+        "versions": _versions(),
+    }
+    # copies, because safetensors takes no tensors that share memory or have gaps
+    tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    _write_whole(Path(path), save(tensors, {HEADER: json.dumps(header)}))
+
+
+def read_pair(path: str | os.PathLike, device: str | torch.device) -> tuple[PreparedPair, dict[str, str]]:
+    """Read a prepared pair from a file.
+
+    Args:
+        path: the file.
+        device: where the pair's tensors shall be; its images stay on the CPU, as `prepare` leaves them.
+
+    Returns:
+        The pair, and the fingerprints of the models it belongs to.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is cut off, damaged, of another kind, or of a format version unknown here; or a folder.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"'{path}' is a folder; a prepared pair is one file")
+    try:
+        with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
+            text = (file.metadata() or {}).get(HEADER)
+            tensors = {} if text is None else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is no whole safetensors file ({error})") from error
+    if text is None:
+        raise ValueError(f"'{path}' is a safetensors file, but holds no prepared pair")
+    try:
+        header = json.loads(text)
+        found = header["version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"'{path}' holds no prepared pair: its header cannot be read") from error
+    if found != FORMAT_VERSION:
+        raise ValueError(
+            f"'{path}' holds a prepared pair of format version {found}, but only version {FORMAT_VERSION} is known "
+            "here; use the release of dreammover-pipeline that wrote it, or prepare the pair anew"
+        )
+    try:
+        return _assembled(header, tensors, device), dict(header["fingerprints"])
+    except KeyError as error:
+        raise ValueError(f"'{path}' is damaged: it lacks {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"'{path}' is damaged: {error}") from error
+
+
+def check_same_models(path: str | os.PathLike, saved: Mapping[str, str], present: Mapping[str, str]) -> None:
+    """Raise unless two sets of fingerprints agree.
+
+    Args:
+        path: of the pair, for the message.
+        saved: the fingerprints in its file.
+        present: those of the models that are to render it.
+
+    Raises:
+        ValueError: naming the models that differ.
+    """
+    differing = [name for name in present if saved.get(name) != present[name]]
+    if differing:
+        raise ValueError(
+            f"'{path}' was prepared with another {' and '.join(differing)}: load the checkpoint it was saved with, "
+            "in the same precision and with the same LoRAs active, or prepare the pair anew"
+        )
+
+
+def _assembled(header: dict, tensors: dict[str, torch.Tensor], device: str | torch.device) -> PreparedPair:
+    def placed(name: str, where: str | torch.device = device) -> torch.Tensor:
+        return tensors[name].to(where, copy=True)  # tensors of safe_open are views of the file
+
+    schedule = Schedule(*(tuple(header["schedule"][name]) for name in ("timesteps", "alpha_bars")))
+    return PreparedPair(
+        images=(placed("images.0", "cpu"), placed("images.1", "cpu")),
+        canvas=Canvas(**header["canvas"]),
+        inversion=Inversion(placed("inversion.path"), placed("inversion.eps"), schedule),
+        flow=BidirectionalFlow(placed("flow.forward"), placed("flow.backward")),
+        prompt_embeds=placed("prompt_embeds"),
+        lora={name.removeprefix(LORA): placed(name) for name in tensors if name.startswith(LORA)} or None,
+        lora_scale=float(header["lora_scale"]),
+    )
+
+
+def _versions() -> dict[str, str]:
+    """For people who look into the file; nothing is decided by them."""
+    found = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    with suppress(PackageNotFoundError):  # as a custom pipeline these files run without being installed
+        found["dreammover-pipeline"] = version("dreammover-pipeline")
+    return found
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    target = path.resolve()  # a link stays, what it points to is replaced
+    temporary = target.with_name(f".dreammover-{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
