@@ -55,7 +55,7 @@ def runs(bench: Bench) -> Table:
         columns,
         rows,
         "UNet samples: 2L + 2(T+1) + 2 + 2T + F·T. The FLOP formula adds bare calls of the models, in-between frames "
-        "under the same references; what is over 1 is matching and, where L > 0, what the LoRA costs after its fit.",
+        "under the same references; what is over 1 is matching and, where L > 0, folding the LoRA into the weights.",
     )
 
 

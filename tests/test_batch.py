@@ -359,6 +359,12 @@ def test_what_a_kill_left_is_removed_with_its_pair_and_only_then(pipe, album):
     assert statuses(work(pipe, [second])) == {"b": "done"}
     assert not leftovers(album.parent)
     assert len(held(second.output)) == 4
+    # a kill right after the commit
+    left[0].mkdir()
+    failure_path(first.output).write_text("{}")
+    assert statuses(work(pipe, [first])) == {"a": "skipped"}
+    assert not leftovers(album.parent)
+    assert not failure_path(first.output).exists()
 
 
 # What fails

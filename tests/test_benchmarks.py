@@ -21,7 +21,7 @@ from benchmarks.record import recorded, replay
 from benchmarks.released import released_samples, released_schedule
 from benchmarks.report import Table, ratio, spread
 from benchmarks.timing import fit_line
-from dreammover_pipeline.flow import match_features
+from dreammover_pipeline.flow import match_features, smooth_flow
 from dreammover_pipeline.lora import LoraFit, fit_pair_lora
 
 SMOKE = PROFILES["smoke"]
@@ -41,7 +41,7 @@ def bare_and_fitted(unet, vae, text_encoder, side) -> tuple[BareCalls, BareCalls
 
 def run_job(pipe, photos, job: Job):
     steps = {"num_inference_steps": 6, "inversion_steps": job.steps, "feature_step": 1, "lora_steps": job.lora_steps}
-    return pipe(*photos, **steps, n_frames=job.frames, frame_batch_size=job.chunk, output_type="pt")
+    return pipe(*photos, **steps, flow_smoothing=2, n_frames=job.frames, frame_batch_size=job.chunk, output_type="pt")
 
 
 @pytest.mark.parametrize("job", [Job(5, 3, 2, 2), Job(4, 2, 4), Job(1, 1, 1)])
@@ -60,7 +60,8 @@ def test_flops_are_those_of_the_formula_and_of_matching(pipe, photos, job):
     features = torch.randn(2, 16, 2, 2)  # of the second up block
     matching = count_flops(lambda: match_features(features, (8, 8)))
     assert matching == 2 * 64 * 64 * 16
-    assert count_flops(lambda: run_job(pipe, photos, job)) == units.inference(job) + matching
+    smoothing = count_flops(lambda: smooth_flow(match_features(features, (8, 8)), 2)) - matching
+    assert count_flops(lambda: run_job(pipe, photos, job)) == units.inference(job) + matching + smoothing
 
 
 def test_flops_of_the_fit_are_those_of_its_steps(pipe):

@@ -71,7 +71,8 @@ def run(
     for job in jobs:
         if maker.finished(job):
             outcomes[job.name] = Outcome(job, "skipped", None, "", sidecar_path(job.output))
-            failure_path(job.output).unlink(missing_ok=True)  # a kill came between the commit and this
+            with _claimed(job):  # which clears up, should a kill have come between the commit and that
+                failure_path(job.output).unlink(missing_ok=True)
     waiting = [job for job in jobs if job.name not in outcomes]
     offset = len(waiting) * process // processes
     waiting = waiting[offset:] + waiting[:offset]
