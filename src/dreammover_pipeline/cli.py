@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from . import __version__
-from .batch.command import add_batch
 from .evaluation.command import add_evaluation, check_settings
 from .loading import add_model_options, check_model
 from .media import check_file_path
@@ -68,7 +67,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_interpolate(commands)
     add_render(commands)
-    add_batch(commands)
     add_evaluation(commands)
     return parser
 
