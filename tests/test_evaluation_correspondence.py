@@ -8,21 +8,23 @@ import json
 import pytest
 import torch
 
+from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.cli import main
 from dreammover_pipeline.evaluation.correspondence import METRICS, PASSES, Variant, _measured, study, table
 from dreammover_pipeline.evaluation.methods import Job, _at_cell_centres
 from dreammover_pipeline.evaluation.suites import find_suites
 from dreammover_pipeline.records import BidirectionalFlow
+from dreammover_pipeline.tiny import CHECKPOINT
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def suites():
     return find_suites(["same"], 2, 1, 64)
 
 
-@pytest.fixture
-def rows(tiny_pipe, suites):
-    return study(tiny_pipe, suites, [2, 3], quiet=True)
+@pytest.fixture(scope="module")
+def rows(suites):
+    return study(DreamMoverPipeline.from_pretrained(CHECKPOINT), suites, [2, 3], quiet=True)
 
 
 def test_every_variant_is_measured_on_every_pair(rows, suites):
@@ -37,7 +39,7 @@ def test_every_variant_is_measured_on_every_pair(rows, suites):
 
 def test_a_variant_is_the_pipelines_own_flow(tiny_pipe, suites, rows):
     pair = suites[0].load(suites[0].pairs[0])
-    settings = {"inversion_steps": 3, "feature_step": 2, "flow_smoothing": 3, "lora_steps": 0}
+    settings = {"inversion_steps": 3, "feature_step": 2, "feature_block": 1, "flow_smoothing": 3, "lora_steps": 0}
     expected = _measured(Job(tiny_pipe, pair, 0, settings), Job(tiny_pipe, pair, 0, settings).prepared().flow)
     (row,) = [
         row

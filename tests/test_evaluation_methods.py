@@ -109,7 +109,7 @@ def test_settings_reach_the_pipeline(pipe):
 
 def test_true_flow_is_the_worlds(tiny_pipe):
     """At the centres of cells exactly; so over all pixels nearly."""
-    pair = world_pair(size=96)
+    pair = world_pair(size=128)
     settings = {"num_inference_steps": 6, "inversion_steps": 2, "feature_step": 2, "lora_steps": 0}
     job = Job(tiny_pipe, pair, 0, settings)
     frames, flow = METHODS["true_flow"](job)
@@ -129,7 +129,7 @@ def test_a_crossfade_is_a_weighted_mean(job):
 
 def test_splats_of_a_pair_that_rests_show_it(tiny_pipe):
     """Identical images match themselves, so pixels come back as they are and latents as their decoding."""
-    pair = world_pair(size=96)
+    pair = world_pair(size=128)
     still = Pair("still", (pair.images[0], pair.images[0]), ("", ""), (0.3, 0.5), torch.stack([pair.images[0]] * 2))
     job = Job(
         tiny_pipe, still, 0, {"num_inference_steps": 6, "inversion_steps": 2, "feature_step": 2, "lora_steps": 0}

@@ -312,7 +312,7 @@ def test_the_command_evaluates_reports_and_compares(tmp_path, capsys):
     ("options", "reason"),
     [
         ("--suites nowhere", "'nowhere' is neither same, relit, recast nor a folder"),
-        ("--methods best", "'ours', 'true_flow'"),
+        ("--methods best", "'ours', 'paper'"),
         ("--pairs 0", "--pairs"),
         ("--frames 0", "--frames"),
         ("--seed -1", "--seed"),
