@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row 1: exact counts. What a run calls, against the formula; and the formula on Stable Diffusion 1.5."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .counting import BareCalls, Job, Units, count_flops, count_units
+from .models import add_adapter, fake_models
+from .profiles import Bench, Profile
+from .record import recorded
+from .report import Table
+
+DEFAULT = Job(frames=32, steps=30, chunk=8, lora_steps=80)
+
+
+def tables(bench: Bench) -> list[Table]:
+    """Calls and FLOPs of whole runs, then units and jobs of the counted model."""
+    return [runs(bench), units_table(bench.profile), jobs_table(bench.profile)]
+
+
+def runs(bench: Bench) -> Table:
+    """Every job of the profile, run for real."""
+    pipe = bench.pipe
+    canvas = bench.prepare(steps=1).canvas
+    models = (pipe.vae, pipe.text_encoder, canvas.height)
+    fitted = copy.deepcopy(pipe.unet)
+    add_adapter(fitted)
+    units = count_units(BareCalls(pipe.unet, *models), BareCalls(fitted, *models))
+    rows = []
+    for job in bench.profile.counted_jobs:
+        with recorded(pipe) as calls:
+            flops = count_flops(lambda job=job: run_job(bench, job))
+        sizes = {
+            function: [len(call.args[0]) for call in calls if call.function == function]
+            for function in (pipe.unet, pipe.vae.encode, pipe.vae.decode)
+        }
+        unet, encoded, decoded = sizes.values()
+        rows.append(
+            (
+                *(job.frames, job.steps, job.chunk, job.lora_steps),
+                *(f"{len(unet)} / {job.unet_calls}", f"{sum(unet)} / {job.unet_samples}"),
+                *(f"{sum(encoded)} / 2", f"{sum(decoded)} / {job.frames}"),
+                *(flops / 1e9, flops / units.whole(job)),
+            )
+        )
+    columns = ("F", "T", "chunk", "L", "UNet calls", "UNet samples", "encodes", "decodes", "GFLOP", "over formula")
+    return Table(
+        f"A run's calls and FLOPs, counted / by formula, model {bench.profile.model}",
+        "counted",
+        columns,
+        rows,
+        "UNet samples: 2L + 2(T+1) + 2 + 2T + F·T. The FLOP formula adds bare calls of the models, in-between frames "
+        "under the same references; what is over 1 is matching and, where L > 0, folding the LoRA into the weights.",
+    )
+
+
+def run_job(bench: Bench, job: Job) -> torch.Tensor:
+    """A job from images to frames."""
+    pair = bench.prepare(job.lora_steps, steps=job.steps)
+    return bench.render(pair, job.frames, job.chunk)
+
+
+@cache
+def counted_units(name: str, side: int) -> Units:
+    """Units of one of `UNETS` at `side` pixels, without computing anything."""
+    mode = FakeTensorMode()
+    plain = fake_models(name, torch.float32, mode)
+    fitted = fake_models(name, torch.float32, mode, adapter=True)
+    with mode:
+        return count_units(BareCalls(*plain, side), BareCalls(*fitted, side))
+
+
+def units_table(profile: Profile) -> Table:
+    """What one bare call costs."""
+    rows = []
+    for side in profile.counted_sides:
+        units = counted_units(profile.counted, side)
+        flops = (units.sample, units.frame, units.frames_call, units.encode, units.decode, units.text, units.lora_step)
+        rows.append((f"{side}²", *(x / 1e12 for x in flops)))
+    columns = ("size", "UNet sample", "… frame", "+ per call", "VAE encode", "VAE decode", "text", "LoRA step")
+    return Table(
+        f"Bare calls, TFLOP, model {profile.counted}",
+        "counted",
+        columns,
+        rows,
+        "In up blocks 2 and 3 a frame attends to the tokens of both inputs: twice the attention there, no keys and "
+        "values of its own; the inputs' are projected once per call. A LoRA step: forward and backward of a pair.",
+    )
+
+
+def jobs_table(profile: Profile) -> Table:
+    """Whole jobs, one thing changed at a time."""
+    side, *other_sides = profile.counted_sides
+    jobs = [(side, Job(n, DEFAULT.steps, DEFAULT.chunk, DEFAULT.lora_steps)) for n in (8, 16, 32, 64)]
+    jobs += [(other, DEFAULT) for other in other_sides]
+    jobs += [(side, Job(DEFAULT.frames, 15, DEFAULT.chunk, DEFAULT.lora_steps))]
+    rows = []
+    for side, job in jobs:
+        units = counted_units(profile.counted, side)
+        inference, fit = units.inference(job), job.lora_steps * units.lora_step
+        frames = job.steps * units.frames(job.frames, job.chunks)
+        shares = (100 * frames / inference, (inference + fit) / inference)
+        rows.append((f"{side}²", job.frames, job.steps, inference / 1e12, fit / 1e12, *shares))
+    return Table(
+        f"Whole jobs by the formula, model {profile.counted}",
+        "counted",
+        ("size", "F", "T", "inference TFLOP", "LoRA fit TFLOP", "frames' UNet, % of inference", "whole / inference"),
+        rows,
+        f"{DEFAULT.lora_steps} LoRA steps, {DEFAULT.chunk} frames a call.",
+    )

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row 5: peak memory against the number of frames and against the batch, measured; and the same counted."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from functools import cache
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .counting import BareCalls, count_peak
+from .models import fake_models
+from .profiles import ROOT, Bench, Profile
+from .report import Table
+from .timing import fit_line
+
+MIB = 2**20
+STEPS = 2  # peaks do not depend on T
+RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}  # glibc keeps it otherwise
+BETWEEN = (4, 8)  # frames at once between which the counted slope is taken
+
+Points = list[tuple[int, int, str]]  # frames, how many of them at once, type of output
+
+
+def tables(bench: Bench) -> list[Table]:
+    """Measured peaks on the model at hand, then what the counted one needs."""
+    return [*measured(bench), counted(bench.profile)]
+
+
+def measured(bench: Bench) -> list[Table]:
+    """Flat in frames, linear in the batch."""
+    profile, on_cpu = bench.profile, bench.device.type == "cpu"
+    peaks_of = in_a_process if on_cpu else on_device
+    smallest = profile.memory_chunks[0]
+    flat = peaks_of(bench, [(frames, smallest, "pil") for frames in profile.memory_frames])
+    batches = peaks_of(bench, [(chunk, chunk, "latent") for chunk in profile.memory_chunks])
+    own, slope = (fit_line(x, y)[1] for x, y in ((profile.memory_frames, flat), (profile.memory_chunks, batches)))
+    expected = counted_slope(profile.model, profile.dtype, profile.memory_side)
+    what = "Peak resident set of a process of its own" if on_cpu else "Peak of torch's allocations"
+    title = f"model {profile.model}, {profile.memory_side}²"
+    return [
+        Table(
+            f"Memory against frames, {smallest} at once, {title}",
+            "measured",
+            ("F", "peak, MiB"),
+            list(zip(profile.memory_frames, flat, strict=True)),
+            f"{what}, decoding included. Slope {own:.3g} MiB a frame: its latents and its finished picture.",
+        ),
+        Table(
+            f"Memory against frames at once, {title}",
+            "measured",
+            ("chunk", "peak, MiB"),
+            list(zip(profile.memory_chunks, batches, strict=True)),
+            f"{what}, without decoding. Slope {slope:.3g} MiB a frame; counted: {expected:.3g}.",
+        ),
+    ]
+
+
+def in_a_process(bench: Bench, points: Points) -> list[float]:
+    """MiB of the peaks of one process that renders the points in turn; what they need must ascend."""
+    command = [sys.executable, "-m", "benchmarks.footprint", bench.name, json.dumps(points)]
+    environment = {**os.environ, **RETURN_FREED}
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout)
+
+
+def render_points(name: str, points: Points) -> list[float]:
+    """MiB of this process's peak resident set after each point."""
+    bench = Bench(name)
+    torch.set_num_threads(1)
+    pair = bench.prepare(steps=STEPS, side=bench.profile.memory_side)
+    unit = MIB if sys.platform == "darwin" else 1024  # of ru_maxrss in a MiB
+    peaks = []
+    for frames, chunk, output in points:
+        bench.render(pair, frames, chunk, output_type=output)
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+    return peaks
+
+
+def on_device(bench: Bench, points: Points) -> list[float]:
+    """MiB of torch's peak on the GPU during each point."""
+    pair = bench.prepare(steps=STEPS, side=bench.profile.memory_side)
+    peaks = []
+    for frames, chunk, output in points:
+        torch.cuda.reset_peak_memory_stats()
+        bench.render(pair, frames, chunk, output_type=output)
+        peaks.append(torch.cuda.max_memory_allocated() / MIB)
+    return peaks
+
+
+@cache
+def counted_slope(model: str, dtype: torch.dtype, side: int) -> float:
+    """MiB that one more frame in a batch takes at the peak of a UNet call."""
+    mode = FakeTensorMode()
+    calls = BareCalls(*fake_models(model, dtype, mode), side)
+    with mode, torch.no_grad(), calls.referring():
+        few, many = (count_peak(calls.unet, lambda n=n: calls.call_unet(n)) for n in BETWEEN)
+    return (many - few) / (BETWEEN[1] - BETWEEN[0]) / MIB
+
+
+def counted(profile: Profile) -> Table:
+    """Live tensors of the counted model in float16: weights, a frame, a decoded image, a step of the fit."""
+    rows = []
+    for side in profile.counted_sides:
+        mode = FakeTensorMode()
+        plain, fitted = (fake_models(profile.counted, torch.float16, mode, adapter) for adapter in (False, True))
+        weights = sum(p.numel() * p.itemsize for model in plain for p in model.parameters())
+        bare, fit = BareCalls(*plain, side), BareCalls(*fitted, side)
+        with mode, torch.no_grad():
+            decode = count_peak(bare.vae, bare.decode)
+            step = count_peak(fit.unet, fit.fit_step)
+            fit.unet.enable_gradient_checkpointing()
+            checkpointed = count_peak(fit.unet.train(), fit.fit_step)
+        slope = counted_slope(profile.counted, torch.float16, side)
+        rows.append((f"{side}²", weights / MIB, slope, decode / MIB, step / MIB, checkpointed / MIB))
+    columns = ("size", "weights", "a frame in a batch", "VAE decode", "LoRA step", "LoRA step, checkpointed")
+    return Table(
+        f"Memory, MiB, model {profile.counted}, float16, fused attention",
+        "counted",
+        columns,
+        rows,
+        "Peaks of live tensors beside the weights; kernels' scratch and the allocator's slack come on top.",
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps(render_points(sys.argv[1], json.loads(sys.argv[2]))))

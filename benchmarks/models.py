@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models that are measured: the embedded checkpoint, and random weights in two configurations.
+
+Time, memory and FLOPs do not depend on the weights, so nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from dreammover_pipeline import DreamMoverPipeline
+from dreammover_pipeline.lora import TARGETS
+from dreammover_pipeline.tiny import CHECKPOINT
+
+# Stable Diffusion 1.5's configurations, and the smallest that run every line.
+UNETS = {
+    "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "micro": {
+        "sample_size": 8,
+        "block_out_channels": (8, 16, 16, 16),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "mid_block_type": None,
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    },
+}
+VAES = {
+    "sd15": {"sample_size": 512, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
+    "micro": {"sample_size": 64, "block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4},
+}
+TEXT_ENCODERS = {
+    "sd15": {
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
+    "micro": {
+        "vocab_size": 49408,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    },
+}
+
+
+def random_models(name: str) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
+    """UNet, VAE and text encoder in a configuration, with random weights."""
+    torch.manual_seed(0)
+    if name == "tiny":
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(CHECKPOINT, subfolder="unet"))
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(CHECKPOINT, subfolder="vae"))
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(CHECKPOINT / "text_encoder"))
+        return unet.eval(), vae.eval(), text_encoder.eval()
+    unet = UNet2DConditionModel(**UNETS[name])
+    vae = AutoencoderKL(
+        **VAES[name],
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        scaling_factor=0.18215,
+    )
+    text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODERS[name]))
+    return unet.eval(), vae.eval(), text_encoder.eval()
+
+
+def add_adapter(unet: UNet2DConditionModel, rank: int = 16) -> list[torch.nn.Parameter]:
+    """Put a LoRA such as the pair's on a UNet and freeze everything else; returns what is to be fitted, float32."""
+    unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS))
+    cast_training_params(unet)
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+def fake_models(name: str, dtype: torch.dtype, mode: FakeTensorMode, adapter: bool = False) -> list[torch.nn.Module]:
+    """`random_models` with fake tensors for weights: inside `mode` they compute nothing, by the CPU's code paths."""
+    with torch.device("meta"):
+        models = [model.to(dtype) for model in random_models(name)]
+        if adapter:
+            add_adapter(models[0])
+    with mode:
+        for module in (module for model in models for module in model.modules()):
+            for key, value in module.named_parameters(recurse=False):
+                fake = torch.empty(value.shape, dtype=value.dtype)
+                setattr(module, key, torch.nn.Parameter(fake, requires_grad=value.requires_grad))
+            for key, value in module.named_buffers(recurse=False):
+                setattr(module, key, torch.empty(value.shape, dtype=value.dtype))
+    return models
+
+
+def load_pipeline(name: str, device: torch.device, dtype: torch.dtype) -> DreamMoverPipeline:
+    """The embedded checkpoint ("tiny") or random weights in one of `UNETS`, as a quiet pipeline."""
+    if name == "tiny":
+        pipe = DreamMoverPipeline.from_pretrained(CHECKPOINT)
+    else:
+        unet, vae, text_encoder = random_models(name)
+        scheduler = PNDMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+        )
+        pipe = DreamMoverPipeline(
+            vae,
+            text_encoder,
+            CLIPTokenizer.from_pretrained(CHECKPOINT / "tokenizer", model_max_length=77),
+            unet,
+            scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device, dtype)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows 2 and 3: what the pipeline costs over a replay of its own UNet and VAE calls, on any device."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+from dreammover_pipeline.lora import LoraFit, fit_pair_lora, pair_lora
+
+from .counting import attention_kernels
+from .models import add_adapter
+from .profiles import Bench
+from .record import Call, recorded, replay
+from .report import Table, ratio, spread
+from .timing import alternate, clock_name
+
+BLOCKS = (2, 3)
+RANK, RATE = 16, 5e-4
+
+
+def tables(bench: Bench) -> list[Table]:
+    """Inference without a LoRA, the fit, and what the fitted LoRA adds to the frames."""
+    profile, unit = bench.profile, clock_name(bench.device)
+    seconds = inference(bench)
+    arms = [
+        ("prepare (inversion), no LoRA", seconds["prepare"], seconds["prepare, bare"]),
+        (f"render, {profile.frames} frames", seconds["render"], seconds["render, bare"]),
+        (
+            "prepare + render",
+            [a + b for a, b in zip(seconds["prepare"], seconds["render"], strict=True)],
+            [a + b for a, b in zip(seconds["prepare, bare"], seconds["render, bare"], strict=True)],
+        ),
+        (f"LoRA fit, {profile.lora_steps} steps", *fit(bench).values()),
+    ]
+    switched = lora_switch(bench)
+    kernels = attention_kernels(lambda: bench.render(bench.prepare(steps=1), 1, 1, output_type="latent"))
+    return [
+        Table(
+            f"Pipeline over its own bare calls, model {profile.model}, {profile.rounds} rounds",
+            "measured",
+            ("part", f"pipeline, {unit}", f"bare calls, {unit}", "ratio"),
+            [(name, spread(a), spread(b), ratio(a, b)) for name, a, b in arms],
+            f"Median (p10–p90) of rounds that take turns. T = {profile.steps}, {profile.chunk} frames a call, "
+            f"attention: {', '.join(kernels)}. Bare calls of the fit: forward, loss, backward, AdamW.",
+        ),
+        Table(
+            f"The pair's LoRA put on and taken off, model {profile.model}, {profile.few} rounds",
+            "measured",
+            (f"on and off, {unit}", f"render of {profile.frames} frames without, {unit}", "ratio"),
+            [(*map(spread, switched.values()), ratio(*switched.values()))],
+            "Between the two it is in the weights, and the UNet runs as it does without.",
+        ),
+    ]
+
+
+def inference(bench: Bench) -> dict[str, list[float]]:
+    """Seconds of `prepare` and `render`, and of the calls that they made once before, each by itself."""
+    unet = bench.pipe.unet
+    with recorded(bench.pipe) as preparing:
+        pair = bench.prepare()
+    with recorded(bench.pipe) as rendering:
+        bench.render(pair)
+    arms = {
+        "prepare": bench.prepare,
+        "prepare, bare": lambda: replay(unet, preparing),
+        "render": lambda: bench.render(pair),
+        "render, bare": lambda: replay(unet, rendering, BLOCKS),
+    }
+    return alternate(arms, bench.profile.rounds, bench.device)
+
+
+def fit(bench: Bench) -> dict[str, list[float]]:
+    """Seconds of the LoRA fit, and of the training steps alone on a UNet that carries the adapter already."""
+    pipe, pair, steps = bench.pipe, bench.prepare(steps=1), bench.profile.lora_steps
+    clean, alphas = pair.inversion.path[0], pipe.scheduler.alphas_cumprod
+
+    def pipeline():
+        return fit_pair_lora(pipe.unet, clean, pair.prompt_embeds, alphas, LoraFit(steps, RANK, RATE), seed=0)
+
+    with recorded(pipe) as calls:
+        pipeline()
+    bare = BareFit(pipe.unet, calls)
+    return alternate({"fit": pipeline, "fit, bare": bare}, bench.profile.rounds, bench.device)
+
+
+class BareFit:
+    """Training steps on recorded inputs and nothing else, on a copy of the UNet."""
+
+    def __init__(self, unet: torch.nn.Module, calls: list[Call]):
+        self.unet, self.calls = copy.deepcopy(unet), calls
+        self.optimizer = torch.optim.AdamW(add_adapter(self.unet, RANK), lr=RATE, fused=True)
+
+    def __call__(self) -> None:
+        for call in self.calls:
+            predicted = self.unet(*call.args, **call.kwargs)[0].float()
+            loss = F.mse_loss(predicted, call.args[0].float())
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+
+
+def lora_switch(bench: Bench) -> dict[str, list[float]]:
+    """Seconds of putting the pair's LoRA on and taking it off again, as every render does once, and of a render."""
+    unet, pair = bench.pipe.unet, bench.prepare(lora_steps=1)
+
+    def switch():
+        with torch.no_grad(), pair_lora(unet, pair.lora, pair.lora_scale):
+            pass
+
+    without = dataclasses.replace(pair, lora=None)
+    arms = {"switch": switch, "render": lambda: bench.render(without)}
+    return alternate(arms, bench.profile.few, bench.device)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a job costs, row by row: `python benchmarks/run.py --profile cpu -o benchmarks.json`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks import compiling, counts, footprint, machine, matching, overhead, released, scaling, shares, stages
+from benchmarks.profiles import PROFILES, ROWS, Bench
+from benchmarks.report import write_json
+
+SECTIONS = {
+    "counts": counts.tables,
+    "overhead": overhead.tables,
+    "stages": stages.tables,
+    "released": released.tables,
+    "matching": matching.tables,
+    "precision": stages.precision,
+    "memory": footprint.tables,
+    "scaling": scaling.tables,
+    "shares": shares.tables,
+    "compile": compiling.tables,
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--profile", choices=PROFILES, default="cpu", help="default: %(default)s")
+    add("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"some of: {', '.join(ROWS)}; default: the profile's")
+    add("-o", "--output", type=Path, metavar="FILE.json", help="write everything there, after every row")
+    add("--plot", type=Path, metavar="FILE.png", help="draw the row `scaling`")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the rows one after the other; what is done is printed and written at once."""
+    arguments = parser().parse_args(argv)
+    bench = Bench(arguments.profile)
+    if bench.device.type != "cpu" and not torch.accelerator.is_available():
+        sys.exit(f"profile {arguments.profile!r} needs the device {bench.profile.device!r}, which is not here")
+    torch.set_num_threads(1)
+    rows = arguments.rows or bench.profile.rows
+    on = machine.describe(bench.device)
+    result = {"profile": arguments.profile, "rows": list(rows), "machine": on, "tables": []}
+    for row in rows:
+        options = {"plot": arguments.plot} if row == "scaling" else {}
+        for table in SECTIONS[row](bench, **options):
+            print(table.markdown(), flush=True)
+            result["tables"].append({"row": row, **table.as_json()})
+        if arguments.output:
+            write_json(arguments.output, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row 6: time against the number of frames and against the size of the pictures, and its plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .counting import Job
+from .counts import DEFAULT, counted_units
+from .plot import Panel, draw
+from .profiles import Bench, Profile
+from .report import Spread, Table, ratio, spread
+from .timing import alternate, clock_name, fit_line
+
+SIZED_FRAMES = 4  # frames of the rows on size
+
+
+def tables(bench: Bench, plot: Path | None = None) -> list[Table]:
+    """Fit a + b·n, compare sizes with their counts, and draw both if a file is given."""
+    profile = bench.profile
+    seconds = against_frames(bench)
+    medians = {frames: spread(values) for frames, values in seconds.items()}
+    a, b, r2 = fit_line(list(medians), [value.median for value in medians.values()])
+    if plot:
+        draw(plot, [measured_panel(bench, medians, a, b), counted_panel(profile)])
+    unit = clock_name(bench.device)
+    rows = [(n, value, a + b * n, value.median / (a + b * n)) for n, value in medians.items()]
+    return [
+        Table(
+            f"Inference against frames, model {profile.model}, no LoRA, {profile.few} rounds",
+            "measured",
+            ("F", unit, "a + b·F", "over the line"),
+            rows,
+            f"a = {a:.4g}, b = {b:.4g} {unit}, R² = {r2:.6f}. T = {profile.scaling_steps}; {profile.chunk} at once.",
+        ),
+        against_size(bench),
+    ]
+
+
+def against_frames(bench: Bench) -> dict[int, list[float]]:
+    """Seconds from images to frames, by the number of frames."""
+    steps = bench.profile.scaling_steps
+    arms = {n: lambda n=n: bench.render(bench.prepare(steps=steps), n) for n in bench.profile.scaling_frames}
+    return alternate(arms, bench.profile.few, bench.device)
+
+
+def against_size(bench: Bench) -> Table:
+    """Inference at several sizes, and what its FLOPs would have."""
+    profile, unit = bench.profile, clock_name(bench.device)
+    frames = min(SIZED_FRAMES, profile.frames)
+
+    steps = profile.scaling_steps
+
+    def run(side: int) -> None:
+        bench.render(bench.prepare(side=side, steps=steps), frames)
+
+    arms = {side: lambda side=side: run(side) for side in profile.scaling_sides}
+    seconds = alternate(arms, profile.few, bench.device)
+    job = Job(frames, steps, profile.chunk)
+    flops = {side: counted_units(profile.model, side).inference(job) for side in profile.scaling_sides}
+    first = profile.scaling_sides[0]
+    rows = [
+        (f"{side}²", spread(values), ratio(values, seconds[first]), flops[side] / flops[first])
+        for side, values in seconds.items()
+    ]
+    return Table(
+        f"Inference against size, model {profile.model}, {frames} frames, {profile.few} rounds",
+        "measured",
+        ("size", unit, "over the first", "by FLOPs"),
+        rows,
+    )
+
+
+def measured_panel(bench: Bench, medians: dict[int, Spread], a: float, b: float) -> Panel:
+    """Seconds and the line."""
+    ends = (0, max(medians))
+    return Panel(
+        f"{bench.profile.model}, measured: {a:.3g} + {b:.3g}·frames",
+        "in-between frames",
+        clock_name(bench.device),
+        points={"measured": [(n, value.median) for n, value in medians.items()]},
+        lines={"a + b·frames": [(n, a + b * n) for n in ends]},
+    )
+
+
+def counted_panel(profile: Profile) -> Panel:
+    """FLOPs of the counted model at every size."""
+    frames = (0, 64)
+    lines = {}
+    for side in profile.counted_sides:
+        units = counted_units(profile.counted, side)
+        jobs = [Job(n, DEFAULT.steps, DEFAULT.chunk) for n in frames]
+        lines[f"{side}×{side}"] = [(job.frames, units.inference(job) / 1e12) for job in jobs]
+    return Panel(
+        f"{profile.counted}, counted: inference, T = {DEFAULT.steps}", "in-between frames", "TFLOP", {}, lines
+    )

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row 7: the share of a job that matching and fusing (all splats) take."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from dreammover_pipeline.flow import match_features
+from dreammover_pipeline.records import Inversion, PreparedPair
+
+from .counts import DEFAULT, counted_units
+from .matching import random_features
+from .profiles import Bench
+from .report import Table, spread
+from .timing import alternate, clock_name
+
+
+def tables(bench: Bench) -> list[Table]:
+    """Measured on the model at hand, and bounded from above for the counted one."""
+    return [measured(bench), bounded(bench)]
+
+
+def _times(frames: int) -> torch.Tensor:
+    return torch.arange(1, frames + 1) / (frames + 1)
+
+
+def measured(bench: Bench) -> Table:
+    """Both, over inference from images to frames."""
+    profile, unit = bench.profile, clock_name(bench.device)
+    pair = bench.prepare()
+    side = pair.inversion.path.shape[-1]
+    channels = bench.pipe.unet.up_blocks[1].resnets[-1].out_channels
+    features = random_features(channels, side // 2, bench.device)
+    arms = {
+        "match": lambda: match_features(features, (side, side)),
+        "fuse": lambda: bench.pipe.fuse(pair, _times(profile.frames)),
+        "job": lambda: bench.render(bench.prepare()),
+    }
+    return _table(
+        f"Matching and fusing in a job, model {profile.model}, {profile.frames} frames, no LoRA, {profile.few} rounds",
+        "measured",
+        unit,
+        alternate(arms, profile.few, bench.device),
+    )
+
+
+def bounded(bench: Bench) -> Table:
+    """Both at the counted model's size; the job cannot be faster than its FLOPs at the rate of a matrix product."""
+    profile, unit = bench.profile, clock_name(bench.device)
+    channels, coarse, side = profile.matching
+    features = random_features(channels, coarse, bench.device)
+    flow = match_features(features, (side, side))
+    pair = _sized(bench.prepare(steps=1), flow, side)
+    factor = torch.randn(1024, 1024, device=bench.device)
+    arms = {
+        "match": lambda: match_features(features, (side, side)),
+        "fuse": lambda: bench.pipe.fuse(pair, _times(DEFAULT.frames)),
+        "product": lambda: factor @ factor,
+    }
+    seconds = alternate(arms, profile.few, bench.device)
+    flops = counted_units(profile.counted, profile.counted_sides[0]).inference(DEFAULT)
+    seconds["job"] = [flops * s / (2 * 1024**3) for s in seconds.pop("product")]
+    return _table(
+        f"Matching and fusing in a job, model {profile.counted}, {DEFAULT.frames} frames, no LoRA",
+        "derived",
+        unit,
+        seconds,
+        "Matching and fusing measured at this size; the job's seconds are its counted FLOPs at the measured rate of a "
+        "1024³ float32 product, which it cannot beat, so the shares are upper bounds.",
+    )
+
+
+def _sized(pair: PreparedPair, flow, side: int) -> PreparedPair:
+    """The pair on a grid of another size, with random latents."""
+    path, eps = pair.inversion.path, pair.inversion.eps
+    path = torch.randn(*path.shape[:-2], side, side, device=path.device)
+    eps = torch.randn(*eps.shape[:-2], side, side, device=eps.device)
+    return dataclasses.replace(pair, inversion=Inversion(path, eps, pair.inversion.schedule), flow=flow)
+
+
+def _table(title: str, basis: str, unit: str, seconds: dict[str, list[float]], note: str = "") -> Table:
+    rows = []
+    for part in ("match", "fuse"):
+        shares = spread([100 * a / b for a, b in zip(seconds[part], seconds["job"], strict=True)])
+        rows.append((part, spread(seconds[part]), spread(seconds["job"]), shares))
+    return Table(title, basis, ("part", unit, f"job, {unit}", "share, %"), rows, note)

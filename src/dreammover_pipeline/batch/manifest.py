@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is to be made: a manifest's rows, or sidecars of earlier videos, as jobs that are checked before any work."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from ..evaluation.command import check_settings
+from ..inputs import check_integer, check_number, pair_negatives, pair_texts
+from ..media import check_fps, check_video_path
+from ..pipeline import DreamMoverPipeline
+from .sidecar import PRIVATE, read_sidecar
+
+PLACES = ("img0", "img1", "folder", "output")
+PLAIN = {"str", "int", "float", "bool", "None", "Sequence", "Callable"}  # a callable's place takes a name too
+OR_CALLABLE = " | Callable[[float], float]"  # what a file cannot hold, beside what it can
+# Plain values, but they say how frames reach a program, and here they go to a file.
+FORMS = {"output_type", "return_dict", "callback_on_step_end_tensor_inputs"}
+PARAMETERS = {
+    name: parameter
+    for name, parameter in inspect.signature(DreamMoverPipeline.__call__).parameters.items()
+    if parameter.annotation is not inspect.Parameter.empty
+    and set(re.findall(r"\w+", parameter.annotation.removesuffix(OR_CALLABLE))) <= PLAIN
+    and name not in FORMS
+}
+SETTINGS = (*PARAMETERS, "seed", "fps")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to make.
+
+    `where` says where it was asked for; `photos` are two files, or one folder that holds them; `name` is the output
+    as it was named, relative to the folder of all; `settings` has a value for each of `SETTINGS`; `recorded` is the
+    sidecar that is to be repeated, if one is.
+    """
+
+    where: str
+    photos: tuple[Path, ...]
+    output: Path
+    name: str
+    settings: Mapping[str, object]
+    recorded: Mapping | None = None
+
+
+def read_manifest(path: str | os.PathLike, folder: Path, defaults: Mapping[str, object]) -> list[Job]:
+    """The jobs of a manifest, `.jsonl` with an object in each line or `.csv` with the keys in its first.
+
+    A row names two photos, `img0` and `img1`, or a `folder` that holds them as `0.*` and `1.*`; paths are relative to
+    the manifest. It may name its `output`, relative to the folder of all, and decide any of `SETTINGS`.
+
+    Args:
+        path: the manifest.
+        folder: where the videos go.
+        defaults: of those settings that are not to have the pipeline's.
+
+    Raises:
+        ValueError: the manifest cannot be read, or a row has an unknown key, or lacks one.
+    """
+    path = Path(path)
+    readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(f"the manifest '{path}' ends in '{path.suffix}'; allowed are {' and '.join(readers)}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the manifest '{path}' cannot be read: {error}") from error
+    jobs = [_job(row, f"{path.name}, line {line}", path.parent, folder, defaults) for line, row in reader(text, path)]
+    if not jobs:
+        raise ValueError(f"the manifest '{path}' holds no pairs")
+    return jobs
+
+
+def read_sidecars(paths: Sequence[str | os.PathLike], folder: Path) -> list[Job]:
+    """The jobs that repeat the videos of sidecars.
+
+    Raises:
+        ValueError: a file is no sidecar.
+    """
+    jobs = []
+    for path in map(Path, paths):
+        recorded = read_sidecar(path)
+        if recorded is None:
+            raise ValueError(f"'{path}' is no sidecar of dreammover batch")
+        photos = tuple(path.parent / photo["path"] for photo in recorded["inputs"])
+        name = recorded["output"]["name"]
+        settings = _settings({}, recorded["settings"], str(path))
+        jobs.append(Job(str(path), photos, _output(folder, name, str(path)), name, settings, recorded))
+    return jobs
+
+
+def check_outputs(jobs: Sequence[Job]) -> None:
+    """Refuse outputs that cannot be written, or that would replace another one or a photo; make their folders.
+
+    Raises:
+        ValueError: with the place that asked for it.
+    """
+    owners = {}
+    for job in jobs:
+        place = job.output.resolve()
+        if place in owners:
+            raise ValueError(f"{job.where}: the output '{job.name}' is {owners[place].where}'s already")
+        owners[place] = job
+    for job in jobs:
+        for path, what in (*((photo, "photo") for photo in job.photos), (job.output, "output")):
+            place = path.resolve()
+            for taken in (*([] if what == "output" else [place]), *place.parents):
+                if taken in owners:  # the same place, or in a folder of frames
+                    other = owners[taken]
+                    raise ValueError(
+                        f"{other.where}: writing '{other.name}' would replace the {what} '{path}'; "
+                        "choose another output"
+                    )
+    for job in jobs:
+        try:
+            job.output.parent.mkdir(parents=True, exist_ok=True)
+            check_video_path(job.output)
+            check_fps(job.settings["fps"], job.output)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{job.where}: {error}") from error
+
+
+def check_values(pipe: DreamMoverPipeline, fingerprint: str, jobs: Sequence[Job]) -> None:
+    """Refuse settings that the pipeline would, by its own checks, and sidecars of another checkpoint than its.
+
+    Raises:
+        ValueError: with the place that asked for it.
+    """
+    width = pipe.unet.config.cross_attention_dim
+    for job in jobs:
+        settings = job.settings
+        try:
+            check_settings(pipe, settings)
+            pair_texts(settings["prompt"], None, 1, False, width)
+            pair_negatives(settings["negative_prompt"], None, 1, width)
+            for side in ("height", "width"):
+                if settings[side] is not None:
+                    check_integer(side, settings[side], 1)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{job.where}: {error}") from error
+        if job.recorded and job.recorded["model"]["fingerprint"] != fingerprint:
+            name = job.recorded["model"]["name"]
+            raise ValueError(
+                f"{job.where} was made with another checkpoint, '{name}' as it was then; name it by --model"
+            )
+
+
+def find_photos(job: Job) -> tuple[Path, Path]:
+    """The two photos of a job, looked for in its folder if it has one.
+
+    Raises:
+        ValueError: the folder does not hold one of each.
+    """
+    if len(job.photos) == 2:
+        return job.photos
+    (folder,) = job.photos
+    suffixes = Image.registered_extensions()
+    try:
+        pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+    except OSError as error:
+        raise ValueError(f"the folder '{folder}' cannot be read: {error}") from error
+    found = [[path for path in pictures if path.stem == name] for name in ("0", "1")]
+    for i, paths in enumerate(found):
+        if len(paths) != 1:
+            held = " and ".join(path.name for path in paths) or "none"
+            raise ValueError(f"the folder '{folder}' must hold one photo '{i}.*', but it holds {held}")
+    return found[0][0], found[1][0]
+
+
+def _jsonl_rows(text: str, path: Path) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path.name}, line {number} is no JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f'{path.name}, line {number} must be an object like {{"img0": …}}, not {line}')
+            yield number, row
+
+
+def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, dict]]:
+    """Empty cells are not given; those of texts are taken as they are, all others as JSON where they are that."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            where = f"{path.name}, line {reader.line_num}"
+            if None in row:
+                raise ValueError(f"{where} has more cells than the first line has keys: {row[None]}")
+            yield reader.line_num, {key: _cell(key, text) for key, text in row.items() if text}
+    except csv.Error as error:
+        raise ValueError(f"{path.name} is no CSV after line {reader.line_num}: {error}") from error
+
+
+def _cell(key: str, text: str) -> object:
+    if key in PLACES or (key in PARAMETERS and PARAMETERS[key].annotation.startswith("str")):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _job(row: Mapping[str, object], where: str, base: Path, folder: Path, defaults: Mapping[str, object]) -> Job:
+    places = {key: row[key] for key in PLACES if key in row}
+    for key, value in places.items():
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"{where}: `{key}` must be a path, not {value!r}")
+    if set(places) - {"output"} not in ({"img0", "img1"}, {"folder"}):
+        raise ValueError(f"{where} must name `img0` and `img1`, or `folder`; it has {', '.join(row) or 'nothing'}")
+    if "folder" in places:
+        photos = (base / places["folder"],)
+        name = f"{photos[0].resolve().name}.mp4"
+    else:
+        photos = (base / places["img0"], base / places["img1"])
+        name = f"{photos[0].stem}-{photos[1].stem}.mp4"
+    name = places.get("output", name)
+    given = {key: value for key, value in row.items() if key not in PLACES}
+    return Job(where, photos, _output(folder, name, where), name, _settings(defaults, given, where))
+
+
+def _settings(defaults: Mapping[str, object], given: Mapping[str, object], where: str) -> dict[str, object]:
+    """A value for each of `SETTINGS`, as JSON would hold it."""
+    unknown = [key for key in given if key not in SETTINGS]
+    if unknown:
+        allowed = ", ".join((*PLACES, *SETTINGS))
+        raise ValueError(f"{where} has the unknown key {unknown[0]!r}; allowed are {allowed}")
+    values = {name: parameter.default for name, parameter in PARAMETERS.items()}
+    values = json.loads(json.dumps({**values, "include_inputs": True, **defaults, **given}))
+    for name, value in values.items():
+        if type(value) is int and name in PARAMETERS and PARAMETERS[name].annotation == "float":
+            values[name] = float(value)  # so that 1 and 1.0 are the same request
+    try:
+        check_integer("seed", values["seed"], 0)
+        if values["seed"] >= 2**63:
+            raise ValueError(f"`seed` must be below 2^63, not {values['seed']}")
+        check_number("fps", values["fps"], 0, inclusive=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    return values
+
+
+def _output(folder: Path, name: str, where: str) -> Path:
+    output = folder / name
+    inside = output.resolve().is_relative_to(folder.resolve()) and output.resolve() != folder.resolve()
+    if not inside or PRIVATE in Path(name).parts:
+        raise ValueError(f"{where}: the output '{name}' must be inside the output folder, and not in '{PRIVATE}'")
+    return output
