@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded checkpoint: Stable Diffusion's architecture at 96 px, to run the whole method offline in seconds."""
+"""The embedded checkpoint: Stable Diffusion's architecture at 128 px, to run the whole method offline in seconds."""
 
 from pathlib import Path
 
