@@ -239,6 +239,7 @@ def test_a_video_its_sidecar_and_nothing_else(pipe, album):
         "name": "deep/a.mp4",
         "sha256": digest(out / "deep" / "a.mp4"),
         "frames": 5,
+        "times": [0.0, 0.25, 0.5, 0.75, 1.0],
         "width": 64,
         "height": 64,
         "blacked_out": 0,

@@ -51,21 +51,32 @@ def read(path):
     return np.asarray(Image.open(path).convert("RGB"), dtype=float)
 
 
-def test_video_sheet_and_flow_as_a_process(tmp_path):
-    paths = [str(tmp_path / name) for name in ("out.mp4", "sheet.png", "flow.png")]
-    done = run_process("interpolate", *PHOTOS, *FAST, "-o", paths[0], "--sheet", paths[1], "--flow", paths[2])
+def test_video_and_pictures_as_a_process(tmp_path):
+    names = ["compare", "flow.png", "matches.png", "out.mp4", "sheet.png"]
+    compare, flow, matches, out, sheet = [str(tmp_path / name) for name in names]
+    pictures = ["--sheet", sheet, "--flow", flow, "--matches", matches, "--compare", compare]
+    done = run_process("interpolate", *PHOTOS, *FAST, "-o", out, *pictures)
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(rf"{re.escape(paths[0])}: 5 frames in \d+\.\d s\n", done.stdout)
+    assert re.fullmatch(rf"{re.escape(out)}: 5 frames in \d+\.\d s\n", done.stdout)
     bars = [bar.strip() for bar in re.split(r"[\r\n]+", done.stderr.strip())]
     assert all(re.match(r"([\w ]+: +)?\d+%\|", bar) for bar in bars), done.stderr  # progress, and no noise
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["flow.png", "out.mp4", "sheet.png"]
-    video = iio.imread(paths[0]).astype(float)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    video = iio.imread(out).astype(float)
     assert video.shape == (5, 128, 128, 3)
     for frame, photo in zip(video[[0, -1]], PHOTOS, strict=True):
         assert np.abs(frame - read(photo)).mean() < 4
-    sheet, flow = Image.open(paths[1]), Image.open(paths[2])
+    sheet, flow, matches = Image.open(sheet), Image.open(flow), Image.open(matches)
     assert sheet.width > 3 * 128
     assert flow.width > flow.height > 32
+    assert matches.height > 3 * 384
+    compared = [read(path) for path in sorted(Path(compare).iterdir())]
+    assert len(compared) == 5
+    for frame, photo in zip((compared[0], compared[-1]), PHOTOS, strict=True):  # on both sides
+        np.testing.assert_array_equal(frame[28:156, 8:136], read(photo))
+        np.testing.assert_array_equal(frame[28:156, 144:272], read(photo))
+    fade = (read(PHOTOS[0]) + read(PHOTOS[1])) / 2
+    np.testing.assert_allclose(compared[2][28:156, 144:272], fade, atol=1)
+    assert np.abs(compared[2][28:156, 8:136] - video[2]).mean() < 4
 
 
 def test_the_same_seed_gives_the_same_bytes_and_a_folder_starts_and_ends_with_the_photos(tmp_path, capsys):
@@ -110,6 +121,11 @@ def test_what_is_typed_reaches_the_pipeline(tmp_path, capsys):
         ("--sheet sheet.gif", "allowed are .png"),
         ("--flow missing/flow.png", "there is no folder"),
         ("--sheet same.png --flow same.png", "would replace 'same.png'"),
+        ("--matches matches.gif", "allowed are .png"),
+        ("--matches same.png --flow same.png", "would replace 'same.png'"),
+        ("--compare compare.avi", "allowed are .mp4"),
+        ("--compare out.mp4", "would replace 'out.mp4'"),
+        ("--compare compare.gif --fps 60", "fps must be between 0.01 and 50 for 'compare.gif'"),
         ("--sheet {photo}", "would replace"),
         ("--surprise", "unrecognized arguments: --surprise"),
     ],
@@ -226,6 +242,8 @@ def test_help_shows_the_defaults_of_the_signature(capsys):
     shown = set()
     for option, description in re.findall(r"--([a-z-]+) (.*?)(?= --|$)", text):
         name = names.get(option, option.replace("-", "_"))
+        if name == "preset":  # no argument of its own
+            continue
         default, shows = parameters[name].default, re.search(r"\(default: (.*)\)", description)
         if default is None:
             assert shows is None

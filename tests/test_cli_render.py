@@ -64,13 +64,16 @@ def test_a_kept_pair_gives_the_same_frames_again(prepared, pair, tmp_path, capsy
 
 
 def test_a_kept_pair_gives_other_videos(pair, tmp_path, capsys):
-    paths = [str(tmp_path / name) for name in ("out.gif", "sheet.png", "flow.png")]
-    options = ["--frames=1", "--fps=20", "--sheet", paths[1], "--flow", paths[2], "--guidance-scale=2"]
-    assert main(["render", pair, *TINY, *options, "--negative-prompt=a cat", "-o", paths[0]]) == 0
-    assert capsys.readouterr().out.startswith(f"{paths[0]}: 3 frames in ")
-    with Image.open(paths[0]) as gif:
-        assert (gif.size, gif.n_frames, gif.info["duration"]) == ((128, 128), 3, 50)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["flow.png", "out.gif", "sheet.png"]
+    names = ["compare.gif", "flow.png", "matches.png", "out.gif", "sheet.png"]
+    compare, flow, matches, out, sheet = [str(tmp_path / name) for name in names]
+    options = ["--frames=1", "--fps=20", "--sheet", sheet, "--flow", flow, "--matches", matches, "--compare", compare]
+    guidance = ["--guidance-scale=2", "--negative-prompt=a cat"]
+    assert main(["render", pair, *TINY, *options, *guidance, "-o", out]) == 0
+    assert capsys.readouterr().out.startswith(f"{out}: 3 frames in ")
+    for path, size in ((out, (128, 128)), (compare, (280, 164))):
+        with Image.open(path) as gif:
+            assert (gif.size, gif.n_frames, gif.info["duration"]) == (size, 3, 50)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import pytest
 import torch
 
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.cli import main
-from dreammover_pipeline.evaluation.correspondence import METRICS, PASSES, Variant, _measured, study, table
+from dreammover_pipeline.evaluation.correspondence import METRICS, PASSES, PENALTIES, Variant, _measured, study, table
 from dreammover_pipeline.evaluation.methods import Job, _at_cell_centres
 from dreammover_pipeline.evaluation.suites import find_suites
 from dreammover_pipeline.records import BidirectionalFlow
@@ -33,19 +34,19 @@ def test_every_variant_is_measured_on_every_pair(rows, suites):
     features = {row["features"] for row in rows}
     assert features == {"up1", "up2", "up3", "up1+up2", "3×3 latents"}
     assert {row["features"] for row in rows if row["grid"] == "own"} == {"up1"}  # alone coarser than the latents
-    assert {row["passes"] for row in rows} == set(PASSES)
+    assert {(row["penalty"], row["passes"]) for row in rows} == set(product(PENALTIES, PASSES))
     assert all(row["metrics"].keys() == METRICS.keys() for row in rows)
 
 
 def test_a_variant_is_the_pipelines_own_flow(tiny_pipe, suites, rows):
     pair = suites[0].load(suites[0].pairs[0])
-    settings = {"inversion_steps": 3, "feature_step": 2, "feature_block": 1, "flow_smoothing": 3, "lora_steps": 0}
+    settings = {"inversion_steps": 3, "feature_step": 2, "feature_block": 1, "lora_steps": 0}
     expected = _measured(Job(tiny_pipe, pair, 0, settings), Job(tiny_pipe, pair, 0, settings).prepared().flow)
     (row,) = [
         row
         for row in rows
-        if (row["pair"], row["features"], row["step"], row["grid"], row["passes"])
-        == (pair.name, "up1", 2, "latent", 3)
+        if (row["pair"], row["features"], row["step"], row["grid"], row["penalty"], row["passes"])
+        == (pair.name, "up1", 2, "latent", 0.1, 3)
     ]
     assert row["metrics"] == pytest.approx(expected)
 
@@ -66,7 +67,7 @@ def test_true_flow_has_no_error(tiny_pipe, suites):
 
 def test_the_table_puts_the_best_first(rows):
     lines = table(rows, "same").splitlines()
-    assert lines[0].startswith("| features | step | grid | passes | PCK@.05")
+    assert lines[0].startswith("| features | step | grid | penalty | passes | PCK@.05")
     means = [float(line.split("|")[-2].split("[")[0]) for line in lines[2:]]
     assert means == sorted(means, reverse=True)
     assert len(means) == len(rows) // 2

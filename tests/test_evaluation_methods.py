@@ -16,6 +16,7 @@ from dreammover_pipeline.evaluation.networks import Tools, dis_flow
 from dreammover_pipeline.evaluation.scoring import score
 from dreammover_pipeline.evaluation.suites import Pair, find_suites, folder_suite, world_suite
 from dreammover_pipeline.images import load_images
+from dreammover_pipeline.presets import PRESETS
 
 SHORT = {"num_inference_steps": 6, "inversion_steps": 4, "feature_step": 2, "lora_steps": 1}
 MATCHED = {"ours", "photometric", "direct_fusion", "released_fusion", "no_attention", "latent_splat", "pixel_splat"}
@@ -92,7 +93,7 @@ def test_preparations_that_differ_share_one_lora(job):
 
 
 def test_the_paper_row_is_the_pipeline_with_the_papers_settings(pipe, job):
-    settings = SHORT | {"feature_block": 1, "flow_smoothing": 0, "importance": "photometric"}
+    settings = SHORT | PRESETS["paper"]
     frames, _ = METHODS["paper"](job)
     assert torch.equal(frames, METHODS["ours"](Job(pipe, job.pair, 0, settings))[0])
     for splat in ("latent_splat", "pixel_splat"):

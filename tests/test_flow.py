@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import naive
 import pytest
 import torch
@@ -12,6 +14,7 @@ from dreammover_pipeline import flow as flow_module
 from dreammover_pipeline.flow import (
     backward_warp,
     cell_grid,
+    distance_bias,
     join_features,
     match_features,
     round_trip_error,
@@ -95,12 +98,31 @@ def test_ties_go_to_the_lowest_index_both_ways_in_blocks_of_any_size(rows, monke
         assert torch.equal(flow + cell_grid(3, 5, flow), torch.zeros_like(flow))
 
 
+def test_a_penalty_takes_what_it_says_for_the_distance():
+    bias = distance_bias((3, 5), 0.6, torch.zeros(1, dtype=torch.float64))
+    for p, q in ((0, 0), (7, 7), (0, 4), (2, 14), (14, 2), (6, 11)):
+        distance = math.hypot(q % 5 - p % 5, q // 5 - p // 5)
+        assert float(bias(slice(p, p + 1))[0, q]) == pytest.approx(-0.6 * distance / 3, abs=1e-12)
+    assert distance_bias((3, 5), 0, torch.zeros(1)) is None
+
+
+def test_of_what_looks_alike_the_nearer_is_matched_and_what_looks_better_still_wins():
+    features = torch.ones(2, 4, 6, 9)
+    flow = match_features(features, (6, 9), distance_bias((6, 9), 0.01, features))
+    assert not flow.stacked().any()
+    moved = randn(1, 16, 6, 9, dtype=torch.float32)
+    features = torch.cat([moved, moved.roll((1, 3), (2, 3))])
+    penalised = match_features(features, (6, 9), distance_bias((6, 9), 0.1, features))
+    assert_same_flow(penalised, match_features(features, (6, 9)))
+
+
 @pytest.mark.parametrize("rows", [1, 13, 64, 100])
 def test_the_size_of_a_block_does_not_matter(rows, monkeypatch):
     features = randn(2, 16, 8, 8, dtype=torch.float32)
-    whole = match_features(features, (8, 8))
+    bias = distance_bias((8, 8), 0.5, features)
+    whole = match_features(features, (8, 8), bias)
     monkeypatch.setattr(flow_module, "MATCH_ROWS", rows)
-    assert_same_flow(match_features(features, (8, 8)), whole)
+    assert_same_flow(match_features(features, (8, 8), bias), whole)
 
 
 def test_swapped_images_give_the_reversed_flow():

@@ -19,7 +19,19 @@ from dreammover_pipeline import DreamMoverPipeline
 
 FOLDER = Path(dreammover_pipeline.pipeline.__file__).parent
 # Tensors in, tensors out: no models, no diffusers.
-MATHS = ("records", "ddim", "sampling", "flow", "splatting", "fusion", "memory", "inputs")
+MATHS = (
+    "records",
+    "ddim",
+    "sampling",
+    "flow",
+    "splatting",
+    "fusion",
+    "memory",
+    "inputs",
+    "timing",
+    "tone",
+    "steering",
+)
 REQUIRED = {"torch", "diffusers", "transformers", "numpy", "PIL", "safetensors"}  # come with diffusers itself
 OPTIONAL = {"peft"}  # only inside functions
 
@@ -124,7 +136,7 @@ def test_diffusers_finds_one_pipeline():
     assert find_pipeline_class(dreammover_pipeline.pipeline) is DreamMoverPipeline
 
 
-@pytest.mark.parametrize("stage", ["prepare", "render", "fit_lora"])
+@pytest.mark.parametrize("stage", ["prepare", "render", "fit_lora", "fit_shared_lora"])
 def test_a_stage_has_the_defaults_of_the_whole(stage):
     whole = inspect.signature(DreamMoverPipeline.__call__).parameters
     parameters = inspect.signature(getattr(DreamMoverPipeline, stage)).parameters

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from conftest import CHECKPOINT
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -476,6 +477,14 @@ def test_every_model_counts(pipe, name):
     assert changed != before
     pipe.register_modules(**{name: None})
     assert pipe.fingerprint() not in (before, changed)
+
+
+def test_the_noise_schedule_counts_and_the_sampler_does_not(pipe):
+    before = pipe.fingerprint()
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    assert pipe.fingerprint() == before
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, beta_end=0.02)
+    assert pipe.fingerprint() != before
 
 
 def test_offloading_and_compiling_do_not_matter(pipe):

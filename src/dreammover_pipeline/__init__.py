@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .presets import PRESETS
+
 if TYPE_CHECKING:
     from .pipeline import DreamMoverPipeline, DreamMoverPipelineOutput
 
 __version__ = "0.1.0"
-__all__ = ["DreamMoverPipeline", "DreamMoverPipelineOutput"]
+__all__ = ["PRESETS", "DreamMoverPipeline", "DreamMoverPipelineOutput"]
 
 
 def __getattr__(name: str):

@@ -8,7 +8,7 @@ integer coordinates (`align_corners=True`), so an integer flow moves values exac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -75,7 +75,23 @@ def _exact_matmul(device_type: str) -> Iterator[None]:
             setattr(backend, attribute, setting)
 
 
-def match_features(features: torch.Tensor, size: tuple[int, int]) -> BidirectionalFlow:
+def unit_features(features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Features on the latent grid, each of length 1, so that their products are cosine similarities.
+
+    Args:
+        features: (2, C', h', w').
+        size: (h, w) of the latent grid; the features are upsampled to it bilinearly (align_corners=False).
+
+    Returns:
+        (2, C', h·w).
+    """
+    features = F.interpolate(features.to(working_dtype(features)), size=size, mode="bilinear", align_corners=False)
+    return F.normalize(features.flatten(2), dim=1)
+
+
+def match_features(
+    features: torch.Tensor, size: tuple[int, int], bias: Callable[[slice], torch.Tensor] | None = None
+) -> BidirectionalFlow:
     """Match every cell of each image with the most similar cell of the other, by cosine similarity.
 
     F^{0→1}(p) = argmax_q cos(f⁰(p), f¹(q)) − p, and F^{1→0} the argmax over the other axis of the same matrix. Ties
@@ -85,21 +101,49 @@ def match_features(features: torch.Tensor, size: tuple[int, int]) -> Bidirection
 
     Args:
         features: (2, C', h', w'), first and second image.
-        size: (h, w) of the latent grid; the features are upsampled to it bilinearly (align_corners=False).
+        size: (h, w) of the latent grid; the features are upsampled to it as by `unit_features`.
+        bias: from a slice of the first image's cells to what is added to their similarities, (cells in it, h·w).
 
     Returns:
         The flow both ways on the latent grid, in cells.
     """
     h, w = size
-    features = F.interpolate(features.to(working_dtype(features)), size=size, mode="bilinear", align_corners=False)
-    first, second = F.normalize(features.flatten(2), dim=1)  # (C', h·w) each
+    first, second = unit_features(features, size)
     with _exact_matmul(features.device.type):
-        forward, backward = _mutual_argmax(first.T, second)
-    cells = cell_grid(h, w, features).flatten(2)  # (1, 2, h·w)
+        forward, backward = _mutual_argmax(first.T, second, bias)
+    cells = cell_grid(h, w, first).flatten(2)  # (1, 2, h·w)
     return BidirectionalFlow(
         (cells[:, :, forward] - cells).reshape(1, 2, h, w),
         (cells[:, :, backward] - cells).reshape(1, 2, h, w),
     )
+
+
+def distance_bias(size: tuple[int, int], penalty: float, like: torch.Tensor) -> Callable[[slice], torch.Tensor] | None:
+    """A bias for `match_features`: of places that look alike, the nearer one.
+
+    A match loses `penalty` times its distance, in shorter sides of the grid. Where features tell places apart that is
+    little; on surfaces that look the same everywhere it decides.
+
+    Source: ours; DreamMover matches without regard to distance.
+
+    Args:
+        size: (h, w) of the latent grid.
+        penalty: cosine similarity that a match over the grid's shorter side loses, ≥ 0.
+        like: of the dtype and on the device that the bias is wanted in.
+
+    Returns:
+        A function from a slice of the first image's cells, in row-major order, to (cells in it, h·w); None for no
+        penalty.
+    """
+    if not penalty:
+        return None
+    cells = cell_grid(*size, like.to(working_dtype(like)))[0].flatten(1).T / min(size)  # (h·w, 2)
+
+    def bias(rows: slice) -> torch.Tensor:
+        # not by a matrix product, which would leave a cell some way from itself
+        return -penalty * torch.cdist(cells[rows], cells, compute_mode="donot_use_mm_for_euclid_dist")
+
+    return bias
 
 
 def join_features(blocks: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
@@ -150,28 +194,50 @@ def smooth_flow(flow: BidirectionalFlow, passes: int) -> BidirectionalFlow:
     Returns:
         The flow both ways, in fractions of cells.
     """
-    h, w = flow.forward.shape[-2:]
-    side = 2 * SMOOTHING_RADIUS + 1
-    offsets = cell_grid(side, side, flow.forward).flatten(2) - SMOOTHING_RADIUS  # (1, 2, side²)
-    near = (-offsets.square().sum(1) / (2 * SMOOTHING_SIGMA**2)).exp()[..., None]  # (1, side², 1)
     for _ in range(passes):
-        agreement = (-round_trip_error(flow).square() / 2).exp() + DOUBT
-        windows = F.unfold(torch.cat([flow.stacked(), agreement], 1), side, padding=SMOOTHING_RADIUS)
-        dx, dy, weight = windows.unflatten(1, (3, side * side)).unbind(1)  # (2, side², h·w); off the grid weight is 0
-        weight = weight * near
-        mean = torch.stack([(part * weight).sum(1) / weight.sum(1) for part in (dx, dy)], 1).unflatten(2, (h, w))
+        mean = neighbourhood_mean(flow.stacked(), agreement(flow))
         flow = BidirectionalFlow(mean[:1], mean[1:])
     return flow
 
 
-def _mutual_argmax(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Argmax over each row and over each column of rows (n, C') @ columns (C', m), without holding the product."""
+def agreement(flow: BidirectionalFlow) -> torch.Tensor:
+    """How sure cells are of their match: exp(−e²/2) + 0.001, e the round-trip error in cells; (2, 1, h, w)."""
+    return (-round_trip_error(flow).square() / 2).exp() + DOUBT
+
+
+def neighbourhood_mean(flow: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The mean of the 5×5 cells around each, weighted by a Gaussian of the distance and by a weight of their own.
+
+    Args:
+        flow: (B, 2, h, w).
+        weight: (B, 1, h, w), ≥ 0.
+
+    Returns:
+        (B, 2, h, w); not a number where all weights around are zero.
+    """
+    side = 2 * SMOOTHING_RADIUS + 1
+    offsets = cell_grid(side, side, flow).flatten(2) - SMOOTHING_RADIUS  # (1, 2, side²)
+    near = (-offsets.square().sum(1) / (2 * SMOOTHING_SIGMA**2)).exp()[..., None]  # (1, side², 1)
+    windows = F.unfold(torch.cat([flow, weight], 1), side, padding=SMOOTHING_RADIUS)
+    dx, dy, weight = windows.unflatten(1, (3, side * side)).unbind(1)  # (B, side², h·w); off the grid weight is 0
+    weight = weight * near
+    mean = torch.stack([(part * weight).sum(1) / weight.sum(1) for part in (dx, dy)], 1)
+    return mean.unflatten(2, flow.shape[-2:])
+
+
+def _mutual_argmax(
+    rows: torch.Tensor, columns: torch.Tensor, bias: Callable[[slice], torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Argmax over each row and column of rows (n, C') @ columns (C', m), plus the bias, without holding the sum."""
     best_column = torch.empty(rows.shape[0], dtype=torch.long, device=rows.device)
     best_value = rows.new_full((columns.shape[1],), -torch.inf)
     best_row = torch.zeros(columns.shape[1], dtype=torch.long, device=rows.device)
     for start in range(0, rows.shape[0], MATCH_ROWS):
-        similarity = rows[start : start + MATCH_ROWS] @ columns
-        best_column[start : start + MATCH_ROWS] = similarity.argmax(1)
+        block = slice(start, min(start + MATCH_ROWS, rows.shape[0]))
+        similarity = rows[block] @ columns
+        if bias is not None:
+            similarity = similarity + bias(block)
+        best_column[block] = similarity.argmax(1)
         value, row = similarity.max(0)
         better = value > best_value  # strictly: an equal value further down never replaces a lower index
         best_row = torch.where(better, row + start, best_row)

@@ -60,6 +60,36 @@ def load_images(source: Photo | Sequence[Photo], name: str) -> list[torch.Tensor
     return [_load_image(image, f"{name}[{index}]") for index, image in enumerate(source)]
 
 
+def load_masks(
+    source: Photo | Sequence[Photo] | None, sizes: Sequence[Size], name: str = "mask"
+) -> list[torch.Tensor] | None:
+    """Reads the mask of a pair of photos, or the two masks.
+
+    Args:
+        source: One image of the first photo's size, or two, each of its photo's size; None for none.
+        sizes: (H, W) of the two photos.
+        name: The argument's name, for error messages.
+
+    Returns:
+        One or two float32 CPU tensors (3, H, W) in [0, 1]; None for none.
+
+    Raises:
+        TypeError, ValueError: An image cannot be had or has another size, or there are more than two.
+    """
+    if source is None:
+        return None
+    masks = load_images(source, name)
+    if len(masks) > 2:
+        raise ValueError(f"`{name}` must be one image, or two, one for each photo; {len(masks)} came")
+    for i, (mask, (height, width)) in enumerate(zip(masks, sizes, strict=False)):
+        if tuple(mask.shape[1:]) != (height, width):
+            raise ValueError(
+                f"`{name}` has {mask.shape[2]}×{mask.shape[1]} pixels (width × height), but img{i} has "
+                f"{width}×{height}; a mask must be of its photo's size"
+            )
+    return masks
+
+
 def plan_canvas(
     size: Size, native_side: float, multiple: int, min_side: int, height: int | None = None, width: int | None = None
 ) -> Canvas:
@@ -107,6 +137,22 @@ def fit(image: torch.Tensor, canvas: Canvas) -> torch.Tensor:
     content = _cover(image, canvas.content_height, canvas.content_width)
     padding = (0, canvas.width - canvas.content_width, 0, canvas.height - canvas.content_height)
     return F.pad(content, padding, mode="replicate")
+
+
+def fit_points(points: torch.Tensor, size: Size, canvas: Canvas) -> torch.Tensor:
+    """Where `fit` puts places of an image; what it cuts away lies outside the canvas' content box.
+
+    Args:
+        points: (k, 2), x and y in pixels of the image, (0, 0) the centre of the top left one.
+        size: (H, W) of the image.
+        canvas: that it is fitted to.
+
+    Returns:
+        (k, 2), in pixels of the canvas, likewise.
+    """
+    cropping = _cropping(size, canvas.content_height, canvas.content_width)
+    part, scaled, before, after = (torch.tensor(pair[::-1]).to(points) for pair in cropping)
+    return (points + 0.5 - before) * scaled / part - 0.5 - after
 
 
 def fit_to_output(image: torch.Tensor, canvas: Canvas) -> torch.Tensor:
@@ -232,17 +278,27 @@ def _content_size(size: Size, native_side: int, height: int | None, width: int |
     return height, width
 
 
+def _cropping(size: Size, height: int, width: int) -> tuple[Size, Size, Size, Size]:
+    """How an image of a size comes to cover (height, width): a part of it is scaled, and its middle stays.
+
+    Returns:
+        The size of the part and of the part scaled, and how much is cut before and after at the top and the left.
+    """
+    scale = max(height / size[0], width / size[1])
+    # Most of the overhang goes before scaling, or a long strip would be blown up to its whole length first.
+    before = tuple(
+        max(0, full - math.ceil(side / scale)) // 2 for full, side in zip(size, (height, width), strict=True)
+    )
+    part = (size[0] - 2 * before[0], size[1] - 2 * before[1])
+    scaled = (max(height, round(part[0] * scale)), max(width, round(part[1] * scale)))
+    return part, scaled, before, ((scaled[0] - height) // 2, (scaled[1] - width) // 2)
+
+
 def _cover(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Scales (3, H, W) until it covers (height, width), and crops what overhangs, half on either side."""
-    full_height, full_width = image.shape[1:]
-    scale = max(height / full_height, width / full_width)
-    # Most of the overhang goes before scaling, or a long strip would be blown up to its whole length first.
-    top = max(0, full_height - math.ceil(height / scale)) // 2
-    left = max(0, full_width - math.ceil(width / scale)) // 2
-    part = image[None, :, top : full_height - top, left : full_width - left]
-    scaled = _resize(part, max(height, round(part.shape[2] * scale)), max(width, round(part.shape[3] * scale)))[0]
-    top, left = (scaled.shape[1] - height) // 2, (scaled.shape[2] - width) // 2
-    return scaled[:, top : top + height, left : left + width]
+    part, scaled, (top, left), (lower, further) = _cropping(tuple(image.shape[1:]), height, width)
+    picture = _resize(image[None, :, top : top + part[0], left : left + part[1]], *scaled)[0]
+    return picture[:, lower : lower + height, further : further + width]
 
 
 def _resize(images: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 
 FUSIONS = ("two_level", "two_level_unwarped", "direct")
 IMPORTANCES = ("agreement", "photometric")
+ENDPOINTS = ("original", "reconstructed")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -201,6 +202,52 @@ def pair_negatives(negative_prompt, negative_prompt_embeds, pairs: int, width: i
             f"`negative_prompt_embeds` must hold one per pair, {pairs}, not {len(negative_prompt_embeds)}"
         )
     return [{"negative_prompt_embeds": item} for item in negative_prompt_embeds.split(1)]
+
+
+def pair_entries(name: str, value, pairs: int, batched: bool) -> list:
+    """Every pair's entry of an argument that a batch gives as a list, None for a pair without.
+
+    Raises:
+        TypeError, ValueError: a batch's is no list, or has not one entry per pair.
+    """
+    if value is None or not batched:
+        return [value] * pairs
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"`{name}` of a batch must be a list, one entry per pair, not a {type(value).__name__}")
+    if len(value) != pairs:
+        raise ValueError(f"`{name}` has {len(value)} entries for {pairs} pair{'s' * (pairs != 1)} of images")
+    return list(value)
+
+
+def point_pairs(points, name: str = "points") -> torch.Tensor:
+    """The `points` argument of one pair as (k, 2, 2): k correspondences, in the first and the last image, x and y.
+
+    Raises:
+        TypeError, ValueError: it is not a sequence of ((x0, y0), (x1, y1)), or a number is not finite.
+    """
+    if points is None or (isinstance(points, (list, tuple)) and not points):
+        return torch.zeros(0, 2, 2)
+    form = f"`{name}` must be a sequence of ((x0, y0), (x1, y1)), a place in each photo"
+    try:
+        values = torch.as_tensor(points, dtype=torch.float32, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{form}, not {points!r}") from error
+    if values.ndim != 3 or values.shape[1:] != (2, 2):
+        raise ValueError(f"{form}; this is of shape {tuple(values.shape)}, not (k, 2, 2)")
+    if not values.isfinite().all():
+        raise ValueError(f"`{name}` must be finite, but hold {values[~values.isfinite()][0]}")
+    return values
+
+
+def check_points_inside(points: torch.Tensor, sizes: Sequence[tuple[int, int]], name: str = "points") -> None:
+    """Raise unless every one of the points (k, 2, 2) lies in its photo, of sizes (H, W)."""
+    for i, correspondence in enumerate(points.tolist()):
+        for photo, ((x, y), (height, width)) in enumerate(zip(correspondence, sizes, strict=True)):
+            if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
+                raise ValueError(
+                    f"`{name}[{i}]` is at ({x:g}, {y:g}) in img{photo}, which has {width}×{height} pixels "
+                    "(width × height)"
+                )
 
 
 def _check_width(name: str, embeds: torch.Tensor, width: int) -> None:

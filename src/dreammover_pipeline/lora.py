@@ -28,7 +28,7 @@ FIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 class LoraFit:
     """How a pair's LoRA is fitted. Source: DreamMover §4.1 (rank 16, 80 steps, learning rate 5e-4)."""
 
-    steps: int  # AdamW steps on both images at random timesteps; more keeps identity better and moves less freely
+    steps: int  # AdamW steps on two images at random timesteps; more keeps identity better and moves less freely
     rank: int  # capacity; alpha equals rank, so a saved LoRA needs no metadata
     learning_rate: float
 
@@ -49,7 +49,10 @@ def fit_pair_lora(
     on_step: Callable[[], None] = lambda: None,
     gradient_checkpointing: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Fit one LoRA on the UNet's attention projections to a pair's latents, by plain noise prediction.
+    """Fit one LoRA on the UNet's attention projections to the latents of two images or more, by noise prediction.
+
+    Every step sees two images: the pair; of more than two, two different ones, drawn anew at every step, so that in k
+    steps on n images each is seen about 2k/n times.
 
     The base weights stay frozen and the UNet comes back as it was. `seed` decides the result wholly: the initial
     weights, noises and timesteps are drawn on the CPU from a generator of its own, so the global one is neither read
@@ -60,8 +63,8 @@ def fit_pair_lora(
 
     Args:
         unet: a `UNet2DConditionModel`, in float32, float16 or bfloat16.
-        clean: z_0 of the two images, (2, C, h, w).
-        prompt_embeds: one per image, (2, L, D).
+        clean: z_0 of the n images, (n, C, h, w), n at least 2.
+        prompt_embeds: one per image, (n, L, D).
         alphas_cumprod: ᾱ at every trained timestep, (T,).
         fit: steps, rank, learning rate.
         seed: any integer.
@@ -101,14 +104,18 @@ def fit_pair_lora(
         optimizer = torch.optim.AdamW(parameters, lr=fit.learning_rate, fused=True)
         # float16 gradients underflow unscaled
         scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=dtype == torch.float16)
+        images, texts = clean, prompt_embeds
         for _ in range(fit.steps):
+            if len(clean) > 2:
+                drawn = moved(torch.randperm(len(clean), generator=generator)[:2])
+                images, texts = clean[drawn], prompt_embeds[drawn]
             timesteps = moved(torch.randint(len(alphas_cumprod), (2,), generator=generator))
-            noise = moved(torch.randn(clean.shape, generator=generator)).to(clean.dtype)
-            noisy = recompose(clean, noise, alphas_cumprod[timesteps])
+            noise = moved(torch.randn(images.shape, generator=generator)).to(images.dtype)
+            noisy = recompose(images, noise, alphas_cumprod[timesteps])
             target = noise
             if prediction_type == "v_prediction":
-                target = v_from_eps(clean, noise, alphas_cumprod[timesteps])
-            predicted = unet(noisy.to(dtype), timesteps, prompt_embeds, return_dict=False)[0]
+                target = v_from_eps(images, noise, alphas_cumprod[timesteps])
+            predicted = unet(noisy.to(dtype), timesteps, texts, return_dict=False)[0]
             loss = F.mse_loss(predicted.to(target.dtype), target)
             optimizer.zero_grad()
             scaler.scale(loss).backward()

@@ -9,21 +9,30 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from .loading import pipeline_class
+from .presets import PRESETS
 
 # The options of the method that a pair prepared before still takes.
 RENDERING = (
     "--frames",
+    "--easing",
     "--attention-blocks",
     "--fusion",
     "--importance",
     "--guidance-scale",
     "--negative-prompt",
     "--frame-batch-size",
+    "--endpoints",
 )
+
+
+# What only makes sense for one pair.
+STEERING = ("--points", "--mask")
 
 
 class SignatureDefaults(argparse.HelpFormatter):
@@ -43,21 +52,42 @@ def call_parameters() -> Mapping[str, inspect.Parameter]:
     return inspect.signature(pipeline_class().__call__).parameters
 
 
-def add_method_options(parser: argparse.ArgumentParser, rendering_only: bool = False) -> None:
-    """Add the options that become arguments of the pipeline, all or those of `render`; the last group to be added."""
+def add_method_options(
+    parser: argparse.ArgumentParser, rendering_only: bool = False, steering: bool = True, gaps: bool = False
+) -> None:
+    """Add the options that become arguments of the pipeline; the last group to be added.
+
+    Args:
+        parser: of a command.
+        rendering_only: only those of `render`.
+        steering: also those that are about one pair's photos.
+        gaps: there may be more than two photos, and so several gaps between them.
+    """
     group = parser.add_argument_group("method", argument_default=argparse.SUPPRESS)
 
     def add(option: str, **settings) -> None:
-        if not rendering_only or option in RENDERING:
+        if (not rendering_only or option in RENDERING) and (steering or option not in STEERING):
             group.add_argument(option, **settings)
 
     add("--prompt", action="append", metavar="TEXT", help="what the photos show; twice: one for each photo")
-    add("--frames", dest="n_frames", type=int, metavar="N", help="number of frames between the photos")
+    add("--preset", choices=PRESETS, help="options that belong together; others beside it prevail")
+    frames = "number of frames between the photos" + "; with commas, between A and B, B and C, ..." * gaps
+    add(
+        "--frames",
+        dest="n_frames",
+        type=for_each_gap(int) if gaps else int,
+        metavar="N[,N...]" if gaps else "N",
+        help=frames,
+    )
+    add("--easing", metavar="NAME", help="how they are spread: linear, ease-in-out, ease-in, ease-out or even")
     add("--steps", dest="num_inference_steps", type=int, metavar="N", help="steps of the whole diffusion schedule")
     add("--inversion-steps", type=int, metavar="N", help="how many of them are inverted; fewer keep closer to photos")
     add("--feature-step", type=int, metavar="N", help="the step whose features are matched")
     add("--feature-block", type=int, nargs="+", metavar="N", help="the UNet's up blocks whose features are matched")
+    add("--distance-penalty", type=float, metavar="X", help="how much nearer places are preferred; 0 for the paper's")
     add("--flow-smoothing", type=int, metavar="N", help="passes that smooth the flow; 0 for the paper's")
+    add("--points", metavar="JSON|FILE", help="places that belong together, [[[x0,y0],[x1,y1]],...] in pixels")
+    add("--mask", action="append", metavar="PATH", help="a picture, bright what may move; twice: one for each photo")
     add("--attention-blocks", type=int, nargs="*", metavar="N", help="up blocks whose attention looks at the photos")
     add("--fusion", metavar="NAME", help="two_level, two_level_unwarped or direct")
     add("--importance", metavar="NAME", help="what wins where two cells land: agreement or photometric (the paper's)")
@@ -68,18 +98,68 @@ def add_method_options(parser: argparse.ArgumentParser, rendering_only: bool = F
     add("--lora-learning-rate", type=float, metavar="X", help="its learning rate")
     add("--lora-scale", type=float, metavar="X", help="its weight")
     add("--frame-batch-size", type=int, metavar="N", help="frames denoised at once; default: what fits in memory")
+    add("--endpoints", metavar="NAME", help="the ends: original photos, or reconstructed as all other frames are")
     parser.formatter_class = SignatureDefaults  # last: newer Pythons format each help once when it is added
 
 
 def call_arguments(args: argparse.Namespace) -> dict[str, object]:
-    """The arguments of the pipeline that were typed; `args.size`, where given, becomes `width` and `height`."""
+    """The arguments of the pipeline that were typed; before them, those of the preset.
+
+    `args.size`, where given, becomes `width` and `height`.
+    """
     parameters = call_parameters()
     call = {name: value for name, value in vars(args).items() if name in parameters}
-    if "prompt" in call and len(call["prompt"]) == 1:
-        (call["prompt"],) = call["prompt"]
+    call = PRESETS.get(getattr(args, "preset", None), {}) | call
+    for name in ("prompt", "mask"):
+        if name in call and len(call[name]) == 1:
+            (call[name],) = call[name]
+    if "points" in call:
+        call["points"] = read_points(call["points"])
     if getattr(args, "size", None):
         call["width"], call["height"] = args.size
     return call
+
+
+def steering_files(args: argparse.Namespace) -> list[str]:
+    """The files that typed `--points` and `--mask` read."""
+    points = getattr(args, "points", "[")
+    return [*([] if _is_json(points) else [points]), *getattr(args, "mask", [])]
+
+
+def read_points(text: str) -> object:
+    """The points of `--points`: JSON itself, or the path of a file that holds it.
+
+    Raises:
+        ValueError: there is no such file, or what it holds is no JSON.
+    """
+    source = "--points" if _is_json(text) else f"'{text}', the file of --points,"
+    form = "write [[[x0, y0], [x1, y1]], ...] in pixels of the two photos, or the path of a file that holds this"
+    if not _is_json(text):
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{source} cannot be read: {getattr(error, 'strerror', None) or error}; {form}"
+            ) from error
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{source} holds no JSON: {error}; {form}") from error
+
+
+def _is_json(text: str) -> bool:
+    return text.lstrip().startswith("[")
+
+
+def for_each_gap(number: type) -> Callable[[str], object]:
+    """A type of options: a number, or several between commas, which become a list."""
+
+    def parse(text: str) -> object:
+        values = [number(part) for part in text.split(",")]
+        return values if len(values) > 1 else values[0]
+
+    parse.__name__ = number.__name__  # which argparse calls it by
+    return parse
 
 
 def size(text: str) -> tuple[int, int]:

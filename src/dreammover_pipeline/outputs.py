@@ -24,11 +24,13 @@ class DreamMoverPipelineOutput(BaseOutput):
         flow: the `BidirectionalFlow` of each pair, on its latent grid in latent cells.
         nsfw_content_detected: for each pair, the safety checker's verdict on each frame (flagged frames are black);
             None without a safety checker.
+        times: for each pair, the δ of each frame, 0 and 1 for included inputs.
     """
 
     frames: list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor
     flow: list[BidirectionalFlow]
     nsfw_content_detected: list[list[bool]] | None
+    times: list[tuple[float, ...]]
 
 
 def as_output(frame: torch.Tensor, output_type: str):
@@ -51,9 +53,9 @@ def joined(outputs: list[DreamMoverPipelineOutput]) -> DreamMoverPipelineOutput:
     flow = [output.flow[0] for output in outputs]
     flagged = [output.nsfw_content_detected for output in outputs]
     flagged = None if flagged[0] is None else [flags for batch in flagged for flags in batch]
-    return DreamMoverPipelineOutput(frames, flow, flagged)
+    return DreamMoverPipelineOutput(frames, flow, flagged, [output.times[0] for output in outputs])
 
 
 def returned(output: DreamMoverPipelineOutput, return_dict: bool) -> DreamMoverPipelineOutput | tuple:
     """The output as it was asked for: itself, or the tuple of its fields (`to_tuple` would leave out None)."""
-    return output if return_dict else (output.frames, output.flow, output.nsfw_content_detected)
+    return output if return_dict else (output.frames, output.flow, output.nsfw_content_detected, output.times)

@@ -7,11 +7,15 @@ them and matches their features; `render` fuses the two at every δ, denoises wi
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -29,7 +33,7 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 from .attention import reference_attention, self_attention_names
 from .ddim import eps_from_v, predict_clean, recompose
 from .features import up_block_features
-from .flow import join_features, match_features, smooth_flow
+from .flow import distance_bias, join_features, match_features, smooth_flow
 from .fusion import (
     agreement_importance,
     fuse_direct,
@@ -39,8 +43,9 @@ from .fusion import (
     select_unwarped,
     slerp,
 )
-from .images import fit, fit_to_output, is_batch, load_images, plan_canvas, unfit
+from .images import fit, fit_points, fit_to_output, is_batch, load_images, load_masks, plan_canvas, unfit
 from .inputs import (
+    ENDPOINTS,
     FUSIONS,
     IMPORTANCES,
     OUTPUT_TYPES,
@@ -50,13 +55,16 @@ from .inputs import (
     check_generator,
     check_integer,
     check_number,
+    check_points_inside,
     check_steps,
     draw_seed,
     feature_blocks,
     frame_times,
+    pair_entries,
     pair_generators,
     pair_negatives,
     pair_texts,
+    point_pairs,
 )
 from .lora import LoraFit, check_pair_lora, fit_pair_lora, pair_lora
 from .memory import (
@@ -68,14 +76,32 @@ from .memory import (
     is_out_of_memory,
 )
 from .outputs import DreamMoverPipelineOutput, as_output, joined, returned
-from .records import Canvas, FusedFrames, PreparedPair
+from .records import BidirectionalFlow, Canvas, FusedFrames, PreparedPair
 from .sampling import denoise, invert
 from .schedules import ddim_schedule, deterministic_ddim
+from .sequence import LORAS, frames_of_gaps, in_a_row, load_sequence, texts_of_gaps, with_defaults
 from .splatting import softmax_splat  # noqa: F401, named so that the custom-pipeline loader ships it
+from .steering import Steering, cells_of, cells_that_move, steered_flow
 from .storage import check_same_models, fingerprint, read_pair, write_pair
 from .text import embed_text
+from .timing import EVEN, PREVIEWS, check_easing, eased_times, even_times
+from .tone import tone_difference, with_tone
 
 logger = logging.get_logger(__name__)
+
+# of the scheduler's configuration, what the pipeline's own DDIM takes over
+SCHEDULE_SETTINGS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+    "timestep_spacing",
+    "steps_offset",
+    "set_alpha_to_one",
+)
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -183,11 +209,15 @@ class DreamMoverPipeline(
         width: int | None = None,
         n_frames: int = 32,
         times: Sequence[float] | None = None,
+        easing: str | Callable[[float], float] = "linear",
         num_inference_steps: int = 50,
         inversion_steps: int = 30,
         feature_step: int = 14,
         feature_block: int | Sequence[int] = (1, 2),
+        distance_penalty: float = 0.1,
         flow_smoothing: int = 3,
+        points: Sequence | None = None,
+        mask=None,
         attention_blocks: Sequence[int] = (2, 3),
         fusion: str = "two_level",
         importance: str = "agreement",
@@ -199,6 +229,7 @@ class DreamMoverPipeline(
         lora_scale: float = 1.0,
         frame_batch_size: int | None = None,
         include_inputs: bool = False,
+        endpoints: str = "original",
         generator: torch.Generator | list[torch.Generator] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
@@ -224,14 +255,24 @@ class DreamMoverPipeline(
             width: likewise; with only one of the two, the other follows from `img0`'s aspect ratio.
             n_frames: number of in-between frames, n; frame i is at δ = i/(n+1).
             times: the δ of the frames instead, each in (0, 1).
+            easing: where the `n_frames` stand: "linear", "ease-in-out", "ease-in", "ease-out", a rising function of δ
+                from 0 at 0 to 1 at 1, or "even" for neighbours that differ equally, as far as warping alone tells.
             num_inference_steps: N, steps of the whole DDIM schedule.
             inversion_steps: T, how many of them the images are inverted and the frames denoised; fewer keep closer to
                 the photos, more let the model redraw what warping breaks.
             feature_step: the step whose features are matched.
             feature_block: the up block whose features are matched, or several whose similarities are averaged; the
                 paper matches 1 alone.
+            distance_penalty: cosine similarity that a match loses for each shorter side of the image it lies away, so
+                that of places that look alike the nearer one is matched; 0 for the paper's.
             flow_smoothing: passes that carry the flow from cells whose match agrees both ways to their neighbours; 0
                 for the paper's bare argmax.
+            points: ((x0, y0), (x1, y1)) of each place that is in both images, in pixels of `img0` and of `img1`, EXIF
+                orientation applied; (0, 0) is the centre of the top left pixel. They pull the flow around them. For a
+                batch of pairs, a list with the points of each, None for a pair without.
+            mask: what may move, bright on dark; the rest stays where it is. One image of `img0`'s size, for both, or
+                two, each of its image's size. For a batch of pairs, a list with the masks of each, None for a pair
+                without.
             attention_blocks: up blocks whose self-attention looks at the two images; none to switch that off.
             fusion: "two_level" (the paper's), "two_level_unwarped" (the released code's noise selection), "direct"
                 (no levels; the paper's ablation).
@@ -245,7 +286,9 @@ class DreamMoverPipeline(
             lora_scale: weight of the fitted LoRA wherever the UNet runs.
             frame_batch_size: frames denoised at once, at most; halved where memory runs out; the result is the same
                 up to rounding. Default: what fits the free memory.
-            include_inputs: put the two inputs, at the output size and otherwise untouched, at the ends.
+            include_inputs: put the two inputs at the ends.
+            endpoints: as what: "original", at the output size and otherwise untouched, with the tone that the VAE
+                takes from them faded out over the frames beside them; or "reconstructed", as the VAE brings them back.
             generator: decides the LoRA fit (nothing else is random); a list holds one per pair.
             prompt_embeds: text embeddings (B, L, D) instead of `prompt`, or (2·B, L, D) with one per image.
             negative_prompt_embeds: text embeddings (B, L, D) instead of `negative_prompt`.
@@ -271,6 +314,7 @@ class DreamMoverPipeline(
             "inversion_steps": inversion_steps,
             "feature_step": feature_step,
             "feature_block": feature_block,
+            "distance_penalty": distance_penalty,
             "flow_smoothing": flow_smoothing,
             "lora_steps": lora_steps,
             "lora_rank": lora_rank,
@@ -281,11 +325,13 @@ class DreamMoverPipeline(
         rendering = {
             "n_frames": n_frames,
             "times": times,
+            "easing": easing,
             "attention_blocks": attention_blocks,
             "fusion": fusion,
             "importance": importance,
             "guidance_scale": guidance_scale,
             "frame_batch_size": frame_batch_size,
+            "endpoints": endpoints,
             "output_type": output_type,
             "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
         }
@@ -303,6 +349,12 @@ class DreamMoverPipeline(
         width_of_text = self.unet.config.cross_attention_dim
         embeds = pair_texts(prompt, prompt_embeds, pairs, is_batch(img0), width_of_text)
         negatives = pair_negatives(negative_prompt, negative_prompt_embeds, pairs, width_of_text)
+        points = pair_entries("points", points, pairs, is_batch(img0))
+        masks = pair_entries("mask", mask, pairs, is_batch(img0))
+        for i, photos in enumerate(zip(firsts, lasts, strict=True)):
+            of = f"[{i}]" if is_batch(img0) else ""
+            masks[i] = load_masks(masks[i], [photo.shape[-2:] for photo in photos], f"mask{of}")
+            self._steering(points[i], masks[i], photos, canvases[i], of)  # for its complaints, before anything runs
 
         generators = pair_generators(generator, pairs) if lora_steps else [None] * pairs
         outputs = []
@@ -312,6 +364,8 @@ class DreamMoverPipeline(
                 lasts[i],
                 **embeds[i],
                 **preparing,
+                points=points[i],
+                mask=masks[i],
                 height=height,
                 width=width,
                 generator=generators[i],
@@ -342,7 +396,10 @@ class DreamMoverPipeline(
         inversion_steps: int = 30,
         feature_step: int = 14,
         feature_block: int | Sequence[int] = (1, 2),
+        distance_penalty: float = 0.1,
         flow_smoothing: int = 3,
+        points: Sequence | None = None,
+        mask=None,
         lora_steps: int = 80,
         lora_rank: int = 16,
         lora_learning_rate: float = 5e-4,
@@ -352,12 +409,15 @@ class DreamMoverPipeline(
         cross_attention_kwargs: dict | None = None,
         clip_skip: int | None = None,
         lora: dict[str, torch.Tensor] | None = None,
+        canvas: Canvas | None = None,
     ) -> PreparedPair:
         """Do everything that does not depend on the frames asked for, once: encode, fit, invert, match.
 
         Args are those of `__call__`, for one pair, and:
             lora: LoRA weights, as `fit_lora` returns and `PreparedPair.lora` holds them, to use instead of fitting
                 some; `lora_steps`, `lora_rank`, `lora_learning_rate` and `generator` are then ignored.
+            canvas: where both images are put, and the size of the frames: what the method `canvas` gives for another
+                image, to have frames of its size. `height` and `width` must then be None.
 
         Returns:
             What `render` takes, as often as wanted.
@@ -370,6 +430,7 @@ class DreamMoverPipeline(
             inversion_steps=inversion_steps,
             feature_step=feature_step,
             feature_block=feature_block,
+            distance_penalty=distance_penalty,
             flow_smoothing=flow_smoothing,
             lora_steps=lora_steps,
             lora_rank=lora_rank,
@@ -381,7 +442,9 @@ class DreamMoverPipeline(
         if lora is not None:
             check_pair_lora(self.unet, lora)
         schedule = ddim_schedule(self.scheduler, num_inference_steps, inversion_steps)
-        first, last, canvas, text = self._one_pair(img0, img1, prompt, height, width, prompt_embeds)
+        first, last, canvas, text = self._one_pair(img0, img1, prompt, height, width, prompt_embeds, canvas)
+        masks = load_masks(mask, [first.shape[-2:], last.shape[-2:]])
+        steering = self._steering(points, masks, (first, last), canvas)
 
         clean = self.encode_images(torch.stack([fit(first, canvas), fit(last, canvas)]))
         prompt_embeds = self._encode_pair(**text, cross_attention_kwargs=cross_attention_kwargs, clip_skip=clip_skip)
@@ -400,8 +463,12 @@ class DreamMoverPipeline(
             blocks = feature_blocks(feature_block)
             features = up_block_features(self.unet, blocks, lambda: predict_noise(inversion.at(timestep), timestep))
         size = clean.shape[-2:]
-        flow = match_features(features[0] if len(features) == 1 else join_features(features, size), size)
-        flow = smooth_flow(flow, flow_smoothing)
+        matched = features[0] if len(features) == 1 else join_features(features, size)
+        bias = distance_bias(size, distance_penalty, matched)
+        if steering is None:
+            flow = smooth_flow(match_features(matched, size, bias), flow_smoothing)
+        else:
+            flow = steered_flow(matched, steering, flow_smoothing, bias)
         self.maybe_free_model_hooks()
         ends = (fit_to_output(first, canvas), fit_to_output(last, canvas))
         return PreparedPair(ends, canvas, inversion, flow, prompt_embeds, lora, lora_scale)
@@ -412,6 +479,7 @@ class DreamMoverPipeline(
         pair: PreparedPair,
         n_frames: int = 32,
         times: Sequence[float] | None = None,
+        easing: str | Callable[[float], float] = "linear",
         attention_blocks: Sequence[int] = (2, 3),
         fusion: str = "two_level",
         importance: str = "agreement",
@@ -419,6 +487,7 @@ class DreamMoverPipeline(
         negative_prompt: str | None = None,
         frame_batch_size: int | None = None,
         include_inputs: bool = False,
+        endpoints: str = "original",
         negative_prompt_embeds: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -441,18 +510,21 @@ class DreamMoverPipeline(
         self.check_render_inputs(
             n_frames=n_frames,
             times=times,
+            easing=easing,
             attention_blocks=attention_blocks,
             fusion=fusion,
             importance=importance,
             guidance_scale=guidance_scale,
             frame_batch_size=frame_batch_size,
+            endpoints=endpoints,
             output_type=output_type,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         self._interrupt = False
         self._guidance_scale = guidance_scale
         self._num_timesteps = pair.inversion.steps
-        delta = torch.tensor(frame_times(n_frames, times))
+        times = self.place_frames(pair, n_frames, times, easing, importance)
+        delta = torch.tensor(times)
         conditions = self._frame_conditions(
             pair, delta, guidance_scale > 1, negative_prompt, negative_prompt_embeds, cross_attention_kwargs
         )
@@ -484,9 +556,158 @@ class DreamMoverPipeline(
                 lambda: self.interrupt,
             )
         _require_finite(latents, self.unet.dtype)
-        frames, flagged = self._finish(pair, latents, include_inputs, output_type)
+        frames, flagged = self._finish(pair, latents, times, include_inputs, endpoints, output_type)
         self.maybe_free_model_hooks()
-        return returned(DreamMoverPipelineOutput(frames, [pair.flow], flagged), return_dict)
+        if include_inputs:
+            times = (0.0, *times, 1.0)
+        return returned(DreamMoverPipelineOutput(frames, [pair.flow], flagged, [times]), return_dict)
+
+    @torch.no_grad()
+    def interpolate_sequence(
+        self,
+        images,
+        prompt: str | Sequence[str] | None = "",
+        n_frames: int | Sequence[int] = 32,
+        lora: str = "gap",
+        include_inputs: bool = True,
+        return_dict: bool = True,
+        **arguments,
+    ) -> DreamMoverPipelineOutput | tuple:
+        """Make one video that leads through several photos, in their order.
+
+        Every gap between two neighbours is made as `__call__` makes a pair, on the canvas of the first photo of all.
+
+        Args:
+            images: at least two, each as `__call__` takes it; the first one's size and aspect ratio decide those of
+                all frames.
+            prompt: what the images show; one text for all, or one per image.
+            n_frames: number of frames in every gap, or a list of one number per gap.
+            lora: "gap" fits a LoRA for every gap; "shared" fits one to all images, in as many steps, two images a
+                step, and so at the cost of a single gap.
+            include_inputs: put the images in their places; one that two gaps share is there once.
+            return_dict: return a `DreamMoverPipelineOutput` rather than a tuple of its fields.
+            **arguments: any others of `__call__` but `img0` and `img1`. They hold for every gap, `times` and `easing`
+                too; `points` and `mask` are lists with those of each gap, None for a gap without, and a list of
+                generators holds one per LoRA; `prompt_embeds` are (1, L, D), or (n, L, D) with one per image.
+
+        Returns:
+            `DreamMoverPipelineOutput`, or the tuple of its fields: the video as `frames[0]`, and one entry per gap in
+            `flow` and in `times`, where a photo that two gaps share is the 1 of the first of them.
+
+        Raises:
+            TypeError, ValueError: an argument is not what it may be; raised before any model runs.
+            Exception: a gap could not be made. If there were any before it, the error's `output` is what would have
+                been returned for those.
+        """
+        self._interrupt = False
+        check_choice("lora", lora, LORAS)
+        excluded = ("prompt", "n_frames", "include_inputs", "return_dict")
+        settings = with_defaults(arguments, inspect.signature(type(self).__call__).parameters, excluded)
+
+        def taken_by(stage: Callable, *but: str) -> dict:
+            names = inspect.signature(stage).parameters.keys() - set(but)
+            return {name: value for name, value in settings.items() if name in names}
+
+        photos = load_sequence(images)
+        gaps = len(photos) - 1
+        counts = frames_of_gaps(n_frames, gaps)
+        self.check_inputs(**taken_by(self.check_inputs, "points"))
+        for count in counts:
+            self.check_render_inputs(n_frames=count, **taken_by(self.check_render_inputs))
+        width_of_text = self.unet.config.cross_attention_dim
+        texts = texts_of_gaps(prompt, settings["prompt_embeds"], len(photos), width_of_text)
+        (negative,) = pair_negatives(settings["negative_prompt"], settings["negative_prompt_embeds"], 1, width_of_text)
+        canvas = self.canvas(photos[0], settings["height"], settings["width"])
+        points = pair_entries("points", settings["points"], gaps, True)
+        masks = pair_entries("mask", settings["mask"], gaps, True)
+        for k, both in enumerate(pairwise(photos)):
+            masks[k] = load_masks(masks[k], [photo.shape[-2:] for photo in both], f"mask[{k}]")
+            self._steering(points[k], masks[k], both, canvas, f"[{k}]")  # for its complaints, before anything runs
+        fits = 1 if lora == "shared" else gaps
+        check_generator(settings["generator"], fits)
+        generators = pair_generators(settings["generator"], fits) if settings["lora_steps"] else [None] * fits
+
+        weights = None
+        if lora == "shared" and settings["lora_steps"]:
+            fitting = taken_by(self.fit_shared_lora, "prompt_embeds", "generator")
+            weights = self.fit_shared_lora(
+                photos, prompt, prompt_embeds=settings["prompt_embeds"], generator=generators[0], **fitting
+            )
+            generators = [None] * gaps
+        preparing = taken_by(self.prepare, "height", "width", "prompt_embeds", "points", "mask", "generator")
+        rendering = taken_by(self.render, "negative_prompt", "negative_prompt_embeds")
+        outputs = []
+        try:
+            for k, (first, last) in enumerate(pairwise(photos)):
+                pair = self.prepare(
+                    first,
+                    last,
+                    **texts[k],
+                    **preparing,
+                    points=points[k],
+                    mask=masks[k],
+                    generator=generators[k],
+                    lora=weights,
+                    canvas=canvas,
+                )
+                outputs.append(
+                    self.render(pair, n_frames=counts[k], **negative, **rendering, include_inputs=include_inputs)
+                )
+                if self.interrupt:
+                    break
+        except Exception as error:
+            if outputs:
+                error.output = in_a_row(outputs, include_inputs)
+                error.add_note("The gaps before this one are not lost: this error's `output` holds their frames.")
+            raise
+        return returned(in_a_row(outputs, include_inputs), return_dict)
+
+    @torch.no_grad()
+    def fit_shared_lora(
+        self,
+        images,
+        prompt: str | Sequence[str] | None = "",
+        height: int | None = None,
+        width: int | None = None,
+        lora_steps: int = 80,
+        lora_rank: int = 16,
+        lora_learning_rate: float = 5e-4,
+        generator: torch.Generator | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        cross_attention_kwargs: dict | None = None,
+        clip_skip: int | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Fit one LoRA to several photos, for `prepare` to take as `lora`; nothing is loaded.
+
+        Every step sees two of them, drawn at random; so for as many looks at each as a pair's fit has, it takes n/2
+        times the steps. Of two photos it is the LoRA that `prepare` fits.
+
+        Args are those of `interpolate_sequence` and `__call__`.
+
+        Returns:
+            The weights, by diffusers' names.
+
+        Raises:
+            TypeError, ValueError: an argument is not what it may be; raised before any model runs.
+        """
+        check_integer("lora_steps", lora_steps, 1)
+        self._check_lora_inputs(lora_steps, lora_rank, lora_learning_rate)
+        check_generator(generator, 1)
+        photos = load_sequence(images)
+        texts = texts_of_gaps(prompt, prompt_embeds, len(photos), self.unet.config.cross_attention_dim)
+        canvas = self.canvas(photos[0], height, width)
+        fitted = torch.stack([fit(photo, canvas) for photo in photos])
+        clean = torch.cat([self.encode_images(two) for two in fitted.split(2)])
+        embeds = [
+            self._encode_pair(**text, cross_attention_kwargs=cross_attention_kwargs, clip_skip=clip_skip)
+            for text in texts
+        ]
+        embeds = torch.cat([*(both[:1] for both in embeds), embeds[-1][1:]])
+        weights = self._fit_lora(
+            clean, embeds, LoraFit(lora_steps, lora_rank, lora_learning_rate), draw_seed(generator)
+        )
+        self.maybe_free_model_hooks()
+        return weights
 
     @torch.no_grad()
     def fit_lora(
@@ -540,7 +761,8 @@ class DreamMoverPipeline(
         return weights
 
     def fingerprint(self) -> str:
-        """What decides the frames of given arguments, in short: UNet, VAE and text encoder, by all of their weights.
+        """What decides the frames of given arguments, in short: all weights of UNet, VAE and text encoder, the noise
+        schedule, and the scale of the latents.
 
         It is the same wherever the weights are held, offloaded or not, compiled or not, and in every precision that
         rounds none of them. A LoRA changes it while it acts: loaded and active, at its weight, or fused; loaded and
@@ -549,7 +771,10 @@ class DreamMoverPipeline(
         Returns:
             64 hexadecimal digits.
         """
-        return fingerprint(self._fingerprinted)
+        schedule = {name: deterministic_ddim(self.scheduler).config[name] for name in SCHEDULE_SETTINGS}
+        scale = None if self.vae is None else self.vae.config.scaling_factor
+        settings = json.dumps([schedule, scale], default=list)
+        return hashlib.sha256(f"{fingerprint(self._fingerprinted)} {settings}".encode()).hexdigest()
 
     def save_pair(self, pair: PreparedPair, path: str | os.PathLike) -> None:
         """Write a prepared pair to one safetensors file, whole or not at all, together with the models' fingerprints.
@@ -755,6 +980,51 @@ class DreamMoverPipeline(
         unconditional, conditional = output.chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
+    def place_frames(
+        self,
+        pair: PreparedPair,
+        n_frames: int = 32,
+        times: Sequence[float] | None = None,
+        easing: str | Callable[[float], float] = "linear",
+        importance: str = "agreement",
+    ) -> tuple[float, ...]:
+        """The δ of the frames asked for.
+
+        Args:
+            pair: what `prepare` returned.
+            n_frames: as in `__call__`, like the next three.
+            times: returned as they are.
+            easing: "even" looks at previews of the pair; no model runs.
+            importance: the splat metric of those previews.
+
+        Returns:
+            δ of every frame, in (0, 1).
+
+        Raises:
+            TypeError, ValueError: an argument is not what it may be.
+        """
+        check_easing(n_frames, times, easing)
+        if easing == EVEN:
+            return even_times(n_frames, self.preview(pair, torch.linspace(0, 1, PREVIEWS), importance))
+        linear = frame_times(n_frames, times)
+        return eased_times(linear, easing) if times is None else linear
+
+    def preview(self, pair: PreparedPair, times: torch.Tensor, importance: str = "agreement") -> torch.Tensor:
+        """What frames would be if nothing were redrawn: the pair's clean latents, warped and averaged. No model runs.
+
+        Args:
+            pair: what `prepare` returned.
+            times: δ, (F,), in [0, 1].
+            importance: the splat metric.
+
+        Returns:
+            Clean latents (F, C, h, w), for `decode_latents`; at 0 and 1 those of the two images.
+        """
+        clean = pair.inversion.path[0]
+        metric = _metric(importance, clean, pair.flow)
+        previews, _ = _piecewise(lambda t: fuse_high_level(clean, pair.flow, metric, t), times)
+        return previews
+
     def fuse(
         self,
         pair: PreparedPair,
@@ -780,7 +1050,7 @@ class DreamMoverPipeline(
         inversion, flow = pair.inversion, pair.flow
         noisy, alpha_bar = inversion.path[-1], inversion.alpha_bar
         clean = predict_clean(noisy, inversion.eps, alpha_bar)
-        metric = agreement_importance(flow) if importance == "agreement" else photometric_importance(clean, flow)
+        metric = _metric(importance, clean, flow)
         if fusion == "direct":
             latents, coverage = _piecewise(lambda t: fuse_direct(noisy, flow, metric, t), times)
             return FusedFrames(latents, None, None, coverage, times)
@@ -817,18 +1087,22 @@ class DreamMoverPipeline(
         inversion_steps,
         feature_step,
         feature_block,
+        distance_penalty,
         flow_smoothing,
         lora_steps,
         lora_rank,
         lora_learning_rate,
         lora_scale,
         clip_skip,
+        points=None,
     ) -> None:
-        """Raise TypeError or ValueError unless these arguments of `prepare` are what they may be."""
+        """Raise TypeError or ValueError unless these arguments of `prepare` are what they may be, without photos."""
         check_steps(num_inference_steps, inversion_steps, feature_step, self.scheduler.config.num_train_timesteps)
         ddim_schedule(self.scheduler, num_inference_steps, inversion_steps)
         check_feature_blocks(feature_block, len(self.unet.up_blocks))
+        check_number("distance_penalty", distance_penalty, 0)
         check_integer("flow_smoothing", flow_smoothing, 0)
+        point_pairs(points)
         self._check_lora_inputs(lora_steps, lora_rank, lora_learning_rate)
         check_number("lora_scale", lora_scale, 0)
         if clip_skip is not None:
@@ -850,16 +1124,18 @@ class DreamMoverPipeline(
         *,
         n_frames,
         times,
+        easing,
         attention_blocks,
         fusion,
         importance,
         guidance_scale,
         frame_batch_size,
+        endpoints,
         output_type,
         callback_on_step_end_tensor_inputs,
     ) -> None:
         """Raise TypeError or ValueError unless these arguments of `render` are what they may be."""
-        frame_times(n_frames, times)
+        check_easing(n_frames, times, easing)
         blocks = range(len(self.unet.up_blocks))
         check_attention_blocks(attention_blocks, [len(self_attention_names(self.unet, block)) for block in blocks])
         check_choice("fusion", fusion, FUSIONS)
@@ -867,6 +1143,7 @@ class DreamMoverPipeline(
         check_number("guidance_scale", guidance_scale, 0)
         if frame_batch_size is not None:
             check_integer("frame_batch_size", frame_batch_size, 1)
+        check_choice("endpoints", endpoints, ENDPOINTS)
         check_choice("output_type", output_type, OUTPUT_TYPES)
         for name in callback_on_step_end_tensor_inputs:
             check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
@@ -884,13 +1161,44 @@ class DreamMoverPipeline(
             width=width,
         )
 
-    def _one_pair(self, img0, img1, prompt, height, width, prompt_embeds):
+    def _one_pair(self, img0, img1, prompt, height, width, prompt_embeds, canvas=None):
         """The two images, their canvas, and what their text is, of arguments that may hold one pair only."""
         firsts, lasts = load_pairs(img0, img1)
         if len(firsts) != 1:
             raise ValueError(f"this takes one pair of images, not {len(firsts)}; call it once for each")
         (text,) = pair_texts(prompt, prompt_embeds, 1, is_batch(img0), self.unet.config.cross_attention_dim)
-        return firsts[0], lasts[0], self.canvas(firsts[0], height, width), text
+        if canvas is None:
+            return firsts[0], lasts[0], self.canvas(firsts[0], height, width), text
+        if not isinstance(canvas, Canvas):
+            raise TypeError(f"`canvas` must be a Canvas, as the method `canvas` returns it, not {canvas!r}")
+        if height is not None or width is not None:
+            raise ValueError("`canvas` decides the size, and so do `height` and `width`; leave one of them out")
+        return firsts[0], lasts[0], canvas, text
+
+    def _steering(self, points, masks, photos, canvas: Canvas, of: str = "") -> Steering | None:
+        """What the user says of the match, on the latent grid; None where that is nothing.
+
+        Args:
+            points: as given for this pair.
+            masks: what `load_masks` made of the mask.
+            photos: the two, (3, H, W) each.
+            canvas: theirs.
+            of: the pair's index as errors write it, like "[2]".
+        """
+        points = point_pairs(points, f"points{of}")
+        if masks is None and not len(points):
+            return None
+        sizes = [tuple(photo.shape[-2:]) for photo in photos]
+        check_points_inside(points, sizes, f"points{of}")
+        content, cell = (canvas.content_height, canvas.content_width), self.vae_scale_factor
+        points = torch.stack([fit_points(points[:, i], sizes[i], canvas) for i in (0, 1)], 1)
+        points = cells_of(points, content, cell, f"points{of}")
+        if masks is None:
+            moves = torch.ones(2, 1, canvas.height // cell, canvas.width // cell, dtype=torch.bool)
+        else:
+            fitted = torch.stack([fit(mask, canvas) for mask in masks]).expand(2, -1, -1, -1)
+            moves = cells_that_move(fitted, content, cell, f"mask{of}")
+        return Steering(points, moves)
 
     # What the stages share.
 
@@ -1012,26 +1320,46 @@ class DreamMoverPipeline(
 
             yield predict_noise
 
-    def _finish(self, pair: PreparedPair, latents: torch.Tensor, include_inputs: bool, output_type: str):
+    def _finish(
+        self,
+        pair: PreparedPair,
+        latents: torch.Tensor,
+        times: Sequence[float],
+        include_inputs: bool,
+        endpoints: str,
+        output_type: str,
+    ):
         """Frames as asked for, in a batch of one, and the safety checker's verdicts, likewise."""
         if output_type == "latent":
             ends = pair.inversion.path[0]
             return (torch.cat([ends[:1], latents, ends[1:]]) if include_inputs else latents)[None], None
-        frames, flagged = [], []
-        with self._progress(len(latents), "Decoding") as bar, self._vae_switches_kept():
+        frames, flagged, ends, tones = [], [], [image[None] for image in pair.images], []
+
+        def decode(latent: torch.Tensor) -> torch.Tensor:
+            frame = unfit(self._decode(latent).cpu(), pair.canvas)
+            bar.update()
+            return frame
+
+        total = len(latents) + 2 * include_inputs
+        with self._progress(total, "Decoding") as bar, self._vae_switches_kept():
             try:
-                for latent in latents.split(1):
-                    frame = unfit(self._decode(latent).cpu(), pair.canvas)
+                if include_inputs:
+                    reconstructed = [decode(latent) for latent in pair.inversion.path[0].split(1)]
+                    if endpoints == "reconstructed":
+                        ends = reconstructed
+                    else:
+                        tones = [tone_difference(*both) for both in zip(ends, reconstructed, strict=True)]
+                for latent, time in zip(latents.split(1), times, strict=True):
+                    frame = with_tone(decode(latent), tones, time)
                     frame, flags = self.run_safety_checker(frame)
                     frames.append(as_output(frame, output_type))
                     flagged += flags or []
-                    bar.update()
             except torch.OutOfMemoryError as error:
                 error.latents = latents
                 error.add_note("What was denoised is not lost: this error's `latents` are for `decode_latents`.")
                 raise
         if include_inputs:
-            first, last = (as_output(image[None], output_type) for image in pair.images)
+            first, last = (as_output(end, output_type) for end in ends)
             frames = [first, *frames, last]
             flagged = [False, *flagged, False] if flagged else []
         if output_type == "pil":
@@ -1062,6 +1390,11 @@ def load_pairs(img0, img1) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
             f"`img0` and `img1` must be two images or two batches of one length; {len(firsts)} and {len(lasts)} came"
         )
     return firsts, lasts
+
+
+def _metric(importance: str, clean: torch.Tensor, flow: BidirectionalFlow) -> torch.Tensor:
+    """The splat metric of that name."""
+    return agreement_importance(flow) if importance == "agreement" else photometric_importance(clean, flow)
 
 
 def _piecewise(function: Callable[[torch.Tensor], tuple], times: torch.Tensor) -> tuple[torch.Tensor, ...]:

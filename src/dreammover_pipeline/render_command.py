@@ -14,13 +14,17 @@ from itertools import permutations, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .figures import contact_sheet, flow_picture
 from .loading import add_model_options, check_model, choose_device, load_pipeline, pipeline_class
 from .media import check_fps, check_picture_path, check_video_path, write_picture, write_video
-from .options import add_method_options, call_arguments
+from .options import add_method_options, call_arguments, for_each_gap
+from .playback import check_hold, frames_to_fill, play
+from .viz import comparison, contact_sheet, crossfade, flow_picture, matches_picture, picture_of
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from .pipeline import DreamMoverPipeline, DreamMoverPipelineOutput
+    from .records import PreparedPair
 
 
 def add_render(commands: argparse._SubParsersAction) -> None:
@@ -35,13 +39,20 @@ def add_render(commands: argparse._SubParsersAction) -> None:
     add_method_options(parser, rendering_only=True)
 
 
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what files to write."""
+def add_output_options(parser: argparse.ArgumentParser, gaps: bool = False) -> None:
+    """Add the options that say what files to write; with `gaps`, of what may be more than two photos."""
     add = parser.add_argument
     add("-o", "--output", metavar="PATH", required=True, help="video.mp4, video.gif, or a folder for PNGs")
     add("--fps", type=float, default=16, metavar="N", help="frames per second (default: %(default)s)")
+    seconds = for_each_gap(float) if gaps else float
+    length = "length of the whole video, instead of --frames" + "; with commas, from A to B, B to C, ..." * gaps
+    add("--duration", type=seconds, metavar="SECONDS", help=length)
+    add("--hold", type=float, default=0, metavar="SECONDS", help="how long the photos stand still at the ends")
+    add("--ping-pong", action="store_true", help="run back to the first photo too, for a video that is repeated")
     add("--sheet", metavar="PATH", help="also write a contact sheet of all frames, .png or .jpg")
     add("--flow", metavar="PATH", help="also write a picture of the flow between the photos, .png or .jpg")
+    add("--matches", metavar="PATH", help="also write what was matched with what and how surely, .png or .jpg")
+    add("--compare", metavar="PATH", help="also write the video beside a cross-fade: .mp4, .gif, or a folder for PNGs")
     add("--quiet", action="store_true", help="show no progress bars")
 
 
@@ -56,23 +67,44 @@ def check_outputs(args: argparse.Namespace, inputs: Sequence[str], others: Seque
     Raises:
         ValueError: with the reason.
     """
-    check_video_path(args.output)
-    check_fps(args.fps, args.output)
-    pictures = [path for path in (args.sheet, args.flow) if path]
+    videos = [path for path in (args.output, args.compare) if path is not None]
+    for path in videos:
+        check_video_path(path)
+        check_fps(args.fps, path)
+    pictures = [path for path in (args.sheet, args.flow, args.matches) if path]
     for path in pictures:
         check_picture_path(path)
-    outputs = [args.output, *pictures, *others]
+    outputs = [*videos, *pictures, *others]
     for output, other in [*permutations(outputs, 2), *product(outputs, inputs)]:
         if Path(other).resolve().is_relative_to(Path(output).resolve()):  # the same place, or in the folder of frames
             raise ValueError(f"writing '{output}' would replace '{other}'; choose another path")
 
 
-def make_video(args: argparse.Namespace, make: Callable[[DreamMoverPipeline], DreamMoverPipelineOutput]) -> None:
+def settle_length(args: argparse.Namespace) -> None:
+    """Check how the video is to be played, and make `n_frames` of a duration.
+
+    Args:
+        args: with the options of `add_output_options` and `add_method_options`, whose frame rate is checked already.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    check_hold(args.hold)
+    if args.duration is not None:
+        if hasattr(args, "n_frames"):
+            raise ValueError("--duration decides the number of frames, and so does --frames; leave one of them out")
+        args.n_frames = frames_to_fill(args.duration, args.fps, args.hold, args.ping_pong)
+
+
+def make_video(
+    args: argparse.Namespace,
+    make: Callable[[DreamMoverPipeline], tuple[PreparedPair, DreamMoverPipelineOutput]],
+) -> None:
     """Load the model, have it make the output, and write what was asked for.
 
     Args:
         args: with the options of `add_output_options` and `add_model_options`.
-        make: from the pipeline to the output of one pair, with the photos at the ends.
+        make: from the pipeline to one prepared pair and its output, with the photos at the ends.
     """
     start = time.perf_counter()
     pipe = load_pipeline(args.model, args.dtype, choose_device(args.device))
@@ -80,23 +112,58 @@ def make_video(args: argparse.Namespace, make: Callable[[DreamMoverPipeline], Dr
     import torch
 
     try:
-        output = make(pipe)
+        pair, output = make(pipe)
     except torch.OutOfMemoryError as error:
         raise RuntimeError(f"{error} Try --frame-batch-size 1, --dtype float16 or a smaller size") from error
     flagged = sum(output.nsfw_content_detected[0]) if output.nsfw_content_detected else 0
+    frames, times = output.frames[0], output.times[0]
+    photos = [picture_of(image) for image in pair.images]
+    length = write_frames(args, frames, times, flagged, lambda: crossfade(*photos, times))
+    if args.flow:
+        write_picture(flow_picture(pair.flow, pair.canvas), args.flow)
+    if args.matches:
+        write_picture(matches_picture(*photos, pair.flow, pair.canvas), args.matches)
+    print(f"{args.output}: {length} frames in {time.perf_counter() - start:.1f} s")
+
+
+def write_frames(
+    args: argparse.Namespace,
+    frames: Sequence[Image.Image],
+    times: Sequence[float],
+    flagged: int,
+    fade: Callable[[], list[Image.Image]],
+) -> int:
+    """Write what is made of frames alone: the video, and where asked for the contact sheet and the comparison.
+
+    Args:
+        args: with the options of `add_output_options`.
+        frames: the photos among them.
+        times: of each, for the sheet.
+        flagged: how many of them the safety checker blacked out, to warn of them.
+        fade: makes the cross-fade that they are compared with.
+
+    Returns:
+        How many frames the video has.
+    """
     if flagged:
         print(f"dreammover: warning: the safety checker blacked out {flagged} frames", file=sys.stderr)
-    frames = output.frames[0]
-    write_video(frames, args.output, args.fps)
+    shown = _played(frames, args)
+    write_video(shown, args.output, args.fps)
     if args.sheet:
-        write_picture(contact_sheet(frames, [i / (len(frames) - 1) for i in range(len(frames))]), args.sheet)
-    if args.flow:
-        write_picture(flow_picture(output.flow[0]), args.flow)
-    print(f"{args.output}: {len(frames)} frames in {time.perf_counter() - start:.1f} s")
+        write_picture(contact_sheet(frames, times), args.sheet)
+    if args.compare:
+        videos = {"DreamMover": frames, "cross-fade": fade()}
+        write_video(_played(comparison(videos), args), args.compare, args.fps)
+    return len(shown)
+
+
+def _played(frames: Sequence[Image.Image], args: argparse.Namespace) -> list[Image.Image]:
+    return play(frames, args.fps, args.hold, args.ping_pong)
 
 
 def _render(args: argparse.Namespace) -> None:
     check_outputs(args, [args.pair])
+    settle_length(args)
     check_model(args.model)
     if not Path(args.pair).is_file():
         raise ValueError(f"there is no file '{args.pair}'")
@@ -105,4 +172,9 @@ def _render(args: argparse.Namespace) -> None:
 
     read_pair(args.pair, "cpu")  # for its complaints, before a model is loaded that decides whether it fits
     call = call_arguments(args)
-    make_video(args, lambda pipe: pipe.render(pipe.load_pair(args.pair), **call, include_inputs=True))
+
+    def make(pipe: DreamMoverPipeline) -> tuple[PreparedPair, DreamMoverPipelineOutput]:
+        pair = pipe.load_pair(args.pair)
+        return pair, pipe.render(pair, **call, include_inputs=True)
+
+    make_video(args, make)

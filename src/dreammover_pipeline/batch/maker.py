@@ -127,15 +127,17 @@ class Maker:
         return record
 
     def _prepare(self, job: Job):
-        """The prepared pair, and where its LoRA came from: "fitted", "cached", or None without one."""
+        """The prepared pair, and where its LoRA came from: "fitted", "cached", "shared", or None without one."""
         pipe, settings = self.pipe, job.settings
         img0, img1 = find_photos(job)
         (first,), (last,) = load_images(img0, "img0"), load_images(img1, "img1")
-        arguments = _arguments_of(pipe.prepare, job)
+        arguments = {**_arguments_of(pipe.prepare, job), "canvas": job.canvas}
+        if job.lora is not None:
+            return pipe.prepare(first, last, **arguments, lora=self.cache.load(job.lora)), "shared"
         generator = torch.Generator("cpu").manual_seed(settings["seed"])
         if not settings["lora_steps"]:
             return pipe.prepare(first, last, **arguments, generator=generator), None
-        canvas = pipe.canvas(first, settings["height"], settings["width"])
+        canvas = job.canvas or pipe.canvas(first, settings["height"], settings["width"])
         pixels = torch.stack([fit(first, canvas), fit(last, canvas)])
         key = lora_key(job, pixels, self.model["fingerprint"], self.stack)
         cached = self.cache.load(key)

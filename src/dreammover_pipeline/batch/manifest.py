@@ -19,18 +19,18 @@ from ..evaluation.command import check_settings
 from ..inputs import check_integer, check_number, pair_negatives, pair_texts
 from ..media import check_fps, check_video_path
 from ..pipeline import DreamMoverPipeline
+from ..records import Canvas
 from .sidecar import PRIVATE, read_sidecar
 
 PLACES = ("img0", "img1", "folder", "output")
 PLAIN = {"str", "int", "float", "bool", "None", "Sequence", "Callable"}  # a callable's place takes a name too
-OR_CALLABLE = " | Callable[[float], float]"  # what a file cannot hold, beside what it can
 # Plain values, but they say how frames reach a program, and here they go to a file.
 FORMS = {"output_type", "return_dict", "callback_on_step_end_tensor_inputs"}
 PARAMETERS = {
     name: parameter
     for name, parameter in inspect.signature(DreamMoverPipeline.__call__).parameters.items()
     if parameter.annotation is not inspect.Parameter.empty
-    and set(re.findall(r"\w+", parameter.annotation.removesuffix(OR_CALLABLE))) <= PLAIN
+    and set(re.findall(r"\w+", parameter.annotation)) <= PLAIN
     and name not in FORMS
 }
 SETTINGS = (*PARAMETERS, "seed", "fps")
@@ -42,7 +42,8 @@ class Job:
 
     `where` says where it was asked for; `photos` are two files, or one folder that holds them; `name` is the output
     as it was named, relative to the folder of all; `settings` has a value for each of `SETTINGS`; `recorded` is the
-    sidecar that is to be repeated, if one is.
+    sidecar that is to be repeated, if one is. A gap of a sequence has the `canvas` of all, and may have the key of a
+    `lora` in the cache to use instead of fitting one.
     """
 
     where: str
@@ -51,6 +52,8 @@ class Job:
     name: str
     settings: Mapping[str, object]
     recorded: Mapping | None = None
+    canvas: Canvas | None = None
+    lora: str | None = None
 
 
 def read_manifest(path: str | os.PathLike, folder: Path, defaults: Mapping[str, object]) -> list[Job]:
@@ -95,7 +98,7 @@ def read_sidecars(paths: Sequence[str | os.PathLike], folder: Path) -> list[Job]
             raise ValueError(f"'{path}' is no sidecar of dreammover batch")
         photos = tuple(path.parent / photo["path"] for photo in recorded["inputs"])
         name = recorded["output"]["name"]
-        settings = _settings({}, recorded["settings"], str(path))
+        settings = settings_of({}, recorded["settings"], str(path))
         jobs.append(Job(str(path), photos, _output(folder, name, str(path)), name, settings, recorded))
     return jobs
 
@@ -227,11 +230,15 @@ def _job(row: Mapping[str, object], where: str, base: Path, folder: Path, defaul
         name = f"{photos[0].stem}-{photos[1].stem}.mp4"
     name = places.get("output", name)
     given = {key: value for key, value in row.items() if key not in PLACES}
-    return Job(where, photos, _output(folder, name, where), name, _settings(defaults, given, where))
+    return Job(where, photos, _output(folder, name, where), name, settings_of(defaults, given, where))
 
 
-def _settings(defaults: Mapping[str, object], given: Mapping[str, object], where: str) -> dict[str, object]:
-    """A value for each of `SETTINGS`, as JSON would hold it."""
+def settings_of(defaults: Mapping[str, object], given: Mapping[str, object], where: str) -> dict[str, object]:
+    """A value for each of `SETTINGS`, as JSON would hold it: the pipeline's, but for `defaults`, but for `given`.
+
+    Raises:
+        ValueError: something is given that is none of them, or a seed or a frame rate is none; `where` says whose.
+    """
     unknown = [key for key in given if key not in SETTINGS]
     if unknown:
         allowed = ", ".join((*PLACES, *SETTINGS))

@@ -12,6 +12,7 @@ import json
 import platform
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,9 +92,14 @@ def digest_of(content: object) -> str:
 
 
 def request_of(job: Job, inputs: Sequence[str], fingerprint: str, dtype: str) -> str:
-    """In short, everything that decides a video: the photos' bytes, the settings, the checkpoint, the file format."""
+    """In short, everything that decides a video: the photos' bytes, the settings, the checkpoint, the file format; of
+    a gap of a sequence also what it has from the other photos.
+    """
     settings = {name: value for name, value in job.settings.items() if name not in UNDECIDING}
-    return digest_of([list(inputs), settings, fingerprint, dtype, job.output.suffix.lower()])
+    request = [list(inputs), settings, fingerprint, dtype, job.output.suffix.lower()]
+    if job.canvas is not None:
+        request.append({"canvas": asdict(job.canvas), "lora": job.lora})
+    return digest_of(request)
 
 
 def stack_of(pipe: DreamMoverPipeline) -> dict[str, object]:

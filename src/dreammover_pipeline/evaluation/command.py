@@ -22,7 +22,7 @@ DIFFICULTIES = ("same", "relit", "recast")
 QUICK = {"pairs": 3, "frames": 3}  # about five minutes on two cores with the embedded checkpoint
 # What the suites decide, or what no line of text can hold.
 NOT_SETTINGS = re.compile(
-    "self|img|prompt|height|width|generator|frames|times|include|output|return|callback|kwargs|^lora$|^pair$"
+    "self|img|prompt|height|width|generator|frames|times|include|output|return|callback|kwargs|^lora$|^pair$|easing|endpoints|points|mask"
 )
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which features find which way: every up block, several noise steps, both grids to match on, smoothed or not.
+"""Which features find which way: every up block, several noise steps, both grids to match on, near places preferred
+or not, smoothed or not.
 
 No in-between frames are denoised, so a study takes seconds a pair. What a flow is worth is measured by its own error
 and by the middle frame that splatting the clean latents along it gives.
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..features import up_block_features
-from ..flow import join_features, match_features, smooth_flow
+from ..flow import distance_bias, join_features, match_features, smooth_flow
 from ..fusion import agreement_importance, fuse_high_level
 from ..images import unfit
 from ..pipeline import DreamMoverPipeline
@@ -26,18 +27,21 @@ from .metrics import endpoint_errors, pixel_flow, psnr
 from .statistics import estimate
 from .suites import Suite
 
-PASSES = (0, 1, 3, 10)
+PENALTIES, PASSES = (0, 0.1), (0, 1, 3)
 PATCH = 3  # latent cells a side of the patches that are matched for comparison
 METRICS = {"pck05": "PCK@.05", "pck10": "PCK@.1", "epe": "EPE px", "epe_rest": "EPE rest", "splat": "splat PSNR"}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to get a flow: from which features, at which step, matched on which grid, smoothed how often."""
+    """One way to get a flow: from which features, at which step, matched on which grid, with how much of a penalty for
+    distance, smoothed how often.
+    """
 
     features: str
     step: int
     grid: str  # "latent": features upsampled, then matched; "own": matched as they are, the flow upsampled
+    penalty: float
     passes: int
 
 
@@ -79,11 +83,11 @@ def table(rows: Sequence[dict], suite: str) -> str:
         for variant, measured in by_variant.items()
     }
     lines = [
-        f"| features | step | grid | passes | {' | '.join(METRICS.values())} |",
-        "|---|" + "--:|" * (3 + len(METRICS)),
+        f"| features | step | grid | penalty | passes | {' | '.join(METRICS.values())} |",
+        "|---|" + "--:|" * (4 + len(METRICS)),
     ]
     for variant, estimates in sorted(found.items(), key=lambda item: -item[1][-1].mean):
-        cells = [variant.features, variant.step, variant.grid, variant.passes, *estimates]
+        cells = [variant.features, variant.step, variant.grid, variant.penalty, variant.passes, *estimates]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
@@ -101,15 +105,16 @@ def _flows(
         )
         named = {f"up{block}": part for block, part in zip(blocks, features, strict=True)}
         named |= {"up1+up2": join_features(features[:2], size), f"{PATCH}×{PATCH} latents": _patches(latents)}
-        for (name, part), grid in product(named.items(), ("latent", "own")):
+        for (name, part), grid, penalty in product(named.items(), ("latent", "own"), PENALTIES):
             own = part.shape[-2:]
             if grid == "own" and own == size:
                 continue
-            flow = match_features(part, size if grid == "latent" else own)
+            matched = size if grid == "latent" else own
+            flow = match_features(part, matched, distance_bias(matched, penalty, part))
             if grid == "own":
                 flow = BidirectionalFlow(*(_refined(way, size) for way in (flow.forward, flow.backward)))
             for passes in PASSES:
-                yield Variant(name, step, grid, passes), smooth_flow(flow, passes)
+                yield Variant(name, step, grid, penalty, passes), smooth_flow(flow, passes)
 
 
 def _patches(latents: torch.Tensor) -> torch.Tensor:

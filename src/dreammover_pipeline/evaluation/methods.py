@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from ..fusion import agreement_importance, fuse_high_level, photometric_importance
 from ..images import fit, fit_to_output, unfit
 from ..pipeline import DreamMoverPipeline
+from ..presets import PRESETS
 from ..records import BidirectionalFlow, Canvas, PreparedPair
 from .branching import branching_slerp
 from .networks import dis_flow
@@ -109,7 +110,13 @@ def ours(job: Job) -> Result:
 
 def paper(job: Job) -> Result:
     """What the paper says: features of one block, the bare argmax, importance by brightness constancy."""
-    return job.render(job.prepared(feature_block=1, flow_smoothing=0), importance="photometric")
+    settings = PRESETS["paper"]
+    return job.render(job.prepared(**accepted(job.pipe.prepare, settings)), **accepted(job.pipe.render, settings))
+
+
+def no_penalty(job: Job) -> Result:
+    """Ours with matches as far away as features say."""
+    return job.render(job.prepared(distance_penalty=0))
 
 
 def no_smoothing(job: Job) -> Result:
@@ -228,6 +235,7 @@ class Method:
 METHODS = {
     "ours": Method(ours),
     "paper": Method(paper),
+    "no_penalty": Method(no_penalty),
     "no_smoothing": Method(no_smoothing),
     "photometric": Method(photometric),
     "one_block": Method(one_block),

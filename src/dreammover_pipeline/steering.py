@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A user's word on the match: points that belong together, and what may move.
+
+Points become a prior, a bias on the cosine similarities around them, so that the features still decide the detail;
+then the cells of the points are pinned, and smoothing carries them on. What may not move has no match and no flow.
+
+Source of all of it: ours; DreamMover matches by features alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .flow import agreement, cell_grid, match_features, neighbourhood_mean, unit_features
+from .records import BidirectionalFlow
+
+# Chosen in the procedural world; docs/points.md has the figures. Lengths are shares of the grid's shorter side.
+STRENGTH = 1.0  # of the prior where both directions agree on it, in units of cosine similarity
+REACH = 1 / 4  # standard deviation of how far from itself a point speaks
+TOLERANCE = 1 / 16  # standard deviation of how far from the expected place a match may be
+# Of a cell's pixels, how many must be bright for it to move: better a little background goes along than an edge stays.
+BRIGHT_SHARE = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """What a user says of a pair, on its latent grid.
+
+    `points` (k, 2, 2) are k places (x, y) in cells, in the first and in the second image; `moves` (2, 1, h, w) is
+    true where a cell of the first and of the second image may move.
+    """
+
+    points: torch.Tensor
+    moves: torch.Tensor
+
+    def __post_init__(self):
+        if self.points.ndim != 3 or self.points.shape[1:] != (2, 2):
+            raise ValueError(f"points must be (k, 2, 2), not {tuple(self.points.shape)}")
+        if self.moves.ndim != 4 or self.moves.shape[:2] != (2, 1) or self.moves.dtype != torch.bool:
+            raise ValueError(f"moves must be (2, 1, h, w) bool, not {tuple(self.moves.shape)} {self.moves.dtype}")
+
+
+def cells_of(points: torch.Tensor, content: tuple[int, int], cell: int, name: str = "points") -> torch.Tensor:
+    """Points on the canvas as places on the latent grid.
+
+    Args:
+        points: (k, 2, 2), in the first and the second image, x and y in pixels of the canvas.
+        content: (H, W) of the picture on the canvas; the rest is padding.
+        cell: pixels a side of a latent cell.
+        name: the argument's name, for error messages.
+
+    Returns:
+        (k, 2, 2) in cells, at most at the picture's edge.
+
+    Raises:
+        ValueError: a point is cut away, with what overhangs, by more than a cell.
+    """
+    height, width = content
+    last = torch.tensor([width, height]).to(points) - 0.5
+    outside = ((points < -0.5 - cell) | (points > last + cell)).any(2)
+    if outside.any():
+        i, image = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"`{name}[{i}]` lies in a part of img{image} that is cut away, since the video has another aspect ratio"
+        )
+    return (points.clamp(min=-0.5).minimum(last) + 0.5) / cell - 0.5
+
+
+def cells_that_move(masks: torch.Tensor, content: tuple[int, int], cell: int, name: str = "mask") -> torch.Tensor:
+    """Masks on the canvas as cells: one may move if at least `BRIGHT_SHARE` of its pixels are brighter than half grey.
+
+    Args:
+        masks: (2, 3, H, W) in [0, 1], for the first and the second image.
+        content: (H, W) of the picture on the canvas; the rest is padding.
+        cell: pixels a side of a latent cell.
+        name: the argument's name, for error messages.
+
+    Returns:
+        (2, 1, h, w) bool.
+
+    Raises:
+        ValueError: in one of the images nothing may move.
+    """
+    bright = (masks.mean(1, keepdim=True) >= 0.5).to(masks.dtype)
+    moves = F.avg_pool2d(bright, cell) >= BRIGHT_SHARE
+    for image, part in enumerate(moves):
+        if not part[:, : -(-content[0] // cell), : -(-content[1] // cell)].any():
+            raise ValueError(
+                f"`{name}` lets nothing move in img{image}, where it is dark all over; what may move must be bright"
+            )
+    return moves
+
+
+def steered_flow(
+    features: torch.Tensor,
+    steering: Steering,
+    passes: int,
+    bias: Callable[[slice], torch.Tensor] | None = None,
+) -> BidirectionalFlow:
+    """`match_features` and `smooth_flow`, steered.
+
+    A pinned cell keeps its flow through every pass and speaks for its neighbours like a cell whose match agrees
+    exactly. A cell that may not move speaks for none. Where points and mask disagree, the mask prevails.
+
+    Args:
+        features: (2, C', h', w'), first and second image.
+        steering: on the latent grid (h, w).
+        passes: of smoothing, 0 … .
+        bias: as of `match_features`; the user's word is added to it.
+
+    Returns:
+        The flow both ways on the latent grid, in cells.
+    """
+    size = tuple(steering.moves.shape[-2:])
+    moves = steering.moves.to(features.device)
+    steered = match_bias(features, steering)
+    flow = match_features(features, size, steered if bias is None else lambda rows: steered(rows) + bias(rows))
+    pins, pinned = _pins(steering, flow.forward)
+
+    def held(stacked: torch.Tensor) -> BidirectionalFlow:
+        stacked = torch.where(moves, torch.where(pinned, pins, stacked), 0)
+        return BidirectionalFlow(stacked[:1], stacked[1:])
+
+    flow = held(flow.stacked())
+    for _ in range(passes):
+        weight = torch.where(pinned, 1, agreement(flow)) * moves
+        flow = held(neighbourhood_mean(flow.stacked(), weight))
+    return flow
+
+
+def match_bias(features: torch.Tensor, steering: Steering) -> Callable[[slice], torch.Tensor]:
+    """What is added to the cosine similarities of cells p of the first and q of the second image.
+
+    Around the points, `expected_places` says where p should be found in the second image and q in the first. A match
+    gains up to half of `STRENGTH` for each of the two that it is near to, by a Gaussian of `TOLERANCE`; as much as
+    the cell is near to a point of its own image, by a Gaussian of `REACH`, and looks like it, by the cosine of their
+    features. So a point on a thing says little about the background beside it. Where p or q may not move, the bias
+    is −∞.
+
+    Args:
+        features: (2, C', h', w'), first and second image.
+        steering: on the latent grid (h, w).
+
+    Returns:
+        A function from a slice of the first image's cells, in row-major order, to (cells in it, h·w).
+    """
+    h, w = steering.moves.shape[-2:]
+    unit = unit_features(features, (h, w))
+    cells = cell_grid(h, w, unit)[0].flatten(1).T  # (h·w, 2)
+    points = steering.points.to(unit)
+    moves = steering.moves.to(unit.device).flatten(1)
+    side = min(h, w)
+    expected, weight = [], []
+    if len(points):
+        for own, other, looks in ((points[:, 0], points[:, 1], unit[0]), (points[:, 1], points[:, 0], unit[1])):
+            expected.append(expected_places(cells, own, other, (TOLERANCE * side) ** 2))
+            near = (-_square_distances(cells, own) / (2 * (REACH * side) ** 2)).exp()
+            # one product at a time rather than a matrix product, whose precision the caller may have lowered
+            alike = torch.stack([(looks * looks[:, i : i + 1]).sum(0) for i in _nearest_cells(own, h, w)], 1)
+            weight.append((near * alike.clamp(min=0)).amax(1))
+
+    def bias(rows: slice) -> torch.Tensor:
+        allowed = moves[0][rows, None] & moves[1]
+        total = unit.new_zeros(allowed.shape)
+        if len(points):
+            spread = 2 * (TOLERANCE * side) ** 2
+            there = weight[0][rows, None] * (-_square_distances(expected[0][rows], cells) / spread).exp()
+            back = weight[1] * (-_square_distances(cells[rows], expected[1]) / spread).exp()
+            total = STRENGTH / 2 * (there + back)
+        return total.masked_fill(~allowed, -torch.inf)
+
+    return bias
+
+
+def expected_places(
+    cells: torch.Tensor, points: torch.Tensor, matches: torch.Tensor, stiffness: float
+) -> torch.Tensor:
+    """Where cells go if they move along with the points, by moving least squares.
+
+    Every cell gets the shift, turn and scaling that brings the points to their matches best, each point weighted by
+    1 / (1 + squared distance to the cell). Turn and scaling are held back by `stiffness`, so that points that lie
+    close together, or one alone, only shift.
+
+    Source: Schaefer, McPhail and Warren 2006, similarity transformations; the stiffness is ours.
+
+    Args:
+        cells: (n, 2).
+        points: (k, 2), k ≥ 1.
+        matches: (k, 2), where the points go.
+        stiffness: squared length, in squared cells.
+
+    Returns:
+        (n, 2).
+    """
+    weight = 1 / (1 + _square_distances(cells, points))  # (n, k)
+    weight = weight / weight.sum(1, keepdim=True)
+    centre, goal = ((weight[..., None] * places).sum(1) for places in (points, matches))  # (n, 2) each
+    arm, moved = points - centre[:, None], matches - goal[:, None]  # (n, k, 2)
+    size = (weight * arm.square().sum(2)).sum(1) + stiffness
+    along = ((weight * (arm * moved).sum(2)).sum(1) + stiffness) / size
+    across = (weight * (arm[..., 0] * moved[..., 1] - arm[..., 1] * moved[..., 0])).sum(1) / size
+    x, y = (cells - centre).unbind(1)
+    return goal + torch.stack([along * x - across * y, across * x + along * y], 1)
+
+
+def _pins(steering: Steering, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The flow of the points at the cells nearest to them, (2, 2, h, w), and which cells these are, (2, 1, h, w)."""
+    h, w = steering.moves.shape[-2:]
+    points = steering.points.to("cpu", like.dtype)
+    pins, pinned = torch.zeros(2, 2, h * w, dtype=like.dtype), torch.zeros(2, 1, h * w, dtype=torch.bool)
+    for image, (own, other) in enumerate(((points[:, 0], points[:, 1]), (points[:, 1], points[:, 0]))):
+        for cell, way in zip(_nearest_cells(own, h, w), other - own, strict=True):
+            pins[image, :, cell], pinned[image, :, cell] = way, True
+    return pins.unflatten(2, (h, w)).to(like.device), pinned.unflatten(2, (h, w)).to(like.device)
+
+
+def _nearest_cells(places: torch.Tensor, h: int, w: int) -> list[int]:
+    """Row-major indices of the cells nearest to places (k, 2)."""
+    x, y = places.round().long().unbind(1)
+    return (y.clamp(0, h - 1) * w + x.clamp(0, w - 1)).tolist()
+
+
+def _square_distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """(n, m) of places (n, 2) and (m, 2)."""
+    (x0, y0), (x1, y1) = first.unbind(1), second.unbind(1)
+    return (x0[:, None] - x1).square() + (y0[:, None] - y1).square()

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where in (0, 1) the frames of a video stand: eased, or spread so that neighbours differ equally.
+
+n frames stand at i/(n+1), i = 1 … n; an easing moves each to f(i/(n+1)). Eased times ascend strictly and stay inside
+(0, 1), also in float32, in which everything after them computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from .inputs import check_choice, frame_times
+
+Easing = Callable[[float], float]
+
+CURVES: dict[str, Easing] = {
+    "linear": lambda t: t,
+    "ease-in-out": lambda t: t * t * (3 - 2 * t),
+    "ease-in": lambda t: t * t,
+    "ease-out": lambda t: t * (2 - t),
+}
+EVEN = "even"  # no curve: it follows the pair
+PREVIEWS = 65  # moments at which a pair is looked at to spread its frames evenly, both ends among them
+POOLED = 2  # latent cells a side that are averaged before previews are compared
+
+
+def check_easing(n_frames: int, times: Sequence[float] | None, easing: str | Easing) -> None:
+    """Raise TypeError or ValueError unless these arguments are what they may be, alone and together."""
+    linear = frame_times(n_frames, times)
+    if not callable(easing):
+        if not isinstance(easing, str):
+            raise TypeError(f"`easing` must be a name or a callable, not {easing!r} of type {type(easing).__name__}")
+        check_choice("easing", easing, (*CURVES, EVEN))
+    if times is None:
+        if easing != EVEN:
+            eased_times(linear, easing)
+    elif easing != "linear":
+        raise ValueError(f"`easing` moves the frames of `n_frames`; it cannot be {easing!r} where `times` are given")
+
+
+def eased_times(times: Sequence[float], easing: str | Easing) -> tuple[float, ...]:
+    """Move times by a curve f.
+
+    Args:
+        times: strictly ascending, in (0, 1).
+        easing: a name in `CURVES`, or f itself, from f(0) = 0 to f(1) = 1 (to 1e-6), rising at `times`.
+
+    Returns:
+        f of each, strictly ascending and in (0, 1).
+
+    Raises:
+        TypeError: f gives something that is no number.
+        ValueError: f starts or ends elsewhere, or puts a frame on an end, outside, on its neighbour or before it.
+    """
+    curve = easing if callable(easing) else CURVES[easing]
+    name = "`easing`" if callable(easing) else f"`easing` {easing!r}"
+    moved = [curve(time) for time in (0.0, *times, 1.0)]
+    try:
+        start, *values, end = map(float, moved)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must give a number, not {moved[0]!r}") from error
+    if not (abs(start) <= 1e-6 and abs(end - 1) <= 1e-6):  # NaN fails this too
+        raise ValueError(f"{name} must lead from f(0) = 0 to f(1) = 1, not from {start:.6g} to {end:.6g}")
+    rounded = torch.tensor([0.0, *values, 1.0])
+    stuck = (~(rounded.diff() > 0)).nonzero().flatten().tolist()
+    if stuck:
+        places = [0.0, *times, 1.0], [0.0, *values, 1.0]
+        (t0, t1), (f0, f1) = (place[stuck[0] : stuck[0] + 2] for place in places)
+        raise ValueError(
+            f"{name} must rise between 0 and 1 from each of the {len(values)} frames to the next, "
+            f"but f({t0:.6g}) = {f0:.9g} and f({t1:.6g}) = {f1:.9g}"
+        )
+    return tuple(values)
+
+
+def even_times(n_frames: int, previews: torch.Tensor) -> tuple[float, ...]:
+    """Spread frames so that each differs from the next as much as any other does from its own, as previews have it.
+
+    The difference of two previews is the root mean square of what their latents, averaged over squares of `POOLED`
+    cells a side, differ by. It is summed up from the first image on; the frames stand where the sum reaches i/(n+1)
+    of the whole, interpolated linearly between previews. Previews that are all alike leave the frames where they are.
+
+    Source: ours.
+
+    Args:
+        n_frames: how many frames, n.
+        previews: (P, C, h, w), at equal distances in time from δ = 0 to δ = 1; h and w at least `POOLED`.
+
+    Returns:
+        δ of each frame, strictly ascending and in (0, 1).
+    """
+    linear = frame_times(n_frames, None)
+    steps = F.avg_pool2d(previews, POOLED).double().cpu().diff(dim=0).square().mean((1, 2, 3)).sqrt()
+    travelled = torch.cat([steps.new_zeros(1), steps.cumsum(0)])
+    if travelled[-1] == 0:
+        return linear
+    targets = torch.tensor(linear, dtype=torch.float64) * travelled[-1]
+    after = torch.searchsorted(travelled, targets).clamp(1, len(steps))
+    within = (targets - travelled[after - 1]) / steps[after - 1]
+    return tuple(((after - 1 + within) / len(steps)).tolist())
