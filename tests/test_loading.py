@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -162,6 +163,10 @@ def by_wheel(folder: str, expected: str) -> None:
     assert Path(dreammover_pipeline.__file__).is_relative_to(folder)
     assert CHECKPOINT.is_relative_to(folder)
     check_frames(DreamMoverPipeline.from_pretrained(CHECKPOINT), expected)
+
+    from dreammover_pipeline.export_hub import write_hub_folder
+
+    assert {"README.md", "LICENSE", "pipeline.py"} <= set(write_hub_folder(Path(folder, "hub"), None))
 
 
 def custom_loader(code: str):
@@ -559,7 +564,7 @@ def test_a_code_only_hub_repository(core_folder, checkpoint, with_parts, expecte
     downloads = {file.removeprefix(f"{CODE_ID}/") for file in hub.downloads if file.startswith(CODE_ID)}
     # the pipeline and what it needs, nothing of the program around it
     assert {"pipeline.py", "fusion.py", "splatting.py"} <= downloads
-    assert not {"__init__.py", "cli.py", "loading.py", "media.py", "figures.py", "README.md"} & downloads
+    assert not {"__init__.py", "cli.py", "loading.py", "media.py", "viz.py", "README.md"} & downloads
 
 
 def test_a_stable_diffusion_pipeline_lends_its_parts_and_keeps_its_own(checkpoint, with_parts, expected, tmp_path):
@@ -586,7 +591,9 @@ def test_the_wheel_holds_what_it_must_and_no_more(checkpoint, expected, tmp_path
     packed = {file.relative_to(unpacked).as_posix() for file in unpacked.rglob("*") if file.is_file()}
     ours = {name for name in packed if ".dist-info/" not in name}
     source = [file for file in PACKAGE.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
-    assert ours == {file.relative_to(PACKAGE.parent).as_posix() for file in source}
+    wheel_targets = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    shared = wheel_targets["force-include"]  # file of the project's → its place in the wheel
+    assert ours == {file.relative_to(PACKAGE.parent).as_posix() for file in source} | set(shared.values())
     for file in checkpoint.rglob("*"):
         if file.is_file():
             packed_file = unpacked / "dreammover_pipeline" / "tiny" / "checkpoint" / file.relative_to(checkpoint)

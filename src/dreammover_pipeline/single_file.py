@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The core's modules as one: what diffusers keeps in examples/community is a single file.
+
+The texts are joined, not generated anew, so comments and layout stay. In one file every module sees the names of all
+others; a name that would mean two things there is an error here.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import symtable
+import sys
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+WIDTH = 119
+Import = tuple[str | None, str, str | None]  # from this module, this name, as that: (None, "torch", None)
+# A logger is named after its module, which is one here: the only definition that modules may have in common.
+LOGGER = "logger = logging.get_logger(__name__)"
+
+
+def read_core(folder: Path) -> dict[str, str]:
+    """The texts of `pipeline.py` and of every module it needs, however indirectly.
+
+    Args:
+        folder: where they are.
+
+    Returns:
+        Module name → text; every module after all that it imports, so `pipeline` is the last.
+    """
+    texts, arrows, waiting = {}, {}, ["pipeline"]
+    while waiting:
+        name = waiting.pop()
+        if name not in texts:
+            texts[name] = (folder / f"{name}.py").read_text(encoding="utf-8")
+            arrows[name] = sorted({node.module for node in _relative_imports(ast.parse(texts[name]))})
+            waiting += arrows[name]
+    return {name: texts[name] for name in TopologicalSorter(dict(sorted(arrows.items()))).static_order()}
+
+
+def join_modules(texts: Mapping[str, str]) -> str:
+    """One module out of several that import names from each other.
+
+    Args:
+        texts: module name → text, every module after all that it imports. The last one's docstring becomes that of
+            the whole; the others' stand as comments at the head of their sections.
+
+    Returns:
+        The docstring, all imports merged and sorted, then every module's own text under a head; no licence line.
+
+    Raises:
+        RuntimeError: a module imports another one in a way that cannot be joined, or a name would mean two things.
+    """
+    trees = {module: ast.parse(text) for module, text in texts.items()}
+    for module, tree in trees.items():
+        _check_relative_imports(module, tree)
+    imports = {module: _absolute_imports(tree) for module, tree in trees.items()}
+    _check_names({module: _meanings(module, text, imports[module]) for module, text in texts.items()})
+    *_, last = texts
+    docstring = ast.get_source_segment(texts[last], trees[last].body[0])
+    head = f"{docstring}\n\n{_merged(imports.values())}"
+    if any(LOGGER in text.splitlines() for text in texts.values()):
+        head += f"\n{LOGGER}\n"
+    sections = []
+    for module, text in texts.items():
+        about = "" if module == last else ast.get_docstring(trees[module]) or ""
+        sections.append(f"{_section_head(module, about)}\n\n\n{_body(text, trees[module])}\n")
+    return "\n\n".join([head, *sections])
+
+
+def _relative_imports(tree: ast.Module) -> list[ast.ImportFrom]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+
+
+def _check_relative_imports(module: str, tree: ast.Module) -> None:
+    for node in _relative_imports(tree):
+        plain = node.level == 1 and node.module and not any(alias.asname for alias in node.names)
+        if node not in tree.body or not plain:
+            raise RuntimeError(
+                f"{module}.py:{node.lineno} cannot be part of a single file: `{ast.unparse(node)}` must be "
+                "`from .module import name`, outside of functions and blocks, and without `as`"
+            )
+
+
+def _absolute_imports(tree: ast.Module) -> list[Import]:
+    """What a module imports at its top from elsewhere, one by one."""
+    found = []
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            found += [(None, alias.name, alias.asname) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found += [(node.module, alias.name, alias.asname) for alias in node.names]
+    return found
+
+
+def _meanings(module: str, text: str, imports: Iterable[Import]) -> dict[str, str]:
+    """Every name bound at the top of a module → what it means: equal for names that may become one."""
+    table = symtable.symtable(text, f"{module}.py", "exec")
+    siblings = {alias.name for node in _relative_imports(ast.parse(text)) for alias in node.names}
+    bound = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+    meanings = dict.fromkeys(bound - siblings, f"{module}.py")
+    for source, name, other in imports:
+        if source is None and other is None:  # `import a.b` binds a, as `import a` does
+            name = name.partition(".")[0]
+        meanings[other or name] = f"{source}.{name}" if source else name
+    if LOGGER in text.splitlines():
+        meanings["logger"] = LOGGER
+    return meanings
+
+
+def _check_names(meanings: Mapping[str, Mapping[str, str]]) -> None:
+    first = {}
+    for module, names in meanings.items():
+        for name, meaning in names.items():
+            if name in vars(builtins):
+                raise RuntimeError(
+                    f"{module}.py hides Python's own `{name}`, in a single file from all modules; rename it"
+                )
+            other, known = first.setdefault(name, (module, meaning))
+            if known != meaning:
+                raise RuntimeError(f"`{name}` is one thing in {other}.py and another in {module}.py; rename one")
+
+
+def _merged(imports: Iterable[list[Import]]) -> str:
+    """All imports, each once, in isort's order: the language's own, the standard library's, others'."""
+    plain, named = set(), defaultdict(set)
+    for source, name, other in (entry for entries in imports for entry in entries):
+        alias = f"{name} as {other}" if other else name
+        if source is None:
+            plain.add(alias)
+        else:
+            named[source].add(alias)
+    groups = defaultdict(list)
+    for alias in sorted(plain, key=str.lower):
+        groups[_group(alias)].append(f"import {alias}")
+    for source in sorted(named, key=str.lower):
+        groups[_group(source)].append(_import_from(source, named[source]))
+    return "\n".join("\n".join(groups[group]) + "\n" for group in sorted(groups))
+
+
+def _group(module: str) -> int:
+    package = module.partition(" ")[0].partition(".")[0]
+    return 0 if package == "__future__" else 1 if package in sys.stdlib_module_names else 2
+
+
+def _import_from(source: str, aliases: Iterable[str]) -> str:
+    # constants, then classes, then the rest
+    ordered = sorted(aliases, key=lambda a: (0 if a.split()[0].isupper() else 1 if a[0].isupper() else 2, a.lower()))
+    line = f"from {source} import {', '.join(ordered)}"
+    if len(line) <= WIDTH:
+        return line
+    return "\n".join([f"from {source} import (", *(f"    {alias}," for alias in ordered), ")"])
+
+
+def _section_head(module: str, about: str) -> str:
+    rule = "# " + "-" * (WIDTH - 2)
+    lines = [f"# {module}"]
+    for paragraph in about.split("\n\n") if about else []:
+        kept = paragraph.splitlines()
+        if any(len(line) > WIDTH - 2 for line in kept):
+            kept = textwrap.wrap(" ".join(kept), WIDTH - 2)
+        lines += ["#", *(f"# {line}".rstrip() for line in kept)]
+    return "\n".join([rule, *lines, rule])
+
+
+def _body(text: str, tree: ast.Module) -> str:
+    """A module's text without what the whole has once: licence line, docstring, imports, logger."""
+    lines = text.split("\n")
+    gone = {0} if lines[0].startswith("# SPDX") else set()
+    for node in tree.body:
+        docstring = node is tree.body[0] and ast.get_docstring(tree) is not None
+        if docstring or isinstance(node, (ast.Import, ast.ImportFrom)) or lines[node.lineno - 1] == LOGGER:
+            gone |= set(range(node.lineno - 1, node.end_lineno))
+    return "\n".join(line for i, line in enumerate(lines) if i not in gone).strip("\n")
