@@ -4,6 +4,8 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Models this small gain nothing from threads, and on a busy machine threads that wait for each other lose a lot.
+os.environ["OMP_NUM_THREADS"] = "1"  # of commands run as processes, too
 
 import copy
 from pathlib import Path
@@ -20,7 +22,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.tiny import CHECKPOINT
 
-# Models this small gain nothing from threads, and on a busy machine threads that wait for each other lose a lot.
 torch.set_num_threads(1)
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -4,6 +4,7 @@
 import inspect
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,13 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dreammover_pipeline import DreamMoverPipeline, __version__
 from dreammover_pipeline.cli import main
+from dreammover_pipeline.tiny import CHECKPOINT
 
 pytestmark = pytest.mark.usefixtures("restored_logging")
 
@@ -175,6 +179,24 @@ def test_bad_photos_are_refused_by_name(tmp_path, capsys):
     for bad in (text, cut, tmp_path / "missing.png", tmp_path):
         assert str(bad) in refused(capsys, PHOTOS[0], str(bad), *output)
         assert refused(capsys, str(bad), PHOTOS[1], *output).startswith("photo A ")
+
+
+def test_pickles_are_read_only_where_allowed(tmp_path, capsys):
+    command = ["interpolate", *PHOTOS, *FAST[len(TINY) :], "--device=cpu", "-o", str(tmp_path / "out.gif")]
+    single = tmp_path / "model.ckpt"
+    single.write_bytes(b"no pickle at all")
+    assert main([*command, "--model", str(single)]) == 2
+    assert "is a pickle, which can run code" in error_line(capsys.readouterr().err)
+    assert main([*command, "--model", str(single), "--allow-pickle"]) == 1
+    assert "cannot load the model" in error_line(capsys.readouterr().err)
+
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "model")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    assert main([*command, "--model", str(folder)]) == 1
+    assert "safetensors" in error_line(capsys.readouterr().err)
+    assert main([*command, "--model", str(folder), "--allow-pickle"]) == 0
 
 
 def test_a_folder_of_frames_cannot_replace_the_photos_it_holds(tmp_path, capsys):

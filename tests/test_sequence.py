@@ -268,7 +268,7 @@ def test_after_a_kill_the_command_makes_what_is_missing(chain, pipe, album, fast
     assert not Path("out.parts", "gap_0002").exists()
     capsys.readouterr()
     assert main([*command, *other]) == 0
-    assert capsys.readouterr().err.count("Denoising: 100%") == missing
+    assert capsys.readouterr().err.count("Denoising:   0%") == missing  # 100% may be drawn twice
     np.testing.assert_array_equal(frames_in("out"), expected(pipe, album, fast, lora=lora))
     assert not Path("out.parts").exists()
 

@@ -35,7 +35,7 @@ def test_the_examples_are_scenes_of_its_world(tmp_path):
     """The committed pictures are what the program that made them makes."""
     write_examples(tmp_path)
     made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*"))
-    assert made == sorted(path.relative_to(EXAMPLES) for path in EXAMPLES.glob("*/*"))
+    assert made == sorted(path.relative_to(EXAMPLES) for path in EXAMPLES.glob("*/*") if path.parent.name != "space")
     for path in made:
         if path.suffix == ".txt":
             assert (tmp_path / path).read_text() == (EXAMPLES / path).read_text()

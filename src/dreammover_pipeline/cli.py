@@ -110,7 +110,7 @@ def _interpolate(args: argparse.Namespace) -> None:
     settle_length(args)
     for path in pairs:
         check_file_path(path, [".safetensors"])
-    check_model(args.model)
+    check_model(args.model, args.allow_pickle)
     _check_photos(args)
     make_video(args, lambda pipe: _made(pipe, args))
 

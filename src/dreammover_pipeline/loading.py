@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ def add_model_options(parser: argparse.ArgumentParser, default: str) -> None:
     add("--model", default=default, metavar="NAME", help=f"{models} (default: %(default)s)")
     add("--dtype", choices=DTYPES, help="default: float16 on cuda, float32 elsewhere")
     add("--device", metavar="NAME", help="cuda, mps, cpu, ...; default: the first of these three that is there")
+    add("--allow-pickle", action="store_true", help="also read .bin and .ckpt weights, which can run code")
 
 
 def pipeline_class() -> type[DreamMoverPipeline]:
@@ -44,8 +46,8 @@ def pipeline_class() -> type[DreamMoverPipeline]:
     return DreamMoverPipeline
 
 
-def check_model(model: str) -> None:
-    """Refuse a name that is no known model, nothing on this machine and no Hub id either.
+def check_model(model: str, allow_pickle: bool = False) -> None:
+    """Refuse a name that is no known model, nothing on this machine and no Hub id either, and pickles.
 
     Raises:
         ValueError: the name, and what it may be.
@@ -54,6 +56,11 @@ def check_model(model: str) -> None:
     is_model_file = source.suffix.lower() in MODEL_FILES
     if source.is_file() and not is_model_file:
         raise ValueError(f"the model '{model}' is no {' or '.join(MODEL_FILES)} file")
+    if source.is_file() and source.suffix.lower() == ".ckpt" and not allow_pickle:
+        raise ValueError(
+            f"the model '{model}' is a pickle, which can run code as it loads; take a .safetensors file, "
+            "or add --allow-pickle if you trust where it comes from"
+        )
     if not source.exists() and (is_model_file or not HUB_ID.fullmatch(str(source))):
         known = " or ".join(MODELS)
         raise ValueError(f"the model '{model}' is no file or folder here; it may also be {known} or an owner/name")
@@ -76,13 +83,14 @@ def choose_device(name: str | None) -> str:
     return name
 
 
-def load_pipeline(model: str, dtype: str | None, device: str) -> DreamMoverPipeline:
+def load_pipeline(model: str, dtype: str | None, device: str, allow_pickle: bool = False) -> DreamMoverPipeline:
     """Load a model and put it on a device.
 
     Args:
         model: one of `MODELS`, a Hub id, a folder in diffusers layout, or a single file.
         dtype: one of `DTYPES`; None for float16 on cuda and float32 elsewhere.
         device: as `choose_device` returns it.
+        allow_pickle: whether weights of a folder or of the Hub may be others than safetensors.
 
     Raises:
         RuntimeError: the model cannot be had or read; the message says what else to try.
@@ -91,7 +99,10 @@ def load_pipeline(model: str, dtype: str | None, device: str) -> DreamMoverPipel
 
     pipeline = pipeline_class()
     source = MODELS.get(model, model)
-    load = pipeline.from_single_file if Path(source).is_file() else pipeline.from_pretrained
+    if Path(source).is_file():
+        load = pipeline.from_single_file
+    else:
+        load = partial(pipeline.from_pretrained, use_safetensors=None if allow_pickle else True)
     try:
         pipe = load(source, dtype=getattr(torch, dtype or ("float16" if device.startswith("cuda") else "float32")))
     except Exception as error:  # diffusers raises nearly anything on a checkpoint it cannot get or read

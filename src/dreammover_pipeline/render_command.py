@@ -107,7 +107,7 @@ def make_video(
         make: from the pipeline to one prepared pair and its output, with the photos at the ends.
     """
     start = time.perf_counter()
-    pipe = load_pipeline(args.model, args.dtype, choose_device(args.device))
+    pipe = load_pipeline(args.model, args.dtype, choose_device(args.device), args.allow_pickle)
     pipe.set_progress_bar_config(disable=args.quiet)
     import torch
 
@@ -164,7 +164,7 @@ def _played(frames: Sequence[Image.Image], args: argparse.Namespace) -> list[Ima
 def _render(args: argparse.Namespace) -> None:
     check_outputs(args, [args.pair])
     settle_length(args)
-    check_model(args.model)
+    check_model(args.model, args.allow_pickle)
     if not Path(args.pair).is_file():
         raise ValueError(f"there is no file '{args.pair}'")
     pipeline_class()  # first, since it hushes third parties before they are imported

@@ -78,7 +78,7 @@ def make_sequence(args: argparse.Namespace, photos: Sequence[str]) -> None:
     check_outputs(args, photos, [parts])
     _check_parts(parts)
     counts = _frames_of_gaps(args, len(photos) - 1)
-    check_model(args.model)
+    check_model(args.model, args.allow_pickle)
     pipeline_class()  # first, since it hushes third parties before they are imported
     from .batch.maker import Maker
     from .batch.manifest import check_values
@@ -91,7 +91,7 @@ def make_sequence(args: argparse.Namespace, photos: Sequence[str]) -> None:
         load_images(photo, f"photo {i + 1}")
     call = call_arguments(args)
     texts = texts_of_gaps(call.get("prompt", ""), None, len(photos), 0)
-    pipe = load_pipeline(args.model, args.dtype, choose_device(args.device))
+    pipe = load_pipeline(args.model, args.dtype, choose_device(args.device), args.allow_pickle)
     pipe.set_progress_bar_config(disable=args.quiet)
     canvas = pipe.canvas(*load_images(photos[0], "photo 1"), call.get("height"), call.get("width"))
     jobs = _jobs(call, args.seed, photos, [text["prompt"] for text in texts], counts, canvas, parts)

@@ -48,6 +48,7 @@ def add_batch(commands: argparse._SubParsersAction) -> None:
     add("sidecars", nargs="+", metavar="SIDECAR", help="the .json beside a video of dreammover batch")
     add("--model", metavar="NAME", help="where the model is; default: as recorded")
     add("--device", metavar="NAME", help="cuda, mps, cpu, ...; default: the first of these three that is there")
+    add("--allow-pickle", action="store_true", help="also read .bin and .ckpt weights, which can run code")
     _add_common(parser)
 
 
@@ -59,7 +60,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _batch(args: argparse.Namespace) -> None:
-    check_model(args.model)
+    check_model(args.model, args.allow_pickle)
     pipeline_class()  # first, since it hushes third parties before they are imported
     from .manifest import read_manifest
 
@@ -77,7 +78,7 @@ def _again(args: argparse.Namespace) -> None:
         raise ValueError(f"the sidecars record different models or dtypes, {sorted(models)}; take one at a time")
     ((model, dtype),) = models
     model = args.model or model
-    check_model(model)
+    check_model(model, args.allow_pickle)
     _work(jobs, args, model, dtype)
 
 
@@ -102,7 +103,7 @@ def _work(jobs: Sequence[Job], args: argparse.Namespace, model: str, dtype: str 
         state = PartialState(cpu=device.startswith("cpu"))
         if state.num_processes > 1:
             device = state.device.type if state.device.type == "cpu" else str(state.device)
-        pipe = load_pipeline(model, dtype, device)
+        pipe = load_pipeline(model, dtype, device, args.allow_pickle)
         pipe.set_progress_bar_config(disable=True)
         maker = Maker(pipe, model, args.output, args.lora_cache)
         check_values(pipe, maker.model["fingerprint"], jobs)

@@ -71,7 +71,7 @@ def add_evaluation(commands: argparse._SubParsersAction) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     _require_libraries()
-    check_model(args.model)
+    check_model(args.model, args.allow_pickle)
     settings = dict(_setting(text) for text in args.set)
     chosen = QUICK if args.quick else FULL
     pairs = chosen["pairs"] if args.pairs is None else args.pairs
@@ -97,7 +97,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     names = args.suites or DIFFICULTIES
     find_suites(names, pairs, frames, 64)  # for its complaints, before a model is loaded that decides the real size
     tools = find_tools(args.flow)
-    pipe = load_pipeline(args.model, args.dtype, choose_device(args.device))
+    pipe = load_pipeline(args.model, args.dtype, choose_device(args.device), args.allow_pickle)
     pipe.set_progress_bar_config(disable=True)
     check_settings(pipe, settings)
     suites = find_suites(names, pairs, frames, native_size(pipe), args.seed)
@@ -110,7 +110,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _correspondence(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     _require_libraries()
-    check_model(args.model)
+    check_model(args.model, args.allow_pickle)
     from ..inputs import check_choice, check_integer
 
     check_integer("--pairs", args.pairs, 1)
@@ -121,7 +121,7 @@ def _correspondence(args: argparse.Namespace) -> None:
     from .correspondence import study, table
     from .suites import find_suites
 
-    pipe = load_pipeline(args.model, args.dtype, choose_device(args.device))
+    pipe = load_pipeline(args.model, args.dtype, choose_device(args.device), args.allow_pickle)
     pipe.set_progress_bar_config(disable=True)
     check_settings(pipe, {"inversion_steps": max(args.steps), "feature_step": min(args.steps)})
     suites = find_suites(args.suites, args.pairs, 1, native_size(pipe), args.seed)

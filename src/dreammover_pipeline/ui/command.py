@@ -44,6 +44,7 @@ def serve(
     host: str = HOST,
     port: int = PORT,
     max_upload_mb: float = MAX_UPLOAD_MB,
+    allow_pickle: bool = False,
 ) -> None:
     """Serve the page until the process is interrupted or terminated.
 
@@ -54,6 +55,7 @@ def serve(
         host: the address to listen on.
         port: the port.
         max_upload_mb: megabytes an uploaded file may have.
+        allow_pickle: as for `loading.load_pipeline`.
 
     Raises:
         ValueError: there is no such model or device.
@@ -62,8 +64,8 @@ def serve(
     """
     if find_spec("gradio") is None:
         raise RuntimeError("the web page needs gradio; install it with: pip install 'dreammover-pipeline[demo]'")
-    check_model(model)
-    pipe = load_pipeline(model, dtype, choose_device(device))
+    check_model(model, allow_pickle)
+    pipe = load_pipeline(model, dtype, choose_device(device), allow_pickle)
     from .app import TINY_DEFAULTS, serving
 
     defaults = TINY_DEFAULTS if model == "tiny" else {}
@@ -85,7 +87,7 @@ def _until_stopped() -> Iterator[threading.Event]:
 
 
 def _ui(args: argparse.Namespace) -> None:
-    serve(args.model, args.dtype, args.device, args.host, args.port, args.max_upload_mb)
+    serve(args.model, args.dtype, args.device, args.host, args.port, args.max_upload_mb, args.allow_pickle)
 
 
 def _port(text: str) -> int:
