@@ -90,7 +90,7 @@ def counted_panel(profile: Profile) -> Panel:
     for side in profile.counted_sides:
         units = counted_units(profile.counted, side)
         jobs = [Job(n, DEFAULT.steps, DEFAULT.chunk) for n in frames]
-        lines[f"{side}×{side}"] = [(job.frames, units.inference(job) / 1e12) for job in jobs]
+        lines[f"{side} x {side}"] = [(job.frames, units.inference(job) / 1e12) for job in jobs]
     return Panel(
         f"{profile.counted}, counted: inference, T = {DEFAULT.steps}", "in-between frames", "TFLOP", {}, lines
     )

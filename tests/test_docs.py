@@ -78,7 +78,7 @@ def test_readme_python_runs_as_printed(tmp_path, monkeypatch):
         block = block.replace("n_frames=32", "n_frames=4")
         exec(compile(block, "README.md", "exec"), session)
     assert (tmp_path / "lion.mp4").stat().st_size > 1000
-    assert (tmp_path / "lion_lora" / "pytorch_lora_weights.safetensors").exists()
+    assert len(session["frames"]) == 3
 
 
 @pytest.fixture

@@ -19,10 +19,11 @@ from ..loading import add_model_options, check_model, choose_device, load_pipeli
 
 FULL = {"pairs": 32, "frames": 7}
 DIFFICULTIES = ("same", "relit", "recast")
-QUICK = {"pairs": 3, "frames": 3}  # about five minutes on two cores with the embedded checkpoint
+QUICK = {"pairs": 2, "frames": 1}  # about five minutes on two cores with the embedded checkpoint
 # What the suites decide, or what no line of text can hold.
 NOT_SETTINGS = re.compile(
-    "self|img|prompt|height|width|generator|frames|times|include|output|return|callback|kwargs|^lora$|^pair$|easing|endpoints|points|mask"
+    "self|img|prompt|height|width|generator|frames|times|easing|endpoints|points|mask|canvas"
+    "|include|output|return|callback|kwargs|^lora$|^pair$"
 )
 
 
