@@ -19,7 +19,7 @@ from ..loading import add_model_options, check_model, choose_device, load_pipeli
 
 FULL = {"pairs": 32, "frames": 7}
 DIFFICULTIES = ("same", "relit", "recast")
-QUICK = {"pairs": 2, "frames": 1}  # about five minutes on two cores with the embedded checkpoint
+QUICK = {"pairs": 2, "frames": 1}  # about six minutes on two cores with the embedded checkpoint
 # What the suites decide, or what no line of text can hold.
 NOT_SETTINGS = re.compile(
     "self|img|prompt|height|width|generator|frames|times|easing|endpoints|points|mask|canvas"
