@@ -58,14 +58,15 @@ def contact_sheet(frames: Sequence[Image.Image], times: Sequence[float]) -> Imag
     scale = min(1, SHEET_EDGE / (columns * width), SHEET_EDGE / (rows * height))
     scale = min(1, max(scale, TILE_MIN / width))
     tile = max(1, round(width * scale)), max(1, round(height * scale))
-    cell = max(tile[0], TILE_MIN) + MARGIN, tile[1] + CAPTION
+    font = ImageFont.load_default(max(FONT.size, tile[1] // 28))
+    cell = max(tile[0], TILE_MIN) + MARGIN, tile[1] + round(CAPTION * font.size / FONT.size)
 
     sheet = Image.new("RGB", (columns * cell[0] + MARGIN, rows * cell[1] + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     for index, (frame, time) in enumerate(zip(frames, times, strict=True)):
         x, y = MARGIN + index % columns * cell[0], MARGIN + index // columns * cell[1]
         sheet.paste(frame.convert("RGB").resize(tile, Image.Resampling.LANCZOS), (x, y))
-        draw.text((x, y + tile[1] + 2), _caption(time), font=FONT, fill="black")
+        draw.text((x, y + tile[1] + 2), _caption(time), font=font, fill="black")
     return sheet
 
 
