@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -142,6 +142,8 @@ PROFILES = {
         compiler="eager",
     ),
 }
+# a job as long as the defaults make it, for what the few frames and steps of "cpu" make too much of
+PROFILES["whole"] = replace(PROFILES["cpu"], rows=("overhead",), rounds=3, frames=32, steps=30, lora_steps=40)
 
 
 @dataclass(frozen=True)
