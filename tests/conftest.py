@@ -8,7 +8,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # of commands run as processes, too
 
 import copy
-from pathlib import Path
 
 import diffusers.utils.logging as diffusers_logging
 import numpy as np
@@ -23,8 +22,6 @@ from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.tiny import CHECKPOINT
 
 torch.set_num_threads(1)
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def build_components() -> dict:

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from snapshot import snapshot
+from support.snapshot import snapshot
 
 from dreammover_pipeline.attention import reference_attention, self_attention_names
 

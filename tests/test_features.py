@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from snapshot import snapshot
+from support.snapshot import snapshot
 
 from dreammover_pipeline.features import captured_up_block, up_block_features
 

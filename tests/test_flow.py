@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import math
 
-import naive
 import pytest
 import torch
 import torch.nn.functional as F
+from support import naive
 
 from dreammover_pipeline import flow as flow_module
 from dreammover_pipeline.flow import (

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import math
 
-import naive
 import pytest
 import torch
+from support import naive
 
 from dreammover_pipeline.fusion import (
     agreement_importance,

@@ -6,7 +6,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from snapshot import snapshot
+from support.snapshot import snapshot
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreammover_pipeline.ddim import recompose

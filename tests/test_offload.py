@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from snapshot import snapshot
+from support.snapshot import snapshot
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from snapshot import snapshot
+from support.snapshot import snapshot
 
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),

@@ -6,11 +6,11 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLES
 from diffusers import AutoencoderTiny, DDIMScheduler, EulerDiscreteScheduler
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
-from snapshot import snapshot
+from support.pages import EXAMPLES
+from support.snapshot import snapshot
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from dreammover_pipeline import DreamMoverPipeline

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dreammover_pipeline import DreamMoverPipeline
-from dreammover_pipeline.cli import main
+from dreammover_pipeline.cli.main import main
 from dreammover_pipeline.lora import LoraFit, fit_pair_lora
 
 PROMPTS = ["a fish", "a cat", "a bird"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import math
 
-import naive
 import pytest
 import torch
+from support import naive
 
 from dreammover_pipeline.flow import cell_grid
 from dreammover_pipeline.splatting import softmax_splat, winner_splat

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EXAMPLES
 from PIL import Image
+from support.pages import EXAMPLES, printed
 
 from dreammover_pipeline import flow as flow_module
-from dreammover_pipeline.cli import main
+from dreammover_pipeline.cli.main import main
 from dreammover_pipeline.evaluation.metrics import endpoint_errors, pixel_flow
 from dreammover_pipeline.flow import agreement, cell_grid, match_features, neighbourhood_mean, smooth_flow
 from dreammover_pipeline.images import fit, fit_points, load_masks
@@ -475,20 +475,15 @@ def test_a_few_true_points_lower_the_flow_error_where_features_fail(tiny_pipe, s
 # ── Page and command line ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def printed(language):
-    text = (Path(__file__).parent.parent / "docs" / "points.md").read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-
-
 def test_the_page_runs_as_printed(tmp_path, monkeypatch, restored_logging):
     monkeypatch.chdir(tmp_path)
     Path("examples").symlink_to(EXAMPLES)
     session = {}
-    for block in printed("python"):
+    for block in printed("docs/points.md", "python"):
         exec(compile(block, "points.md", "exec"), session)
     assert len(session["frames"]) == 1
     assert (session["pair"].flow.forward[0, :, -1] == 0).all()
-    (command,) = "".join(printed("bash")).splitlines()
+    (command,) = "".join(printed("docs/points.md", "bash")).splitlines()
     _, *arguments = shlex.split(command)
     assert main([*arguments, "--quiet", "--save-pair", "fish.safetensors"]) == 0
     flow = read_pair("fish.safetensors", "cpu")[0].flow

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
-from conftest import CHECKPOINT
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from peft import LoraConfig
 from safetensors import safe_open
@@ -21,6 +20,7 @@ from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.lora import check_pair_lora
 from dreammover_pipeline.records import PreparedPair
 from dreammover_pipeline.storage import fingerprint, read_pair, write_pair
+from dreammover_pipeline.tiny import CHECKPOINT
 
 CPU = torch.device("cpu")
 LORA = {"lora_steps": 2, "lora_rank": 2}

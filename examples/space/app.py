@@ -3,7 +3,7 @@
 
 import os
 
-from dreammover_pipeline.ui.command import serve
+from dreammover_pipeline.cli.ui import serve
 
 if __name__ == "__main__":
     serve(

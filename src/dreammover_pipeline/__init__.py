@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .presets import PRESETS
+from .settings import PRESETS
 
 if TYPE_CHECKING:
     from .pipeline import DreamMoverPipeline, DreamMoverPipelineOutput

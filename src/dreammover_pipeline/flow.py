@@ -153,13 +153,12 @@ def join_features(blocks: Sequence[torch.Tensor], size: tuple[int, int]) -> torc
 
     Args:
         blocks: (2, C', h', w') each, of any size.
-        size: (h, w) of the latent grid; all are upsampled to it as in `match_features`.
+        size: (h, w) of the latent grid; all are upsampled to it by `unit_features`.
 
     Returns:
         (2, ΣC', h, w).
     """
-    resized = [F.interpolate(x.to(working_dtype(x)), size=size, mode="bilinear", align_corners=False) for x in blocks]
-    return torch.cat([F.normalize(x, dim=1) for x in resized], 1)
+    return torch.cat([unit_features(x, size) for x in blocks], 1).unflatten(2, size)
 
 
 def round_trip_error(flow: BidirectionalFlow) -> torch.Tensor:

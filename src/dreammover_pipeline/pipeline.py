@@ -690,8 +690,7 @@ class DreamMoverPipeline(
         Raises:
             TypeError, ValueError: an argument is not what it may be; raised before any model runs.
         """
-        check_integer("lora_steps", lora_steps, 1)
-        self._check_lora_inputs(lora_steps, lora_rank, lora_learning_rate)
+        self._check_lora_inputs(lora_steps, lora_rank, lora_learning_rate, least_steps=1)
         check_generator(generator, 1)
         photos = load_sequence(images)
         texts = texts_of_gaps(prompt, prompt_embeds, len(photos), self.unet.config.cross_attention_dim)
@@ -740,8 +739,7 @@ class DreamMoverPipeline(
         Raises:
             TypeError, ValueError: an argument is not what it may be; raised before any model runs.
         """
-        check_integer("lora_steps", lora_steps, 1)
-        self._check_lora_inputs(lora_steps, lora_rank, lora_learning_rate)
+        self._check_lora_inputs(lora_steps, lora_rank, lora_learning_rate, least_steps=1)
         check_generator(generator, 1)
         if adapter_name in getattr(self.unet, "peft_config", {}):
             raise ValueError(f"`adapter_name` {adapter_name!r} is loaded already; choose another, or delete that one")
@@ -785,7 +783,7 @@ class DreamMoverPipeline(
             pair: what `prepare` returned.
             path: the file; one that is there is replaced.
         """
-        write_pair(pair, path, {name: fingerprint({name: model}) for name, model in self._fingerprinted.items()})
+        write_pair(pair, path, self._fingerprints())
 
     def load_pair(self, path: str | os.PathLike) -> PreparedPair:
         """Read a pair that `save_pair` wrote, for `render` on this pipeline's device; frames come out the same.
@@ -802,7 +800,7 @@ class DreamMoverPipeline(
                 the VAE are other ones.
         """
         pair, saved = read_pair(path, self._execution_device)
-        present = {name: fingerprint({name: model}) for name, model in self._fingerprinted.items()}
+        present = self._fingerprints()
         check_same_models(path, saved, {name: present[name] for name in ("unet", "vae")})
         if "text_encoder" in present and saved.get("text_encoder") != present["text_encoder"]:
             logger.warning(f"'{path}' was saved with another text encoder; negative prompts will be read by this one.")
@@ -1114,8 +1112,8 @@ class DreamMoverPipeline(
                 "inpainting, depth and upscaling checkpoints are not supported"
             )
 
-    def _check_lora_inputs(self, steps, rank, learning_rate) -> None:
-        check_integer("lora_steps", steps, 0)
+    def _check_lora_inputs(self, steps, rank, learning_rate, least_steps=0) -> None:
+        check_integer("lora_steps", steps, least_steps)
         check_integer("lora_rank", rank, 1)
         check_number("lora_learning_rate", learning_rate, 0, inclusive=False)
 
@@ -1206,6 +1204,10 @@ class DreamMoverPipeline(
     def _fingerprinted(self) -> dict[str, torch.nn.Module]:
         models = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
         return {name: model for name, model in models.items() if model is not None}
+
+    def _fingerprints(self) -> dict[str, str]:
+        """Of each model by itself."""
+        return {name: fingerprint({name: model}) for name, model in self._fingerprinted.items()}
 
     def _encode_pair(self, prompt, prompt_embeds=None, cross_attention_kwargs=None, clip_skip=None) -> torch.Tensor:
         """(2, L, D), one per image; a prompt they share is encoded once."""

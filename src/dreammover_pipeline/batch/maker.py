@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..images import fit, load_images
-from ..media import move_over, write_video
+from ..media.files import move_over, write_video
 from ..pipeline import DreamMoverPipeline
 from .journal import Journal
 from .lora_cache import LoraCache, lora_key

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..evaluation.command import check_settings
+from ..cli.evaluate import check_settings
 from ..inputs import check_integer, check_number, pair_negatives, pair_texts
-from ..media import check_fps, check_video_path
+from ..media.files import check_fps, check_video_path
 from ..pipeline import DreamMoverPipeline
 from ..records import Canvas
 from .sidecar import PRIVATE, read_sidecar

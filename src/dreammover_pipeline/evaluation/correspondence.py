@@ -9,7 +9,7 @@ and by the middle frame that splatting the clean latents along it gives.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -18,11 +18,10 @@ from tqdm.auto import tqdm
 
 from ..features import up_block_features
 from ..flow import distance_bias, join_features, match_features, smooth_flow
-from ..fusion import agreement_importance, fuse_high_level
 from ..images import unfit
 from ..pipeline import DreamMoverPipeline
 from ..records import BidirectionalFlow, Inversion
-from .methods import Job
+from .methods import Job, upsampled
 from .metrics import endpoint_errors, pixel_flow, psnr
 from .statistics import estimate
 from .suites import Suite
@@ -112,7 +111,7 @@ def _flows(
             matched = size if grid == "latent" else own
             flow = match_features(part, matched, distance_bias(matched, penalty, part))
             if grid == "own":
-                flow = BidirectionalFlow(*(_refined(way, size) for way in (flow.forward, flow.backward)))
+                flow = BidirectionalFlow(*(upsampled(way, size) for way in (flow.forward, flow.backward)))
             for passes in PASSES:
                 yield Variant(name, step, grid, penalty, passes), smooth_flow(flow, passes)
 
@@ -120,11 +119,6 @@ def _flows(
 def _patches(latents: torch.Tensor) -> torch.Tensor:
     """The latents around every cell as its features, (2, C·k², h, w)."""
     return F.unfold(latents, PATCH, padding=PATCH // 2).unflatten(2, latents.shape[-2:])
-
-
-def _refined(flow: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    scale = torch.tensor([size[1] / flow.shape[-1], size[0] / flow.shape[-2]]).reshape(1, 2, 1, 1).to(flow)
-    return F.interpolate(flow, size=size, mode="bilinear", align_corners=False) * scale
 
 
 @torch.no_grad()
@@ -136,8 +130,7 @@ def _measured(job: Job, flow: BidirectionalFlow) -> dict[str, float]:
         sprites.append(endpoint_errors(field, motion.flow(source, target), seen & sprite))
         rest.append(endpoint_errors(field, motion.flow(source, target), seen & ~sprite))
     errors = torch.cat(sprites)
-    half = torch.tensor([0.5])
-    latents, _ = fuse_high_level(job.prepared().inversion.path[0], flow, agreement_importance(flow), half)
+    latents = job.pipe.preview(replace(job.prepared(), flow=flow), torch.tensor([0.5]))
     middle = unfit(job.pipe.decode_latents(latents).cpu(), job.canvas)[0]
     return {
         "pck05": float((errors <= 0.05 * side).float().mean()),

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from ..fusion import agreement_importance, fuse_high_level, photometric_importance
 from ..images import fit, fit_to_output, unfit
 from ..pipeline import DreamMoverPipeline
-from ..presets import PRESETS
 from ..records import BidirectionalFlow, Canvas, PreparedPair
+from ..settings import PRESETS
 from .branching import branching_slerp
 from .networks import dis_flow
 from .suites import Pair
@@ -81,9 +81,9 @@ class Job:
         return self._prepared[key]
 
     @property
-    def by_agreement(self) -> bool:
-        """Whether the settings ask for importance by agreement of the flows."""
-        return self.setting(self.pipe.render, "importance") == "agreement"
+    def importance(self) -> str:
+        """The splat metric that the settings ask for."""
+        return self.setting(self.pipe.render, "importance")
 
     def render(self, prepared: PreparedPair, **changes) -> Result:
         """Frames of a prepared pair, some settings changed."""
@@ -182,10 +182,7 @@ def crossfade(job: Job) -> Result:
 def latent_splat(job: Job) -> Result:
     """The clean latents splatted and averaged like the layout, then decoded: no diffusion."""
     pair = job.prepared()
-    clean = pair.inversion.path[0]
-    metric = agreement_importance(pair.flow) if job.by_agreement else photometric_importance(clean, pair.flow)
-    latents, _ = fuse_high_level(clean, pair.flow, metric, job.times)
-    return job.decode(latents), pair.flow
+    return job.decode(job.pipe.preview(pair, job.times, job.importance)), pair.flow
 
 
 def pixel_splat(job: Job) -> Result:
@@ -193,8 +190,8 @@ def pixel_splat(job: Job) -> Result:
     flow = job.prepared().flow
     pixels = 2 * job.working_images - 1
     size = pixels.shape[-2:]
-    fine = BidirectionalFlow(*(_upsampled(part.cpu(), size) for part in (flow.forward, flow.backward)))
-    if job.by_agreement:
+    fine = BidirectionalFlow(*(upsampled(part.cpu(), size) for part in (flow.forward, flow.backward)))
+    if job.importance == "agreement":
         metric = F.interpolate(agreement_importance(flow).cpu(), size=size, mode="bilinear", align_corners=False)
     else:
         metric = photometric_importance(pixels, fine)
@@ -270,7 +267,7 @@ def _at_cell_centres(flow: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return flow[..., row[:, None], column] / torch.tensor([width / w, height / h]).reshape(1, 2, 1, 1)
 
 
-def _upsampled(flow: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def upsampled(flow: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Flow of cells as flow of pixels, bilinear."""
-    scale = torch.tensor([size[1] / flow.shape[-1], size[0] / flow.shape[-2]]).reshape(1, 2, 1, 1)
+    scale = torch.tensor([size[1] / flow.shape[-1], size[0] / flow.shape[-2]]).reshape(1, 2, 1, 1).to(flow)
     return F.interpolate(flow, size=size, mode="bilinear", align_corners=False) * scale

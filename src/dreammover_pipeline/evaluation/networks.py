@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..viz import picture_of
+from ..media.pictures import picture_of
 
 ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's, in torch.hub's folder of checkpoints, like the others
 RAFT = "raft_large_C_T_SKHT_V2-ff5fadd5.pth"  # torchvision's

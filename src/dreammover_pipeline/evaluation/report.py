@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from ..viz import CAPTION, FONT, MARGIN, picture_of
+from ..media.pictures import CAPTION, FONT, MARGIN, picture_of
 from .networks import Tools
 from .run import RunFile, read_strip
 from .scoring import BETTER

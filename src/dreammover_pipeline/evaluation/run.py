@@ -19,8 +19,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..media.pictures import picture_of
 from ..pipeline import DreamMoverPipeline
-from ..viz import picture_of
 from .methods import METHODS, Job
 from .networks import Tools
 from .scoring import score

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ..viz import picture_of
+from ..media.pictures import picture_of
 from .world import World
 
 # Seeds of scenes; training seeds are hashes below 2⁵³, the evaluation's begin at a million.

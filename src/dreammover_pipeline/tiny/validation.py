@@ -15,7 +15,7 @@ from torch import Tensor
 from ..ddim import recompose
 from ..features import captured_up_block
 from ..flow import match_features
-from ..viz import picture_of
+from ..media.pictures import picture_of
 from .world import World
 
 NOISE_STEPS = (100, 300, 600)  # timesteps at which the noise prediction is measured

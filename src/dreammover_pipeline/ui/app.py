@@ -16,8 +16,8 @@ from tempfile import TemporaryDirectory
 import gradio as gr
 from starlette.middleware import Middleware
 
+from ..cli.options import call_parameters
 from ..inputs import ENDPOINTS
-from ..options import call_parameters
 from ..pipeline import DreamMoverPipeline
 from ..timing import CURVES, EVEN
 from ..tiny.examples import write_examples

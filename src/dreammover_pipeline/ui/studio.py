@@ -19,14 +19,10 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from ..evaluation.command import check_settings
+from ..cli.evaluate import check_settings
 from ..images import load_images
-from ..media import check_fps, write_picture, write_video
-from ..memory import free_cache, is_out_of_memory
-from ..pipeline import DreamMoverPipeline
-from ..playback import check_hold, play
-from ..records import PreparedPair
-from ..viz import (
+from ..media.files import check_fps, write_picture, write_video
+from ..media.pictures import (
     comparison,
     confidence_picture,
     contact_sheet,
@@ -36,6 +32,10 @@ from ..viz import (
     occlusion_picture,
     picture_of,
 )
+from ..media.playback import check_hold, play
+from ..memory import free_cache, is_out_of_memory
+from ..pipeline import DreamMoverPipeline
+from ..records import PreparedPair
 from .visitors import Visitors
 
 MAX_SIDE = 1280  # pixels of a photo's longer side; larger ones are shrunk, since frames come back at the photo's size

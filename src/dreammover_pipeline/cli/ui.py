@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `dreammover ui`.
+
+torch, diffusers and gradio take seconds to import, so that happens after the arguments parsed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+from .loading import add_model_options, check_model, choose_device, load_pipeline
+
+HOST, PORT, MAX_UPLOAD_MB = "127.0.0.1", 7860, 20.0
+
+
+def add_ui(commands: argparse._SubParsersAction) -> None:
+    """Register the command."""
+    text = "Serve a web page that makes videos, until Ctrl-C; its files are removed then. Needs the extra 'demo'."
+    parser = commands.add_parser("ui", help="make videos on a web page", description=text)
+    parser.set_defaults(run=_ui)
+    add = parser.add_argument
+    add("--host", default=HOST, metavar="ADDRESS", help="0.0.0.0: whoever reaches this machine (default: %(default)s)")
+    add("--port", type=_port, default=PORT, metavar="N", help="default: %(default)s")
+    add(
+        "--max-upload-mb",
+        type=_megabytes,
+        default=MAX_UPLOAD_MB,
+        metavar="X",
+        help="largest photo that may be uploaded, in megabytes (default: %(default)g)",
+    )
+    add_model_options(parser, default="sd15")
+
+
+def serve(
+    model: str = "sd15",
+    dtype: str | None = None,
+    device: str | None = None,
+    host: str = HOST,
+    port: int = PORT,
+    max_upload_mb: float = MAX_UPLOAD_MB,
+    allow_pickle: bool = False,
+) -> None:
+    """Serve the page until the process is interrupted or terminated.
+
+    Args:
+        model: as for `loading.load_pipeline`, like the next two.
+        dtype: the precision; None for float16 on cuda and float32 elsewhere.
+        device: None for the first of cuda, mps and cpu that is there.
+        host: the address to listen on.
+        port: the port.
+        max_upload_mb: megabytes an uploaded file may have.
+        allow_pickle: as for `loading.load_pipeline`.
+
+    Raises:
+        ValueError: there is no such model or device.
+        RuntimeError: Gradio is not installed, or the model cannot be had.
+        OSError: the port is taken.
+    """
+    if find_spec("gradio") is None:
+        raise RuntimeError("the web page needs gradio; install it with: pip install 'dreammover-pipeline[demo]'")
+    check_model(model, allow_pickle)
+    pipe = load_pipeline(model, dtype, choose_device(device), allow_pickle)
+    from ..ui.app import TINY_DEFAULTS, serving
+
+    defaults = TINY_DEFAULTS if model == "tiny" else {}
+    with _until_stopped() as stopped, serving(pipe, host, port, max_upload_mb, defaults) as address:
+        print(f"DreamMover is at {address} until Ctrl-C", flush=True)
+        stopped.wait()
+
+
+@contextmanager
+def _until_stopped() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, which are how a server is meant to end."""
+    stopped = threading.Event()
+    previous = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _ui(args: argparse.Namespace) -> None:
+    serve(args.model, args.dtype, args.device, args.host, args.port, args.max_upload_mb, args.allow_pickle)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"'{text}' is no port; write a whole number from 1 to 65535")
+    return int(text)
+
+
+def _megabytes(text: str) -> float:
+    try:
+        megabytes = float(text)
+    except ValueError:
+        megabytes = 0
+    if not 0 < megabytes < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is no size; write a number of megabytes above 0")
+    return megabytes

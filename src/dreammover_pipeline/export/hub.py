@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `dreammover export-hub`: the pipeline in the two forms in which diffusers loads code from elsewhere.
+
+A folder is a Hub repository without weights: `pipeline.py`, the modules it needs, the model card, the licence. A
+single file is a community pipeline, as in diffusers' examples/community, with its section for the README there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from .. import __version__
+from ..media.files import check_file_path
+from .single_file import join_modules, read_core
+
+PACKAGE = Path(__file__).parent.parent
+CARD, LICENCE = "model_card.md", "LICENSE"
+CARD_LINK = re.compile(r"\]\((?!https?:|#)([^)]+)\)")
+REPOSITORY = "OWNER/NAME"  # what the model card calls the repository it is in
+
+HEAD = """\
+# SPDX-License-Identifier: Apache-2.0
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
+#
+# Joined from the modules of dreammover-pipeline {version} by `dreammover export-hub --single-file`.
+"""
+# In the docstring's example, which loads the pipeline from the installed package.
+EXAMPLE = {
+    "from dreammover_pipeline import DreamMoverPipeline": "from diffusers import DiffusionPipeline",
+    "DreamMoverPipeline.from_pretrained(": "DiffusionPipeline.from_pretrained(",
+    '"stable-diffusion-v1-5/stable-diffusion-v1-5", dtype': (
+        '"stable-diffusion-v1-5/stable-diffusion-v1-5", custom_pipeline="{name}", dtype'
+    ),
+}
+SECTION = """\
+<!-- For the table at the top of examples/community/README.md: -->
+| DreamMover | Frames between two photos of one scene with large motion between them, out of Stable Diffusion alone \
+([paper](https://arxiv.org/abs/2409.09605)) | [DreamMover](#dreammover) | - | \
+[Liao Shen et al.](https://arxiv.org/abs/2409.09605) (method) |
+
+<!-- For its end: -->
+### DreamMover
+
+Two photos of one scene in, the frames between them out, also where much moves: *DreamMover: Leveraging the Prior of \
+Diffusion Models for Image Interpolation with Large Motion* (ECCV 2024, [paper](https://arxiv.org/abs/2409.09605)). \
+Both photos are inverted; their dense correspondence is read off the UNet's features; latents and noise are warped \
+along it and fused; the frames are denoised with attention to both photos. A LoRA fitted to the pair keeps identity. \
+It takes any Stable Diffusion 1.x or 2.x checkpoint, and needs `peft` unless `lora_steps=0`.
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import export_to_video
+
+pipe = DiffusionPipeline.from_pretrained(
+    "stable-diffusion-v1-5/stable-diffusion-v1-5", custom_pipeline="{name}", dtype=torch.float16
+).to("cuda")
+frames = pipe("lion_0.png", "lion_1.png", prompt="a photo of a lion", n_frames=32, include_inputs=True).frames[0]
+export_to_video(frames, "lion.mp4", fps=16)
+```
+
+`pair = pipe.prepare(img0, img1, prompt=...)` does what does not depend on the frames, once; `pipe.render(pair, \
+n_frames=8)` or `pipe.render(pair, times=[0.1, 0.5, 0.9])` makes frames of it. Every argument is described in the \
+docstring of `DreamMoverPipeline.__call__`.
+"""
+
+
+def add_export(commands: argparse._SubParsersAction) -> None:
+    """Register the command."""
+    text = "Write the pipeline's code so that others load it by `custom_pipeline=` without installing anything."
+    parser = commands.add_parser("export-hub", help="write the code for the Hub or for diffusers", description=text)
+    parser.set_defaults(run=_export)
+    add = parser.add_argument
+    add("folder", metavar="DIR", nargs="?", help="a new folder: the code-only Hub repository, with its model card")
+    add("--single-file", metavar="PATH", help="NAME.py, for examples/community; NAME_README.md goes beside it")
+    add("--repo", metavar=REPOSITORY, help="where DIR will be uploaded, for the model card's example")
+
+
+def write_hub_folder(folder: Path, repository: str | None) -> list[str]:
+    """Write the repository.
+
+    Args:
+        folder: new, or empty but for hidden files.
+        repository: "owner/name" on the Hub, for the example in the model card; None leaves a placeholder.
+
+    Returns:
+        Names of the files written, relative to the folder.
+
+    Raises:
+        ValueError: there is something in the folder, or the name is none.
+        OSError: it cannot be written.
+    """
+    if repository is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository):
+        raise ValueError(f"--repo takes OWNER/NAME, not '{repository}'")
+    if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):
+        raise ValueError(
+            f"'{folder}' is not empty; choose a new folder, what is there might not be meant to be replaced"
+        )
+    card = project_file(CARD).read_text(encoding="utf-8")
+    files = {f"{name}.py": text.encode() for name, text in read_core(PACKAGE).items()}
+    files |= {link: project_file(link).read_bytes() for link in CARD_LINK.findall(card)}
+    files |= {LICENCE: project_file(LICENCE).read_bytes()}
+    files["README.md"] = card.replace(REPOSITORY, repository or REPOSITORY).encode()
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return sorted(files)
+
+
+def write_single_file(path: Path) -> Path:
+    """Write the community pipeline, and beside it the section for the README of examples/community.
+
+    Args:
+        path: of the module, `name.py`; diffusers users will write `custom_pipeline="name"`.
+
+    Returns:
+        The section's path, `name_README.md`.
+
+    Raises:
+        ValueError: the path is no module's, or inside this package.
+        OSError: it cannot be written.
+    """
+    check_file_path(path, [".py"])
+    if not path.stem.isidentifier():
+        raise ValueError(f"'{path.name}' cannot be imported; a module's name has letters, digits and _ only")
+    if path.resolve().is_relative_to(PACKAGE):
+        raise ValueError(f"'{path}' is in this program's own folder; choose another")
+    texts = read_core(PACKAGE)
+    for old, new in EXAMPLE.items():
+        if texts["pipeline"].count(old) != 1:
+            raise RuntimeError(f"pipeline.py's example was to say `{old}`, once")
+        texts["pipeline"] = texts["pipeline"].replace(old, new.format(name=path.stem))
+    text = HEAD.format(version=__version__) + join_modules(texts)
+    section = path.with_name(f"{path.stem}_README.md")
+    path.write_text(text, encoding="utf-8")
+    section.write_text(SECTION.format(name=path.stem), encoding="utf-8")
+    return section
+
+
+def project_file(name: str) -> Path:
+    """A file that is no code, by its path in the project: at the root of a checkout, in `share` of an installation."""
+    shared = PACKAGE / "share"
+    return (shared if shared.is_dir() else PACKAGE.parent.parent) / name
+
+
+def _export(args: argparse.Namespace) -> None:
+    if (args.folder is None) == (args.single_file is None):
+        raise ValueError("give either DIR or --single-file PATH; see dreammover export-hub --help")
+    if args.single_file is not None:
+        if args.repo is not None:
+            raise ValueError("--repo is for DIR; a single file has no model card")
+        section = write_single_file(Path(args.single_file))
+        print(f"{args.single_file}: the pipeline in one file; {section}: its README section")
+        return
+    files = write_hub_folder(Path(args.folder), args.repo)
+    print(f"{args.folder}: {len(files)} files")

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks count what they say they count, and run. How long anything takes is nobody's business here."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks import run
+from benchmarks.counting import BareCalls, Job, PeakBytes, count_flops, count_units
+from benchmarks.matching import match_by_loop
+from benchmarks.models import add_adapter, fake_models
+from benchmarks.profiles import PROFILES, ROWS, Bench
+from benchmarks.record import recorded, replay
+from benchmarks.released import released_samples, released_schedule
+from benchmarks.report import Table, ratio, spread
+from benchmarks.timing import fit_line
+from dreammover_pipeline.flow import match_features
+from dreammover_pipeline.lora import LoraFit, fit_pair_lora
+
+SMOKE = PROFILES["smoke"]
+MODELS = ("unet", "vae", "text_encoder")
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench("smoke")
+
+
+def bare_and_fitted(unet, vae, text_encoder, side) -> tuple[BareCalls, BareCalls]:
+    fitted = copy.deepcopy(unet)
+    add_adapter(fitted)
+    return BareCalls(unet, vae, text_encoder, side), BareCalls(fitted, vae, text_encoder, side)
+
+
+def run_job(pipe, photos, job: Job):
+    steps = {"num_inference_steps": 6, "inversion_steps": job.steps, "feature_step": 1, "lora_steps": job.lora_steps}
+    return pipe(*photos, **steps, flow_smoothing=2, n_frames=job.frames, frame_batch_size=job.chunk, output_type="pt")
+
+
+@pytest.mark.parametrize("job", [Job(5, 3, 2, 2), Job(4, 2, 4), Job(1, 1, 1)])
+def test_calls_are_those_of_the_formula(pipe, photos, job):
+    with recorded(pipe) as calls:
+        run_job(pipe, photos, job)
+    sizes = [len(call.args[0]) for call in calls if call.function is pipe.unet]
+    assert (len(sizes), sum(sizes)) == (job.unet_calls, job.unet_samples)
+    assert [len(call.args[0]) for call in calls if call.function == pipe.vae.encode] == [2]
+    assert [len(call.args[0]) for call in calls if call.function == pipe.vae.decode] == [1] * job.frames
+
+
+@pytest.mark.parametrize("job", [Job(5, 3, 2), Job(2, 1, 2)])
+def test_flops_are_those_of_the_formula_and_of_matching(pipe, photos, job):
+    units = count_units(*bare_and_fitted(pipe.unet, pipe.vae, pipe.text_encoder, 64))
+    features = torch.randn(2, 16 + 16, 8, 8)  # of the second and the third up block, joined
+    matching = count_flops(lambda: match_features(features, (8, 8)))
+    assert matching == 2 * 64 * 64 * 32
+    assert count_flops(lambda: run_job(pipe, photos, job)) == units.inference(job) + matching
+
+
+def test_flops_of_the_fit_are_those_of_its_steps(pipe):
+    bare, fitted = bare_and_fitted(pipe.unet, pipe.vae, pipe.text_encoder, 64)
+    text, alphas = torch.randn(2, bare.tokens, 32), pipe.scheduler.alphas_cumprod
+    clean, settings = bare.latents(2), LoraFit(3, 16, 1e-3)
+    counted = count_flops(lambda: fit_pair_lora(pipe.unet, clean, text, alphas, settings, seed=0))
+    assert counted == 3 * count_flops(fitted.fit_step)
+
+
+def test_a_frame_pays_for_twice_the_attention_and_not_for_keys_of_its_own(pipe):
+    """By hand: QK and AV cost 2·L²·C multiply-adds with own keys, 4·L²·C with the inputs'; K and V cost 2·L·C²."""
+    units = count_units(*bare_and_fitted(pipe.unet, pipe.vae, pipe.text_encoder, 64))
+    layers = [(8 * 8, 8)] * 2 + [(4 * 4, 16)] * 2  # tokens, channels: two self-attentions in each of blocks 3 and 2
+    assert units.frame - units.sample == sum(2 * (2 * n * n * c - 2 * n * c * c) for n, c in layers)
+    assert units.frames_call == sum(2 * 2 * (2 * n) * c * c for n, c in layers)
+
+
+def test_fake_models_count_like_real_ones(bench):
+    side, mode = 64, FakeTensorMode()
+    real = count_units(*bare_and_fitted(*(bench.pipe.components[name] for name in MODELS), side))
+    fake, fitted = (fake_models("micro", torch.float32, mode, adapter) for adapter in (False, True))
+    with mode:
+        assert count_units(BareCalls(*fake, side), BareCalls(*fitted, side)) == real
+
+
+def test_the_peak_is_that_of_tensors_alive_at_once():
+    layer = torch.nn.Linear(256, 256, bias=False)
+    with torch.no_grad(), PeakBytes().ignore(layer) as peak:
+        x = layer(torch.ones(1, 256))  # two tensors alive
+        y = x.view(16, 16).T  # views cost nothing, nor do weights
+        del x
+        assert (peak.live, peak.peak) == (1024, 2048)
+        del y
+        torch.ones(128)
+    assert (peak.live, peak.peak) == (0, 2048)
+
+
+def outputs_of(unet, function) -> list[torch.Tensor]:
+    outputs = []
+    handle = unet.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+    function()
+    handle.remove()
+    return outputs
+
+
+def test_a_replay_makes_the_same_calls_with_the_same_results(bench):
+    unet, processors = bench.pipe.unet, dict(bench.pipe.unet.attn_processors)
+    pair = bench.prepare()
+    with recorded(bench.pipe) as calls:
+        expected = outputs_of(unet, lambda: bench.render(pair))
+    assert sum(call.references for call in calls) == SMOKE.steps
+    repeated = outputs_of(unet, lambda: replay(unet, calls, blocks=(2, 3)))
+    assert len(expected) == len(repeated)
+    assert all(torch.equal(a, b) for a, b in zip(expected, repeated, strict=True))
+    unreferred = outputs_of(unet, lambda: replay(unet, calls))
+    assert not all(torch.equal(a, b) for a, b in zip(expected, unreferred, strict=True))
+    assert unet.attn_processors == processors
+    assert not {"forward", "encode", "decode"} & (vars(unet).keys() | vars(bench.pipe.vae).keys())
+
+
+def test_the_released_schedule_makes_the_calls_it_is_said_to_make(bench):
+    pair = bench.prepare()
+    with recorded(bench.pipe) as calls:
+        frames = released_schedule(bench, pair)
+    sizes = [len(call.args[0]) for call in calls if call.function is bench.pipe.unet]
+    job = Job(SMOKE.frames, SMOKE.steps, SMOKE.chunk)
+    assert sum(sizes) == sum(released_samples(job, SMOKE.steps, inputs_per_batch=False))
+    assert frames.shape == (SMOKE.frames, 3, 64, 64)
+
+
+def test_the_loop_over_cells_finds_what_one_product_finds():
+    features = torch.randn(2, 24, 5, 6, generator=torch.Generator().manual_seed(3))
+    flow = match_features(features, (5, 6))
+    cells = [(i, j) for i in range(5) for j in range(6)]
+    for (source, target), field in ((features, flow.forward), (features.flip(0), flow.backward)):
+        moved = [(i + int(field[0, 1, i, j]), j + int(field[0, 0, i, j])) for i, j in cells]
+        assert match_by_loop(source, target, cells) == moved
+
+
+def test_spreads_and_lines():
+    values = spread([4.0, 1.0, 2.0, 3.0, 5.0])
+    assert (values.median, values.rounds) == (3.0, 5)
+    assert values.p10 == pytest.approx(1.4)
+    assert ratio([2.0, 9.0], [1.0, 3.0]).median == 2.5
+    assert fit_line([1, 2, 4], [5.0, 7.0, 11.0]) == pytest.approx((3, 2, 1))
+    table = Table("t", "counted", ("a", "b"), [(1, 0.123456), ("x", values)], "note")
+    assert table.markdown().splitlines()[1:5] == ["| a | b |", "|---|---|", "| 1 | 0.1235 |", "| x | 3 (1.4–4.6) |"]
+    assert table.as_json()["rows"][1] == {"a": "x", "b": {"median": 3.0, "p10": 1.4, "p90": 4.6, "rounds": 5}}
+
+
+def test_every_row_runs_and_what_is_written_is_strict_json(tmp_path, capsys):
+    written, plot = tmp_path / "smoke.json", tmp_path / "scaling.png"
+    run.main(["--profile", "smoke", "-o", str(written), "--plot", str(plot)])
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    result = json.loads(written.read_text(encoding="utf-8"), parse_constant=refuse)
+    assert {table["row"] for table in result["tables"]} == set(SMOKE.rows) == set(ROWS) - {"compile"}
+    assert all(table["rows"] for table in result["tables"])
+    assert result["machine"]["torch"] == torch.__version__
+    printed = capsys.readouterr().out
+    assert all(f"### {table['title']} ({table['basis']})" in printed for table in result["tables"])
+    assert plot.stat().st_size > 1000

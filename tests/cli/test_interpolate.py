@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line on the embedded checkpoint: as a process where the process matters, in process for the rest."""
+
+import inspect
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dreammover_pipeline import DreamMoverPipeline, __version__
+from dreammover_pipeline.cli.main import main
+from dreammover_pipeline.tiny import CHECKPOINT
+
+pytestmark = pytest.mark.usefixtures("restored_logging")
+
+FISH = Path(__file__).parents[2] / "examples" / "fish"
+PHOTOS = [str(FISH / "0.png"), str(FISH / "1.png")]
+TINY = ["--model", "tiny", "--device", "cpu"]
+FAST = [*TINY, "--frames=3", "--steps=10", "--inversion-steps=4", "--feature-step=3", "--lora-steps=2"]
+PROCESS = [sys.executable, "-m", "dreammover_pipeline"]
+
+
+def run_process(*arguments, **environment):
+    return subprocess.run(
+        [*PROCESS, *arguments], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+
+
+def error_line(stderr):
+    """The one line there is, without its head."""
+    (line,) = stderr.splitlines()
+    assert line.startswith("dreammover: error: ")
+    return line.removeprefix("dreammover: error: ")
+
+
+def refused(capsys, *arguments):
+    """Run bad input in process; what is said about it."""
+    assert main(["interpolate", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return error_line(captured.err)
+
+
+def read(path):
+    return np.asarray(Image.open(path).convert("RGB"), dtype=float)
+
+
+def test_video_and_pictures_as_a_process(tmp_path):
+    names = ["compare", "flow.png", "matches.png", "out.mp4", "sheet.png"]
+    compare, flow, matches, out, sheet = [str(tmp_path / name) for name in names]
+    pictures = ["--sheet", sheet, "--flow", flow, "--matches", matches, "--compare", compare]
+    done = run_process("interpolate", *PHOTOS, *FAST, "-o", out, *pictures)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(rf"{re.escape(out)}: 5 frames in \d+\.\d s\n", done.stdout)
+    bars = [bar.strip() for bar in re.split(r"[\r\n]+", done.stderr.strip())]
+    assert all(re.match(r"([\w ]+: +)?\d+%\|", bar) for bar in bars), done.stderr  # progress, and no noise
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    video = iio.imread(out).astype(float)
+    assert video.shape == (5, 128, 128, 3)
+    for frame, photo in zip(video[[0, -1]], PHOTOS, strict=True):
+        assert np.abs(frame - read(photo)).mean() < 4
+    sheet, flow, matches = Image.open(sheet), Image.open(flow), Image.open(matches)
+    assert sheet.width > 3 * 128
+    assert flow.width > flow.height > 32
+    assert matches.height > 3 * 384
+    compared = [read(path) for path in sorted(Path(compare).iterdir())]
+    assert len(compared) == 5
+    for frame, photo in zip((compared[0], compared[-1]), PHOTOS, strict=True):  # on both sides
+        np.testing.assert_array_equal(frame[28:156, 8:136], read(photo))
+        np.testing.assert_array_equal(frame[28:156, 144:272], read(photo))
+    fade = (read(PHOTOS[0]) + read(PHOTOS[1])) / 2
+    np.testing.assert_allclose(compared[2][28:156, 144:272], fade, atol=1)
+    assert np.abs(compared[2][28:156, 8:136] - video[2]).mean() < 4
+
+
+def test_the_same_seed_gives_the_same_bytes_and_a_folder_starts_and_ends_with_the_photos(tmp_path, capsys):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        assert main(["interpolate", *PHOTOS, *FAST, "-o", str(folder), "--seed", "7", "--quiet"]) == 0
+        assert capsys.readouterr().err == ""
+    files = [sorted(folder.iterdir()) for folder in folders]
+    assert [path.name for path in files[0]] == [f"frame_{index:04d}.png" for index in range(5)]
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+    for frame, photo in zip((files[0][0], files[0][-1]), PHOTOS, strict=True):
+        np.testing.assert_array_equal(read(frame), read(photo))
+
+
+def test_what_is_typed_reaches_the_pipeline(tmp_path, capsys):
+    method = ["--attention-blocks", "2", "--fusion=direct", "--guidance-scale=2", "--lora-steps=0"]
+    prompts = ["--prompt", "a fish", "--prompt", "another fish", "--negative-prompt", "a cat"]
+    output = tmp_path / "out.gif"
+    options = [*FAST, *method, *prompts, "--size", "64x48", "--fps=20", "--frames=2", "--frame-batch-size=1"]
+    assert main(["interpolate", *PHOTOS, *options, "-o", str(output)]) == 0
+    captured = capsys.readouterr()
+    assert "4 frames" in captured.out
+    assert "Fitting" not in captured.err
+    with Image.open(output) as gif:
+        assert (gif.size, gif.n_frames, gif.info["duration"]) == ((64, 48), 4, 50)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--size 96", "'96' is no size"),
+        ("--size 0x96", "'0x96' is no size"),
+        ("--frames many", "invalid int value: 'many'"),
+        ("--seed -1", "'-1' is no seed"),
+        ("--fps 0", "fps must be between"),
+        ("--fps nan", "fps must be between"),
+        ("--dtype float8", "invalid choice: 'float8'"),
+        ("--device quantum", "the device 'quantum' cannot be used here"),
+        ("--model nowhere", "'nowhere' is no file or folder here"),
+        ("--model here/model.safetensors", "is no file or folder here"),
+        ("--model {photo}", "is no .safetensors or .ckpt file"),
+        ("--sheet sheet.gif", "allowed are .png"),
+        ("--flow missing/flow.png", "there is no folder"),
+        ("--sheet same.png --flow same.png", "would replace 'same.png'"),
+        ("--matches matches.gif", "allowed are .png"),
+        ("--matches same.png --flow same.png", "would replace 'same.png'"),
+        ("--compare compare.avi", "allowed are .mp4"),
+        ("--compare out.mp4", "would replace 'out.mp4'"),
+        ("--compare compare.gif --fps 60", "fps must be between 0.01 and 50 for 'compare.gif'"),
+        ("--sheet {photo}", "would replace"),
+        ("--surprise", "unrecognized arguments: --surprise"),
+    ],
+)
+def test_bad_options_are_refused_before_the_model_is_looked_for(tmp_path, monkeypatch, capsys, options, reason):
+    monkeypatch.chdir(tmp_path)
+    Path("out.mp4").write_bytes(b"finished")
+    photo = Path(PHOTOS[0]).read_bytes()
+    # The default model cannot be had here, so getting as far as loading it would end with another exit code.
+    assert reason in refused(capsys, *PHOTOS, "-o", "out.mp4", *options.format(photo=PHOTOS[0]).split())
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"out.mp4": b"finished"}
+    assert Path(PHOTOS[0]).read_bytes() == photo
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--frames 0", "n_frames"),
+        ("--steps 5", "must nest"),
+        ("--lora-steps -1", "lora_steps"),
+        ("--fusion none", "'two_level', 'two_level_unwarped', 'direct'"),
+        ("--feature-block 9", "feature_block"),
+        ("--attention-blocks 9", "attention_blocks"),
+        ("--size 8x8", "each side must have at least"),
+        ("--prompt a --prompt b --prompt c", "3 entries"),
+    ],
+)
+def test_what_the_pipeline_refuses_is_bad_input_too(tmp_path, capsys, options, reason):
+    output = tmp_path / "out.mp4"
+    output.write_bytes(b"finished")
+    assert reason in refused(capsys, *PHOTOS, "-o", str(output), *TINY, *options.split())
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"finished"]
+
+
+@pytest.mark.parametrize("output", ["out.avi", "missing/out.mp4", "taken.mp4", "."])
+def test_bad_outputs_are_refused(tmp_path, monkeypatch, capsys, output):
+    monkeypatch.chdir(tmp_path)
+    Path("taken.mp4").mkdir()
+    assert f"'{output}'" in refused(capsys, *PHOTOS, "-o", output)
+
+
+def test_bad_photos_are_refused_by_name(tmp_path, capsys):
+    text, cut = tmp_path / "text.png", tmp_path / "cut.png"
+    text.write_text("not a picture")
+    cut.write_bytes(Path(PHOTOS[0]).read_bytes()[:2000])
+    output = ["-o", str(tmp_path / "out.mp4")]
+    for bad in (text, cut, tmp_path / "missing.png", tmp_path):
+        assert str(bad) in refused(capsys, PHOTOS[0], str(bad), *output)
+        assert refused(capsys, str(bad), PHOTOS[1], *output).startswith("photo A ")
+
+
+def test_pickles_are_read_only_where_allowed(tmp_path, capsys):
+    command = ["interpolate", *PHOTOS, *FAST[len(TINY) :], "--device=cpu", "-o", str(tmp_path / "out.gif")]
+    single = tmp_path / "model.ckpt"
+    single.write_bytes(b"no pickle at all")
+    assert main([*command, "--model", str(single)]) == 2
+    assert "is a pickle, which can run code" in error_line(capsys.readouterr().err)
+    assert main([*command, "--model", str(single), "--allow-pickle"]) == 1
+    assert "cannot load the model" in error_line(capsys.readouterr().err)
+
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "model")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    assert main([*command, "--model", str(folder)]) == 1
+    assert "safetensors" in error_line(capsys.readouterr().err)
+    assert main([*command, "--model", str(folder), "--allow-pickle"]) == 0
+
+
+def test_a_folder_of_frames_cannot_replace_the_photos_it_holds(tmp_path, capsys):
+    frames = tmp_path / "run"
+    frames.mkdir()
+    for index, photo in enumerate(PHOTOS):
+        (frames / f"frame_{index:04d}.png").write_bytes(Path(photo).read_bytes())
+    photos = [str(path) for path in sorted(frames.iterdir())]
+    assert "would replace" in refused(capsys, *photos, "-o", str(frames))
+
+
+def test_bad_input_as_a_process(tmp_path):
+    done = run_process("interpolate", str(tmp_path / "missing.png"), PHOTOS[1], "-o", str(tmp_path / "out.mp4"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "missing.png" in error_line(done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hub_out_of_reach_is_one_helpful_line(tmp_path):
+    done = run_process(
+        "interpolate", *PHOTOS, "-o", str(tmp_path / "out.mp4"), HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home")
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    line = error_line(done.stderr)
+    assert "'stable-diffusion-v1-5/stable-diffusion-v1-5' from the Hugging Face Hub" in line
+    assert "--model tiny" in line
+    assert not (tmp_path / "out.mp4").exists()
+
+
+def test_a_folder_that_holds_no_model_fails_in_one_line(tmp_path, capsys):
+    assert main(["interpolate", *PHOTOS, "-o", str(tmp_path / "out.mp4"), "--model", str(tmp_path)]) == 1
+    assert f"cannot load the model '{tmp_path}'" in error_line(capsys.readouterr().err)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
+def test_ctrl_c_ends_in_one_line_and_keeps_the_old_video(tmp_path):
+    output = tmp_path / "out.mp4"
+    output.write_bytes(b"finished")
+    command = [*PROCESS, "interpolate", *PHOTOS, *TINY, "--lora-steps", "9999", "-o", str(output)]
+
+    def as_in_a_terminal():  # background jobs of a shell start with Ctrl-C ignored, and pass that on
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=as_in_a_terminal
+    ) as process:
+        seen = b""
+        while seen.count(b"Fitting LoRA") < 2 and (byte := process.stderr.read(1)):
+            seen += byte
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == b""
+    assert err.decode().splitlines()[-1] == "dreammover: error: interrupted"
+    assert b"Traceback" not in err
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"finished"]
+
+
+def test_help_shows_the_defaults_of_the_signature(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["interpolate", "--help"])
+    text = " ".join(capsys.readouterr().out.partition("\nmethod:\n")[2].split())
+    names = {"frames": "n_frames", "steps": "num_inference_steps"}
+    parameters = inspect.signature(DreamMoverPipeline.__call__).parameters
+    shown = set()
+    for option, description in re.findall(r"--([a-z-]+) (.*?)(?= --|$)", text):
+        name = names.get(option, option.replace("-", "_"))
+        if name == "preset":  # no argument of its own
+            continue
+        default, shows = parameters[name].default, re.search(r"\(default: (.*)\)", description)
+        if default is None:
+            assert shows is None
+        elif isinstance(default, tuple):
+            assert tuple(map(int, shows[1].split())) == default
+        else:
+            assert type(default)(shows[1].replace("empty", "")) == default
+        shown.add(name)
+    unavailable = {name for name in parameters if re.search(r"self|img|embeds|height|width|times|include|gener", name)}
+    unavailable |= {name for name in parameters if re.search(r"output_type|return|kwargs|clip_skip|callback", name)}
+    assert shown == set(parameters) - unavailable
+
+
+def test_version_and_a_missing_command(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"dreammover {__version__}\n"
+    assert main([]) == 2
+    assert "COMMAND" in error_line(capsys.readouterr().err)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study of features and flows."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+
+import pytest
+import torch
+
+from dreammover_pipeline import DreamMoverPipeline
+from dreammover_pipeline.cli.main import main
+from dreammover_pipeline.evaluation.correspondence import METRICS, PASSES, PENALTIES, Variant, _measured, study, table
+from dreammover_pipeline.evaluation.methods import Job, _at_cell_centres
+from dreammover_pipeline.evaluation.suites import find_suites
+from dreammover_pipeline.records import BidirectionalFlow
+from dreammover_pipeline.tiny import CHECKPOINT
+
+
+@pytest.fixture(scope="module")
+def suites():
+    return find_suites(["same"], 2, 1, 64)
+
+
+@pytest.fixture(scope="module")
+def rows(suites):
+    return study(DreamMoverPipeline.from_pretrained(CHECKPOINT), suites, [2, 3], quiet=True)
+
+
+def test_every_variant_is_measured_on_every_pair(rows, suites):
+    variants = {tuple(row[name] for name in Variant.__dataclass_fields__) for row in rows}
+    assert len(rows) == len(variants) * len(suites[0].pairs)
+    features = {row["features"] for row in rows}
+    assert features == {"up1", "up2", "up3", "up1+up2", "3×3 latents"}
+    assert {row["features"] for row in rows if row["grid"] == "own"} == {"up1"}  # alone coarser than the latents
+    assert {(row["penalty"], row["passes"]) for row in rows} == set(product(PENALTIES, PASSES))
+    assert all(row["metrics"].keys() == METRICS.keys() for row in rows)
+
+
+def test_a_variant_is_the_pipelines_own_flow(tiny_pipe, suites, rows):
+    pair = suites[0].load(suites[0].pairs[0])
+    settings = {"inversion_steps": 3, "feature_step": 2, "feature_block": 1, "lora_steps": 0}
+    expected = _measured(Job(tiny_pipe, pair, 0, settings), Job(tiny_pipe, pair, 0, settings).prepared().flow)
+    (row,) = [
+        row
+        for row in rows
+        if (row["pair"], row["features"], row["step"], row["grid"], row["penalty"], row["passes"])
+        == (pair.name, "up1", 2, "latent", 0.1, 3)
+    ]
+    assert row["metrics"] == pytest.approx(expected)
+
+
+def test_true_flow_has_no_error(tiny_pipe, suites):
+    job = Job(
+        tiny_pipe, suites[0].load(suites[0].pairs[0]), 0, {"inversion_steps": 2, "feature_step": 1, "lora_steps": 0}
+    )
+    size = job.prepared().flow.forward.shape[-2:]
+    motion = job.pair.motion
+    exact = BidirectionalFlow(*(_at_cell_centres(motion.flow(*way), size) for way in ((0, 1), (1, 0))))
+    still = BidirectionalFlow(*torch.zeros(2, 1, 2, *size))
+    assert _measured(job, exact)["epe"] < 4 < _measured(job, still)["epe"]  # pixels; within a cell the flow varies
+    assert _measured(job, exact)["pck10"] > 0.95
+    assert _measured(job, still)["epe_rest"] == 0
+    assert _measured(job, exact)["splat"] > _measured(job, still)["splat"]
+
+
+def test_the_table_puts_the_best_first(rows):
+    lines = table(rows, "same").splitlines()
+    assert lines[0].startswith("| features | step | grid | penalty | passes | PCK@.05")
+    means = [float(line.split("|")[-2].split("[")[0]) for line in lines[2:]]
+    assert means == sorted(means, reverse=True)
+    assert len(means) == len(rows) // 2
+
+
+def test_the_command_writes_rows_and_tables(tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--suites", "recast", "--pairs", "1", "--steps", "1", "--quiet", "--model", "tiny", "--device", "cpu"]
+    assert main(["correspondence", "-o", str(out), *arguments]) == 0
+    written = [json.loads(line) for line in (out / "correspondence.jsonl").read_text().splitlines()]
+    assert {row["suite"] for row in written} == {"recast"}
+    assert (out / "correspondence.md").read_text().startswith("## recast")
+    assert f"{len(written)} rows" in capsys.readouterr().out
+    assert main(["correspondence", "-o", str(out), "--suites", "fish"]) == 2
+    assert "--suites" in capsys.readouterr().err

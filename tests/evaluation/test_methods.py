@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The suites and the methods, on real pipelines."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("skimage")
+pytest.importorskip("cv2")
+
+from dreammover_pipeline.evaluation.branching import between, branching_slerp, generations
+from dreammover_pipeline.evaluation.methods import METHODS, Job, upsampled
+from dreammover_pipeline.evaluation.networks import Tools, dis_flow
+from dreammover_pipeline.evaluation.scoring import score
+from dreammover_pipeline.evaluation.suites import Pair, find_suites, folder_suite, world_suite
+from dreammover_pipeline.images import load_images
+from dreammover_pipeline.settings import PRESETS
+
+SHORT = {"num_inference_steps": 6, "inversion_steps": 4, "feature_step": 2, "lora_steps": 1}
+MATCHED = {"ours", "photometric", "direct_fusion", "released_fusion", "no_attention", "latent_splat", "pixel_splat"}
+
+
+def world_pair(size=64, n_frames=3, difficulty="same", seed=0):
+    suite = world_suite(difficulty, 1, n_frames, size, seed)
+    return suite.load(suite.pairs[0])
+
+
+@pytest.fixture
+def job(pipe):
+    return Job(pipe, world_pair(), 0, SHORT)
+
+
+@pytest.fixture
+def folder(tmp_path, photos):
+    """Two pairs, one of them with truth and a prompt for each image."""
+    for name in ("bare", "full"):
+        (tmp_path / name).mkdir()
+        for index, photo in enumerate(photos):
+            photo.save(tmp_path / name / f"{index}.png")
+    for stem in ("0.750", "0.250"):
+        photos[0].point(lambda value, stem=stem: int(value * float(stem))).save(tmp_path / "full" / f"{stem}.png")
+    (tmp_path / "full" / "prompt.txt").write_text("a fish\n\na cat\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_every_method_makes_frames_of_one_pair(job):
+    frames = {}
+    for name, method in METHODS.items():
+        assert method.suits(job.pair)
+        frames[name], flow = method(job)
+        assert frames[name].shape == (3, 3, 64, 64), name
+        assert frames[name].dtype == torch.float32
+        assert not frames[name].requires_grad
+        assert 0 <= frames[name].min() <= frames[name].max() <= 1
+        assert (flow is None) == (name in {"branching_slerp", "crossfade", "vae_of_truth"})
+        assert (flow is job.prepared().flow) == (name in MATCHED)
+    names = list(METHODS)
+    for i, name in enumerate(names):
+        for other in names[:i]:
+            assert not torch.allclose(frames[name], frames[other], atol=1e-4), f"{name} is {other}"
+
+
+def test_every_method_repeats_itself_and_knows_the_time(pipe, job):
+    again = Job(pipe, job.pair, 0, SHORT)
+    for name, method in METHODS.items():
+        frames, _ = method(job)
+        assert torch.equal(frames, method(again)[0]), name
+        assert not torch.equal(frames[0], frames[2]), name
+
+
+def test_the_pair_is_prepared_once_and_its_time_is_told(job):
+    METHODS["ours"](job)
+    first, seconds = job.prepared(), job.preparing_seconds
+    METHODS["direct_fusion"](job)
+    assert job.prepared() is first
+    assert job.preparing_seconds == seconds > 0
+    METHODS["no_lora"](job)
+    assert job.preparing_seconds > seconds
+    assert job.prepared().lora is not None
+    assert job.prepared(lora_steps=0).lora is None
+
+
+def test_preparations_that_differ_share_one_lora(job):
+    METHODS["paper"](job)
+    METHODS["shallow"](job)
+    prepared = job._prepared.values()
+    assert len(prepared) == 3
+    lora = job.prepared().lora
+    assert all(torch.equal(pair.lora[name], lora[name]) for pair in prepared for name in lora)
+    assert job.prepared(inversion_steps=1, feature_step=1).inversion.steps == 1
+
+
+def test_the_paper_row_is_the_pipeline_with_the_papers_settings(pipe, job):
+    settings = SHORT | PRESETS["paper"]
+    frames, _ = METHODS["paper"](job)
+    assert torch.equal(frames, METHODS["ours"](Job(pipe, job.pair, 0, settings))[0])
+    for splat in ("latent_splat", "pixel_splat"):
+        assert not torch.equal(METHODS[splat](job)[0], METHODS[splat](Job(pipe, job.pair, 0, settings))[0])
+
+
+def test_settings_reach_the_pipeline(pipe):
+    pair = world_pair()
+    shallow = Job(pipe, pair, 0, SHORT | {"inversion_steps": 2})
+    assert shallow.prepared().inversion.steps == 2
+    direct = Job(pipe, pair, 0, SHORT | {"fusion": "direct"})
+    assert torch.equal(METHODS["ours"](direct)[0], METHODS["direct_fusion"](direct)[0])
+
+
+def test_true_flow_is_the_worlds(tiny_pipe):
+    """At the centres of cells exactly; so over all pixels nearly."""
+    pair = world_pair(size=128)
+    settings = {"num_inference_steps": 6, "inversion_steps": 2, "feature_step": 2, "lora_steps": 0}
+    job = Job(tiny_pipe, pair, 0, settings)
+    frames, flow = METHODS["true_flow"](job)
+    assert torch.equal(4 * flow.forward, pair.motion.flow(0, 1)[..., 2::4, 2::4])
+    found = score(pair, job.ends, frames, flow, job.canvas, Tools(dis_flow, None, None, {}))
+    assert found["epe"] < 2
+    assert found["pck05"] > 0.9
+    _, dis = METHODS["dis_flow"](job)
+    assert torch.equal(4 * dis.backward, dis_flow(*job.working_images.flip(0))[..., 2::4, 2::4])
+
+
+def test_a_crossfade_is_a_weighted_mean(job):
+    frames, _ = METHODS["crossfade"](job)
+    first, last = job.pair.images
+    torch.testing.assert_close(frames, torch.stack([(1 - t) * first + t * last for t in (0.25, 0.5, 0.75)]))
+
+
+def test_splats_of_a_pair_that_rests_show_it(tiny_pipe):
+    """Identical images match themselves, so pixels come back as they are and latents as their decoding."""
+    pair = world_pair(size=128)
+    still = Pair("still", (pair.images[0], pair.images[0]), ("", ""), (0.3, 0.5), torch.stack([pair.images[0]] * 2))
+    job = Job(
+        tiny_pipe, still, 0, {"num_inference_steps": 6, "inversion_steps": 2, "feature_step": 2, "lora_steps": 0}
+    )
+    assert not job.prepared().flow.stacked().any()
+    torch.testing.assert_close(METHODS["pixel_splat"](job)[0], still.truth, atol=1e-5, rtol=0)
+    torch.testing.assert_close(METHODS["latent_splat"](job)[0], METHODS["vae_of_truth"](job)[0], atol=1e-4, rtol=0)
+
+
+def test_flow_of_cells_becomes_flow_of_pixels():
+    fine = upsampled(torch.ones(1, 2, 4, 8), (16, 16))
+    assert fine.shape == (1, 2, 16, 16)
+    assert fine[:, 0].unique() == 2
+    assert fine[:, 1].unique() == 4
+
+
+def test_branching_goes_from_the_middle_outwards():
+    assert generations((0.25, 0.5, 0.75)) == [[(0.0, 0.5, 1.0)], [(0.0, 0.25, 0.5), (0.5, 0.75, 1.0)]]
+    branches = generations(tuple(i / 8 for i in range(1, 8)))
+    assert [len(generation) for generation in branches] == [1, 2, 4]
+    made = {0.0, 1.0}
+    for generation in branches:
+        assert all({a, b} <= made and a < t < b for a, t, b in generation)
+        made |= {t for _, t, _ in generation}
+    assert len(made) == 9
+
+
+def test_branching_starts_at_its_neighbours_and_lowers_the_noise(pipe):
+    """At no share of the way a frame is its neighbour, noised and denoised, whatever the other neighbour is."""
+    job = Job(pipe, world_pair(n_frames=7), 0, {"num_inference_steps": 40})
+    first, last = pipe.encode_images(job.working_images).detach()
+    noise, text = torch.randn(first.shape), pipe.encode_prompt("", "cpu")[0]
+    with torch.no_grad():
+        start, alone, half = (
+            between(pipe, torch.stack([first, other]), way, noise, text, 40, 20)
+            for other, way in ((last, 0.0), (first, 0.7), (last, 0.5))
+        )
+    torch.testing.assert_close(start, alone)
+    assert not torch.allclose(half, start, atol=1e-3)
+
+    timesteps = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, inputs: timesteps.append(int(inputs[1])))
+    METHODS["branching_slerp"](job)
+    hook.remove()
+    starts = [timestep for before, timestep in pairwise([-1, *timesteps]) if timestep > before]
+    assert starts == [526] + 2 * [401] + 4 * [276]  # steps 22, 17 and 12 of 40
+
+
+def test_a_later_branch_lies_between_its_neighbours(pipe):
+    """0.75 is half the way from 0.5, made before, to the last image."""
+    images = torch.stack(world_pair().images)
+    with torch.no_grad():
+        middle, later = branching_slerp(pipe, images, ("a fish", "a fish"), (0.5, 0.75), 10, seed=3)
+        last = pipe.encode_images(images)[1]
+        noise = torch.randn(last.shape, generator=torch.Generator().manual_seed(3))
+        text = pipe.encode_prompt("a fish", "cpu")[0]
+        torch.testing.assert_close(later, between(pipe, torch.stack([middle, last]), 0.5, noise, text, 10, 3))
+
+
+def test_photos_of_any_shape_are_fitted(pipe, photos):
+    first, last = (load_images(photo, "photo")[0] for photo in photos)
+    pair = Pair("odd", (first[:, :40, :50], last), ("", ""), (0.5,))
+    job = Job(pipe, pair, 0, SHORT)
+    for name, method in METHODS.items():
+        if method.suits(pair):
+            assert method(job)[0].shape == (1, 3, 40, 50), name
+
+
+def test_methods_that_need_truth_say_so(folder):
+    bare, full = (folder_suite(folder, 3).load(name) for name in ("bare", "full"))
+    assert {name for name, method in METHODS.items() if not method.suits(bare)} == {"true_flow", "vae_of_truth"}
+    assert {name for name, method in METHODS.items() if not method.suits(full)} == {"true_flow"}
+
+
+@pytest.mark.parametrize("difficulty", ["same", "relit", "recast"])
+def test_a_world_suite_knows_the_truth(difficulty):
+    suite = world_suite(difficulty, 3, 2, 64)
+    pairs = [suite.load(name) for name in suite.pairs]
+    assert len({pair.name for pair in pairs}) == 3
+    for pair in pairs:
+        assert pair.times == (1 / 3, 2 / 3)
+        assert torch.equal(pair.truth[0], pair.motion.frame(1 / 3)[0])
+        assert torch.equal(pair.images[1], pair.motion.frame(1)[0])
+    assert not torch.equal(pairs[0].images[0], pairs[1].images[0])
+    assert (pairs[0].prompt[0] != pairs[0].prompt[1]) == (difficulty == "recast")
+    other = world_suite(difficulty, 3, 2, 64, seed=1)
+    assert not set(other.pairs) & set(suite.pairs)
+
+
+def test_a_folder_suite_with_and_without_truth(folder, photos):
+    suite = folder_suite(folder, 3)
+    assert suite.pairs == ("bare", "full")
+    bare, full = map(suite.load, suite.pairs)
+    assert (bare.truth, bare.motion, bare.prompt, bare.times) == (None, None, ("", ""), (0.25, 0.5, 0.75))
+    assert (full.prompt, full.times) == (("a fish", "a cat"), (0.25, 0.75))
+    assert full.truth.shape == (2, 3, 64, 64)
+    assert full.truth[0].mean() < full.truth[1].mean()  # in the order of time
+    assert torch.equal(full.images[1], load_images(photos[1], "photo")[0])
+    assert folder_suite(folder, 3, pairs=1).pairs == ("bare",)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda folder: (folder / "bare" / "1.png").unlink(), "lacks '1.png'"),
+        (lambda folder: (folder / "full" / "0.png").write_text("no picture"), "0.png' is no picture"),
+        (lambda folder: (folder / "full" / "0.250.png").rename(folder / "full" / "0.000.png"), "does not lie between"),
+        (lambda folder: Image.new("RGB", (8, 8)).save(folder / "full" / "0.250.png"), "has not the size 64x64"),
+        (lambda folder: (folder / "bare" / "prompt.txt").write_text("a\nb\nc"), "one or two lines"),
+        (lambda folder: (folder / "bare" / "prompt.txt").write_text("\n"), "one or two lines"),
+    ],
+)
+def test_a_folder_laid_out_wrongly_is_refused_by_name(folder, spoil, reason):
+    spoil(folder)
+    with pytest.raises(ValueError, match=reason):
+        folder_suite(folder, 3)
+
+
+def test_suites_are_found_by_name(folder, tmp_path):
+    assert [suite.name for suite in find_suites(["relit", str(folder)], 2, 3, 64)] == ["relit", folder.name]
+    with pytest.raises(ValueError, match="neither same, relit, recast nor a folder"):
+        find_suites(["sme"], 2, 3, 64)
+    with pytest.raises(ValueError, match="two suites"):
+        find_suites(["same", "same"], 2, 3, 64)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match="holds no folders"):
+        find_suites([str(empty)], 2, 3, 64)

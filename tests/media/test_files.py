@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files are read back with other code than wrote them, and a failure leaves what was there."""
+
+import os
+import shutil
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from PIL import Image, ImageSequence
+
+from dreammover_pipeline.media.files import check_fps, check_picture_path, check_video_path, write_picture, write_video
+
+KINDS = ["out.mp4", "out.gif", "out"]
+
+
+def make_frames(count=5, size=(48, 32)):
+    """Smooth, colourful frames, all different: what a codec should keep."""
+    x, y = np.meshgrid(np.linspace(0, 1, size[0]), np.linspace(0, 1, size[1]))
+    levels = np.linspace(0, 1, count)
+    return [Image.fromarray((np.stack([x, y, np.full_like(x, t)], -1) * 255).astype(np.uint8)) for t in levels]
+
+
+def pixels(frames):
+    return np.stack([np.asarray(frame.convert("RGB"), dtype=float) for frame in frames])
+
+
+def snapshot(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("size", [(48, 32), (47, 32), (48, 31), (47, 31), (1, 1)])
+def test_mp4_reads_back_and_odd_sizes_repeat_their_edge(tmp_path, size):
+    frames = make_frames(size=size)
+    write_video(frames, tmp_path / "out.mp4", fps=24)
+    video = iio.imread(tmp_path / "out.mp4").astype(float)
+    expected = np.pad(pixels(frames), ((0, 0), (0, size[1] % 2), (0, size[0] % 2), (0, 0)), mode="edge")
+    assert video.shape == expected.shape
+    assert np.abs(video - expected).mean() < 3
+    metadata = iio.immeta(tmp_path / "out.mp4", plugin="FFMPEG")
+    assert (metadata["codec"], metadata["fps"]) == ("h264", 24)
+    assert metadata["pix_fmt"].startswith("yuv420p")
+
+
+def test_mp4_keeps_flat_colours(tmp_path):
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (200, 120, 40), (255, 255, 255), (0, 0, 0)]
+    write_video([Image.new("RGB", (32, 32), colour) for colour in colours], tmp_path / "out.mp4", fps=10)
+    np.testing.assert_allclose(iio.imread(tmp_path / "out.mp4")[:, 16, 16], colours, atol=3)
+
+
+@pytest.mark.parametrize("fps", [0.5, 23.976, 30, 120])
+def test_mp4_has_the_frame_rate_asked_for(tmp_path, fps):
+    write_video(make_frames(count=30), tmp_path / "out.mp4", fps)
+    metadata = iio.immeta(tmp_path / "out.mp4", plugin="FFMPEG")
+    assert metadata["fps"] == pytest.approx(fps, abs=0.01)
+    assert metadata["duration"] == pytest.approx(30 / fps, abs=0.02)
+
+
+@pytest.mark.parametrize(("fps", "duration"), [(16, 60), (30, 30), (50, 20), (0.5, 2000)])
+def test_gif_reads_back(tmp_path, fps, duration):
+    frames = make_frames(size=(47, 31))
+    write_video(frames, tmp_path / "out.gif", fps)
+    with Image.open(tmp_path / "out.gif") as gif:
+        assert (gif.n_frames, gif.info["loop"]) == (len(frames), 0)
+        shown, durations = [], set()
+        for frame in ImageSequence.Iterator(gif):
+            shown.append(frame.convert("RGB"))
+            durations.add(frame.info["duration"])
+    assert durations == {duration}
+    assert np.abs(pixels(shown) - pixels(frames)).mean() < 6  # 256 dithered colours
+
+
+def test_folder_holds_the_exact_frames(tmp_path):
+    frames = make_frames(count=12)
+    write_video(iter(frames), f"{tmp_path}/run.2/", fps=16)
+    files = sorted((tmp_path / "run.2").iterdir())
+    assert [path.name for path in files] == [f"frame_{index:04d}.png" for index in range(12)]
+    np.testing.assert_array_equal(pixels(Image.open(path) for path in files), pixels(frames))
+
+
+def test_a_new_folder_replaces_the_old_one_whole(tmp_path):
+    write_video(make_frames(count=5), tmp_path / "out", fps=16)
+    write_video(make_frames(count=3), tmp_path / "out", fps=16)
+    assert sorted(snapshot(tmp_path)) == [
+        (tmp_path / "out" / f"frame_{i:04d}.png").relative_to(tmp_path) for i in range(3)
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_failure_half_way_leaves_what_was_there(tmp_path, kind, error, existing):
+    if existing:
+        write_video(make_frames(), tmp_path / kind, fps=16)
+    before = snapshot(tmp_path)
+
+    def failing():
+        yield from make_frames(count=3)
+        raise error
+
+    with pytest.raises(error):
+        write_video(failing(), tmp_path / kind, fps=16)
+    assert snapshot(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == [kind] * existing
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frames_must_be_some_and_of_one_size(tmp_path, kind):
+    with pytest.raises(ValueError, match="at least one frame"):
+        write_video([], tmp_path / kind, fps=16)
+    with pytest.raises(ValueError, match=r"frame 0 has \(48, 32\) and frame 1 has \(8, 8\)"):
+        write_video([*make_frames(count=1), *make_frames(count=1, size=(8, 8))], tmp_path / kind, fps=16)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(shutil.which("false") is None, reason="needs a program that fails")
+def test_a_failing_encoder_is_an_error_and_leaves_the_old_file(tmp_path, monkeypatch):
+    (tmp_path / "out.mp4").write_bytes(b"finished")
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", shutil.which("false"))
+    with pytest.raises(RuntimeError, match="ffmpeg could not write the video"):
+        write_video(make_frames(), tmp_path / "out.mp4", fps=16)
+    assert snapshot(tmp_path) == {(tmp_path / "out.mp4").relative_to(tmp_path): b"finished"}
+
+
+@pytest.mark.parametrize("name", ["a:b c%03d.mp4", "-v.mp4", "LOUD.MP4"])
+def test_strange_names_are_only_names(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_video(make_frames(), name, fps=16)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert iio.imread(tmp_path / name, plugin="FFMPEG").shape == (5, 32, 48, 3)
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path):
+    (tmp_path / "real.gif").write_bytes(b"old")
+    (tmp_path / "link.gif").symlink_to(tmp_path / "real.gif")
+    write_video(make_frames(), tmp_path / "link.gif", fps=10)
+    assert (tmp_path / "link.gif").is_symlink()
+    assert Image.open(tmp_path / "real.gif").n_frames == 5
+
+
+def test_files_have_the_permissions_of_ordinary_files(tmp_path):
+    (tmp_path / "ordinary").touch()
+    write_picture(Image.new("RGB", (4, 4)), tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.jpeg"])
+def test_pictures_read_back(tmp_path, name):
+    (frame,) = make_frames(count=1)
+    write_picture(frame, tmp_path / name)
+    assert np.abs(pixels([Image.open(tmp_path / name)]) - pixels([frame])).mean() < 3
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["out.avi", "out.mp4.part", "out.png"])
+def test_unknown_video_endings(tmp_path, name):
+    with pytest.raises(ValueError, match=r"allowed are \.mp4, \.gif, or no ending"):
+        write_video(make_frames(), tmp_path / name, fps=16)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["sheet.gif", "sheet", "sheet.mp4"])
+def test_unknown_picture_endings(tmp_path, name):
+    with pytest.raises(ValueError, match=r"allowed are \.png, \.jpg, \.jpeg"):
+        write_picture(Image.new("RGB", (4, 4)), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "out/"])
+def test_free_places_and_finished_outputs_are_accepted(tmp_path, kind):
+    check_video_path(os.path.join(tmp_path, kind))
+    write_video(make_frames(), os.path.join(tmp_path, kind), fps=16)
+    check_video_path(os.path.join(tmp_path, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_missing_parent_folder_is_named(tmp_path, kind):
+    with pytest.raises(ValueError, match=r"there is no folder .*missing"):
+        check_video_path(tmp_path / "missing" / kind)
+    with pytest.raises(ValueError, match=r"there is no folder .*missing"):
+        check_picture_path(tmp_path / "missing" / "sheet.png")
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_parent_folder_is_named(tmp_path):
+    tmp_path.chmod(0o555)
+    with pytest.raises(ValueError, match="read-only"):
+        check_video_path(tmp_path / "out.mp4")
+
+
+def test_nothing_else_is_replaced(tmp_path, monkeypatch):
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "sheet.png").mkdir()
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "frame_0000.png").touch()
+    (tmp_path / "mixed" / "notes.txt").write_text("precious")
+    for name, reason in {"folder.mp4": "a folder", "file": "a file", "mixed": "holds 'notes.txt'"}.items():
+        with pytest.raises(ValueError, match=reason):
+            write_video(make_frames(), tmp_path / name, fps=16)
+    with pytest.raises(ValueError, match="a folder of that name"):
+        check_picture_path(tmp_path / "sheet.png")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ValueError, match="current folder"):
+        check_video_path(".")
+    assert (tmp_path / "mixed" / "notes.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 1e-9, 1e9])
+@pytest.mark.parametrize("kind", KINDS)
+def test_impossible_frame_rates(tmp_path, kind, fps):
+    with pytest.raises(ValueError, match="fps must be between"):
+        write_video(make_frames(), tmp_path / kind, fps)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gif_cannot_be_faster_than_browsers_play_it():
+    check_fps(60, "out.mp4")
+    with pytest.raises(ValueError, match=r"between 0\.01 and 50 for 'out\.gif', got 60"):
+        check_fps(60, "out.gif")

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The web page's server, asked over plain HTTP: whose files it gives to whom, what it takes, what it leaves behind."""
+
+import http.client
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from PIL import Image
+from support.ports import free_port
+
+pytest.importorskip("gradio", reason="the extra 'demo' is not installed")
+import gradio
+import httpx
+import yaml
+
+from dreammover_pipeline import DreamMoverPipeline
+from dreammover_pipeline.cli.main import main
+from dreammover_pipeline.ui.app import serving
+from dreammover_pipeline.ui.visitors import COOKIE
+
+ROOT = Path(__file__).parents[2]
+SPACE = ROOT / "examples" / "space"
+FILE, UPLOAD = "/gradio_api/file=", "/gradio_api/upload"
+
+
+def png(colour="red"):
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(data, "PNG")
+    return data.getvalue()
+
+
+@pytest.fixture(scope="module")
+def address(session_components):
+    pipe = DreamMoverPipeline(**session_components, requires_safety_checker=False)
+    with serving(pipe, "127.0.0.1", free_port(), 0.05, {}) as address:
+        yield address
+
+
+@pytest.fixture
+def visitor(address):
+    with httpx.Client(base_url=address, trust_env=False) as client:
+        client.get("/")
+        yield client
+
+
+@pytest.fixture
+def another(address):
+    with httpx.Client(base_url=address, trust_env=False) as client:
+        client.get("/")
+        yield client
+
+
+def upload(client, data, name="photo.png"):
+    return client.post(UPLOAD, files={"files": (name, data)})
+
+
+def root_of(path):
+    return Path(path).parents[4]
+
+
+def test_it_listens_on_loopback_only(address):
+    assert urlsplit(address).hostname == "127.0.0.1"
+
+
+def test_a_visitor_is_known_by_a_cookie_no_script_can_read(address):
+    page = httpx.get(address, trust_env=False)
+    cookie = page.headers["set-cookie"]
+    assert re.match(rf"{COOKIE}=[\w-]{{43}}; Path=/; HttpOnly; SameSite=Strict$", cookie)
+    assert page.cookies[COOKIE] != httpx.get(address, trust_env=False).cookies[COOKIE]
+    forwarded = httpx.get(address, headers={"x-forwarded-proto": "https"}, trust_env=False).headers["set-cookie"]
+    assert "Secure; SameSite=None; Partitioned" in forwarded
+
+
+def test_an_upload_is_its_visitors_alone(visitor, another, address):
+    (path,) = upload(visitor, png()).json()
+    assert visitor.get(FILE + path).content == png()
+    assert another.get(FILE + path).status_code == 404
+    assert httpx.get(f"{address.rstrip('/')}{FILE}{path}", trust_env=False).status_code == 404
+    assert visitor.cookies[COOKIE] not in path
+
+
+def test_equal_uploads_lie_apart(visitor, another):
+    (mine,), (theirs,) = upload(visitor, png("blue")).json(), upload(another, png("blue")).json()
+    assert mine != theirs
+    assert visitor.get(FILE + theirs).status_code == 404
+    assert another.get(FILE + theirs).content == png("blue")
+
+
+def raw_status(client, path):
+    """What the server says to a path as it is; httpx would take its dots and percent signs away."""
+    connection = http.client.HTTPConnection(client.base_url.host, client.base_url.port)
+    connection.request("GET", path, headers={"Cookie": f"{COOKIE}={client.cookies[COOKIE]}"})
+    try:
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def test_no_path_escapes(visitor, another):
+    (mine,), (theirs,) = upload(visitor, png()).json(), upload(another, png()).json()
+    folder, visitors = Path(mine).parent, root_of(mine) / "visitors"
+    upwards, inside = os.path.relpath(theirs, folder), Path(theirs).relative_to(visitors)
+    assert raw_status(visitor, FILE + mine) == 200
+    for path in (
+        theirs,
+        f"{folder}/{upwards}",
+        f"{folder}/{upwards}".replace("..", "%2e%2e"),
+        f"{folder}/{upwards}".replace("..", "%252e%252e"),
+        f"{visitors}/%252f/../{inside}",  # what is decoded twice in one place and once in the other
+        f"{visitors}/%2f/../{inside}",
+        os.path.relpath(theirs),
+        "/etc/passwd",
+        f"{folder}/../../../../../../etc/passwd",
+        os.path.relpath("/etc/passwd"),
+        f"{visitors}",
+        "http://127.0.0.1:1/",
+        "https://example.org/",
+    ):
+        assert raw_status(visitor, FILE + path) in (403, 404), path
+        assert raw_status(visitor, f"/gradio_api/file/{path}") in (403, 404), path
+
+
+def test_examples_are_everyones(visitor):
+    (mine,) = upload(visitor, png()).json()
+    assert visitor.get(f"{FILE}{root_of(mine)}/examples/robot/0.png").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["deep_link?session_hash=x", "proxy=https://huggingface.co/", "call/make", "api/make", "openapi.json"]
+)
+def test_what_the_page_does_not_need_is_closed(visitor, path):
+    for answer in (visitor.get(f"/gradio_api/{path}"), visitor.post(f"/gradio_api/{path}")):
+        assert answer.text == "There is nothing here for you."
+
+
+def test_what_is_no_image_is_not_kept(visitor):
+    (mine,) = upload(visitor, png()).json()
+    before = set(root_of(mine).rglob("*"))
+    answer = upload(visitor, b"<script>alert(1)</script>", "page.png")
+    assert (answer.status_code, answer.text) == (415, "page.png cannot be read as an image.")
+    assert upload(visitor, b"<svg xmlns='http://www.w3.org/2000/svg'/>", "picture.svg").status_code == 415
+    assert {path for path in root_of(mine).rglob("*") if path.is_file()} <= before
+
+
+def test_uploads_are_limited(visitor):
+    assert upload(visitor, b"0" * 100_000).status_code == 413
+    assert "larger than 0.05 MB" in upload(visitor, b"0" * 100_000).text
+
+    def endless():
+        yield b"0"
+
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    assert visitor.post(UPLOAD, content=endless(), headers=headers).status_code == 411
+
+
+def test_file_names_cannot_escape_either(visitor):
+    (path,) = upload(visitor, png(), "../../../../../tmp/escaped.png").json()
+    assert Path(path).name == "escaped.png"
+    assert visitor.get(FILE + path).status_code == 200
+
+
+def test_events_cannot_be_called_by_name(visitor):
+    names = visitor.get("/gradio_api/info").json()["named_endpoints"]
+    assert names == {}
+
+
+def test_nothing_is_left_when_the_server_ends(session_components):
+    pipe = DreamMoverPipeline(**session_components, requires_safety_checker=False)
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    with serving(pipe, "127.0.0.1", free_port(), 1, {}) as address:
+        with httpx.Client(base_url=address, trust_env=False) as client:
+            client.get("/")
+            (path,) = upload(client, png()).json()
+        assert root_of(path).is_dir()
+    assert not root_of(path).exists()
+    assert os.environ.get("GRADIO_TEMP_DIR") == before
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(address, trust_env=False)
+
+
+def test_a_space_needs_what_the_package_needs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {*project["dependencies"], *project["optional-dependencies"]["demo"]}
+    assert set((SPACE / "requirements.txt").read_text().split()) == needed
+    card = yaml.safe_load((SPACE / "README.md").read_text().split("---")[1])
+    assert (card["sdk"], card["app_file"], card["license"]) == ("gradio", "app.py", "apache-2.0")
+    assert card["sdk_version"] == gradio.__version__
+    assert len(card["short_description"]) <= 60
+
+
+def test_a_space_put_together_as_its_card_says_serves_and_ends(tmp_path):
+    space = tmp_path / "space"
+    shutil.copytree(SPACE, space)
+    shutil.copytree(ROOT / "src" / "dreammover_pipeline", space / "dreammover_pipeline")
+    (tmp_path / "temporary").mkdir()
+    port = free_port()
+    settings = {"DREAMMOVER_MODEL": "tiny", "GRADIO_SERVER_PORT": str(port), "TMPDIR": str(tmp_path / "temporary")}
+    with subprocess.Popen(
+        [sys.executable, "app.py"], cwd=space, env={**os.environ, **settings}, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert "DreamMover is at" in process.stdout.readline()
+        assert "DreamMover" in httpx.get(f"http://127.0.0.1:{port}/", trust_env=False).text
+        assert len(list((tmp_path / "temporary").glob("dreammover-ui-*"))) == 1
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+    assert process.returncode == 0
+    assert not list((tmp_path / "temporary").glob("dreammover-ui-*"))
+
+
+@pytest.mark.usefixtures("restored_logging")
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--port 0", "'0' is no port"),
+        ("--port many", "'many' is no port"),
+        ("--max-upload-mb -1", "'-1' is no size"),
+        ("--max-upload-mb nan", "'nan' is no size"),
+        ("--model nowhere", "'nowhere' is no file or folder here"),
+        ("--share", "unrecognized arguments"),
+    ],
+)
+def test_bad_options_are_one_line(capsys, options, reason):
+    assert main(["ui", *options.split()]) == 2
+    assert reason in capsys.readouterr().err
