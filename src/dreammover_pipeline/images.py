@@ -37,27 +37,56 @@ def is_batch(source: Photo | Sequence[Photo]) -> bool:
     return isinstance(source, list | tuple) or (isinstance(source, np.ndarray | torch.Tensor) and source.ndim == 4)
 
 
-def load_images(source: Photo | Sequence[Photo], name: str) -> list[torch.Tensor]:
-    """Reads one image or a batch of them: EXIF orientation applied, alpha composited on white, grey made RGB.
+def decode_images(source: Photo | Sequence[Photo], name: str) -> list[torch.Tensor]:
+    """Reads one image or a batch of them as it is stored, with its EXIF orientation applied.
 
     Args:
         source: One image: a path, a PIL image, a numpy array (H, W) or (H, W, C), a torch tensor (H, W) or (C, H, W),
-            with C = 1, 3 or 4; uint8 (divided by 255), uint16 (by 65535) or floats in [0, 1]. Or a batch: a list or
-            tuple of these, a numpy array (B, H, W, C), a torch tensor (B, C, H, W).
+            with C = 1, 3 or 4; uint8, uint16 or floats in [0, 1]. Or a batch: a list or tuple of these, a numpy array
+            (B, H, W, C), a torch tensor (B, C, H, W).
         name: The argument's name, for error messages.
 
     Returns:
-        One float32 CPU tensor (3, H, W) in [0, 1] per image, sharing no memory with `source`.
+        One CPU tensor (C, H, W) for each image, C = 1, 3 or 4, in the image's own dtype, for `rgb`.
 
     Raises:
         TypeError: Something that is no image, or a dtype that is not allowed.
         ValueError: A file, PIL mode, shape, size or range of values that is not allowed, or an empty batch.
     """
     if not is_batch(source):
-        return [_load_image(source, name)]
+        return [_decode_image(source, name)]
     if len(source) == 0:
         raise ValueError(f"{name} is an empty batch; it needs at least one image")
-    return [_load_image(image, f"{name}[{index}]") for index, image in enumerate(source)]
+    return [_decode_image(image, f"{name}[{index}]") for index, image in enumerate(source)]
+
+
+def load_images(source: Photo | Sequence[Photo], name: str) -> list[torch.Tensor]:
+    """Reads one image or a batch of them as `decode_images` does, and makes each what `rgb` makes of it.
+
+    Returns:
+        One float32 CPU tensor (3, H, W) in [0, 1] for each image, sharing no memory with `source`.
+
+    Raises:
+        TypeError, ValueError: What `decode_images` raises.
+    """
+    return [rgb(values) for values in decode_images(source, name)]
+
+
+def rgb(values: torch.Tensor) -> torch.Tensor:
+    """A decoded image in red, green and blue: grey three times over, alpha composited on white.
+
+    Args:
+        values: (C, H, W) as `decode_images` returns it.
+
+    Returns:
+        (3, H, W), float32 in [0, 1], in memory of its own.
+    """
+    pixels = values.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if not values.is_floating_point():
+        pixels /= torch.iinfo(values.dtype).max
+    if len(pixels) == 4:
+        pixels = pixels[:3] * pixels[3:] + (1 - pixels[3:])
+    return pixels.expand(3, -1, -1).contiguous()
 
 
 def load_masks(
@@ -174,7 +203,7 @@ def unfit(frames: torch.Tensor, canvas: Canvas) -> torch.Tensor:
     return _resize(content, canvas.output_height, canvas.output_width)
 
 
-def _load_image(source: Photo, name: str) -> torch.Tensor:
+def _decode_image(source: Photo, name: str) -> torch.Tensor:
     if isinstance(source, str | os.PathLike):
         return _from_file(source, f"{name} ({os.fspath(source)})")
     if isinstance(source, Image.Image):
@@ -240,24 +269,18 @@ def _from_array(array: np.ndarray | torch.Tensor, name: str) -> torch.Tensor:
         raise TypeError(f"{name} has dtype {dtype}; allowed are {', '.join(_DTYPES)}, floats in [0, 1]")
     _check_size(*size, name)
     if isinstance(array, torch.Tensor):
-        return _to_rgb(array.detach().cpu().reshape(-1, *size), name)
+        return _check_range(array.detach().to("cpu", copy=True).reshape(-1, *size), name)
     # A plain copy: torch takes neither foreign byte orders nor negative strides, and warns about read-only memory.
     native = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
-    return _to_rgb(torch.from_numpy(native).reshape(*size, -1).movedim(-1, 0), name)
+    return _check_range(torch.from_numpy(native).reshape(*size, -1).movedim(-1, 0), name)
 
 
-def _to_rgb(values: torch.Tensor, name: str) -> torch.Tensor:
-    """(C, H, W) of an allowed dtype to (3, H, W), float32 in [0, 1], in memory of its own."""
-    pixels = values.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+def _check_range(values: torch.Tensor, name: str) -> torch.Tensor:
     if values.is_floating_point():
-        low, high = (bound.item() for bound in values.aminmax())
+        low, high = (bound.item() for bound in values.to(torch.float32).aminmax())
         if not 0 <= low <= high <= 1:  # NaN fails this too
             raise ValueError(f"{name} has values from {low:.6g} to {high:.6g}; floats must be finite and in [0, 1]")
-    else:
-        pixels /= torch.iinfo(values.dtype).max
-    if len(pixels) == 4:
-        pixels = pixels[:3] * pixels[3:] + (1 - pixels[3:])
-    return pixels.expand(3, -1, -1).contiguous()
+    return values
 
 
 def _check_size(height: int, width: int, name: str) -> None:

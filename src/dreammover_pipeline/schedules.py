@@ -10,6 +10,19 @@ from diffusers import DDIMScheduler, SchedulerMixin
 from .records import Schedule
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+# What the pipeline's own DDIM takes over of the configuration of a checkpoint's scheduler.
+SCHEDULE_SETTINGS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+    "timestep_spacing",
+    "steps_offset",
+    "set_alpha_to_one",
+)
 
 
 def deterministic_ddim(scheduler: SchedulerMixin) -> DDIMScheduler:
@@ -63,3 +76,9 @@ def ddim_schedule(scheduler: SchedulerMixin, num_inference_steps: int, inversion
     if min(alpha_bars[: inversion_steps + 1]) <= 0:
         raise ValueError(f"`inversion_steps` {inversion_steps} reaches a timestep without signal; use fewer")
     return Schedule(tuple(timesteps), tuple(alpha_bars))
+
+
+def schedule_settings(scheduler: SchedulerMixin) -> dict[str, object]:
+    """What of a scheduler decides the frames, by the names of `SCHEDULE_SETTINGS`."""
+    config = deterministic_ddim(scheduler).config
+    return {name: config[name] for name in SCHEDULE_SETTINGS}

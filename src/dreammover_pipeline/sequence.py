@@ -6,39 +6,129 @@ n photos have n − 1 gaps; gap k lies between photos k and k + 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from inspect import Parameter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
 
-from .images import Photo, is_batch, load_images
+from .images import Photo, decode_images, is_batch
 from .inputs import check_integer
+from .kept_gaps import KeptGaps
 from .outputs import DreamMoverPipelineOutput
+from .pairs import ModelSizes, PairInput, check_generator, pair_seeds, steering_of_pairs
+from .prompts import PairText, pair_negatives
+from .records import PreparedPair
+from .rendering import DenoisedFrames
+from .settings import Content, arguments
 
 LORAS = ("gap", "shared")
+OWN_ARGUMENTS = ("prompt", "n_frames", "include_inputs", "return_dict")  # named in the signature of a sequence itself
+
+
+@dataclass(frozen=True)
+class GapStages:
+    """What the pipeline does with one gap: from input and LoRA to a prepared pair, to latents, to frames."""
+
+    prepare: Callable[[PairInput, dict[str, torch.Tensor] | None], PreparedPair]
+    render: Callable[[int, PreparedPair], DenoisedFrames]
+    finish: Callable[[int, DenoisedFrames], DreamMoverPipelineOutput]
+
+
+def make_gaps(
+    gaps: Sequence[PairInput],
+    stages: GapStages,
+    kept: KeptGaps,
+    shared_lora: dict[str, torch.Tensor] | None,
+    interrupted: Callable[[], bool],
+    photos_included: bool,
+) -> DreamMoverPipelineOutput:
+    """Make every gap that is not kept already, and put the frames of all in a row.
+
+    Args:
+        gaps: In their order.
+        stages: What is done with each of them.
+        kept: What earlier calls have done and this one does.
+        shared_lora: Weights to use in every gap instead of fitting some.
+        interrupted: Asked after every gap; where it says yes the rest is left out.
+        photos_included: Whether the frames of a gap begin and end with its photos.
+
+    Raises:
+        Exception: A gap could not be made. If there were any before it, the error's `output` holds their frames.
+    """
+    outputs = []
+    try:
+        for k, gap in enumerate(gaps):
+            frames = kept.frames(k, gap)
+            if frames is None:
+                lora = kept.lora(k) if shared_lora is None else shared_lora
+                pair = stages.prepare(gap, lora)
+                if lora is None:
+                    kept.keep_lora(k, pair.lora)
+                frames = stages.render(k, pair)
+                if not interrupted():
+                    kept.keep_frames(k, frames)
+            outputs.append(stages.finish(k, frames))
+            if interrupted():
+                break
+    except Exception as error:
+        error.gap = len(outputs)
+        if outputs:
+            error.output = in_a_row(outputs, photos_included)
+            error.add_note("The gaps before this one are not lost: this error's `output` holds their frames.")
+        raise
+    return in_a_row(outputs, photos_included)
+
+
+def checked_gaps(
+    images: Sequence[Photo], content: Content, sizes: ModelSizes, shared: bool, random: bool
+) -> list[PairInput]:
+    """The gaps of a sequence as pairs, all on the canvas of the first photo.
+
+    Args:
+        images: The photos, in order.
+        content: The prompt of all photos or one for each, points and masks of every gap, `negative_prompt` for all.
+        sizes: Of the models.
+        shared: Whether one LoRA is fitted to all photos, and so one seed is for all gaps.
+        random: Whether seeds are wanted; if not, the generator is left as it is.
+
+    Raises:
+        TypeError, ValueError: An argument is not what it may be.
+    """
+    photos = load_sequence(images)
+    both = list(pairwise(photos))
+    texts = texts_of_gaps(content.prompt, content.prompt_embeds, len(photos), sizes.text_width)
+    (negative,) = pair_negatives(content.negative_prompt, content.negative_prompt_embeds, 1, sizes.text_width)
+    canvas = sizes.canvas(photos[0], content.height, content.width)
+    steerings = steering_of_pairs(content, both, [canvas] * len(both), sizes.cell, True)
+    fits = 1 if shared else len(both)
+    check_generator(content.generator, fits)
+    seeds = pair_seeds(content.generator, fits) if random else [None]
+    seeds = seeds * len(both) if len(seeds) == 1 else seeds
+    columns = zip(both, texts, steerings, seeds, strict=True)
+    return [PairInput(two, canvas, text, negative, steering, seed) for two, text, steering, seed in columns]
 
 
 def load_sequence(images: Sequence[Photo]) -> list[torch.Tensor]:
-    """The photos of a sequence, (3, H, W) in [0, 1] each.
+    """The photos of a sequence, decoded.
 
     Raises:
-        TypeError, ValueError: an image cannot be had, or there are fewer than two.
+        TypeError, ValueError: A photo cannot be had, or there are fewer than two.
     """
     if not is_batch(images):
         raise TypeError(f"`images` must be a list of photos, or an array with a leading axis, not {_short(images)}")
-    photos = load_images(images, "images")
+    photos = decode_images(images, "images")
     if len(photos) < 2:
         raise ValueError(f"`images` must be at least two photos, but {len(photos)} came")
     return photos
 
 
 def frames_of_gaps(n_frames: int | Sequence[int], gaps: int) -> list[int]:
-    """How many frames every gap gets: one number for all, or one for each.
+    """How many frames every gap gets, from one number for all or one for each.
 
     Raises:
-        TypeError, ValueError: a number is no integer of at least 1, or there are not as many as gaps.
+        TypeError, ValueError: A number is no integer of at least 1, or there are not as many as gaps.
     """
     if not isinstance(n_frames, (list, tuple)):
         check_integer("n_frames", n_frames, 1)
@@ -55,17 +145,17 @@ def frames_of_gaps(n_frames: int | Sequence[int], gaps: int) -> list[int]:
 
 def texts_of_gaps(
     prompt: str | Sequence[str] | None, prompt_embeds: torch.Tensor | None, photos: int, width: int
-) -> list[dict]:
-    """For every gap, what its two photos show: {"prompt": two strings} or {"prompt_embeds": (2, L, width)}.
+) -> list[PairText]:
+    """What the two photos of every gap show.
 
     Args:
-        prompt: one text for all photos, or one for each.
-        prompt_embeds: (1, L, width) for all or (photos, L, width) instead.
-        photos: how many there are.
-        width: of the embeddings that the UNet reads.
+        prompt: One text for all photos, or one for each.
+        prompt_embeds: (1, L, width) for all photos, or (photos, L, width) with one for each, instead of `prompt`.
+        photos: How many photos there are.
+        width: The length of a token's embedding.
 
     Raises:
-        TypeError, ValueError: neither, both, or not what they may be.
+        TypeError, ValueError: Neither prompts nor embeddings came, or both, or they are not what they may be.
     """
     if prompt_embeds is None:
         texts = [prompt] * photos if isinstance(prompt, str) else prompt
@@ -75,7 +165,7 @@ def texts_of_gaps(
             raise ValueError(
                 f"`prompt` has {len(texts)} entries for {photos} photos; give one for all, or one for each"
             )
-        return [{"prompt": both} for both in pairwise(texts)]
+        return [PairText(both) for both in pairwise(texts)]
     if prompt:
         raise ValueError("pass `prompt` or `prompt_embeds`, not both")
     if not isinstance(prompt_embeds, torch.Tensor) or not prompt_embeds.is_floating_point():
@@ -86,36 +176,25 @@ def texts_of_gaps(
             f"`prompt_embeds` must be (1, L, {width}), or ({photos}, L, {width}) with one per photo; not {shape}"
         )
     embeds = prompt_embeds.expand(photos, -1, -1)
-    return [{"prompt": None, "prompt_embeds": embeds[k : k + 2]} for k in range(photos - 1)]
+    return [PairText(embeds=embeds[k : k + 2]) for k in range(photos - 1)]
 
 
-def with_defaults(
-    arguments: Mapping[str, object], parameters: Mapping[str, Parameter], excluded: Sequence[str]
-) -> dict[str, object]:
-    """A value for each parameter that has a default and is not excluded: what was given, else the default.
-
-    Raises:
-        TypeError: something was given that is no such parameter.
-    """
-    defaults = {
-        name: parameter.default
-        for name, parameter in parameters.items()
-        if parameter.default is not Parameter.empty and name not in excluded
-    }
-    unknown = [name for name in arguments if name not in defaults]
+def check_arguments_of_a_sequence(given: Mapping[str, object]) -> None:
+    """Raise TypeError if something is given that is no argument of a sequence beside those of its own signature."""
+    allowed = [name for name in arguments() if name not in OWN_ARGUMENTS]
+    unknown = [name for name in given if name not in allowed]
     if unknown:
         raise TypeError(
-            f"`{unknown[0]}` is no argument of a sequence; allowed beside its own are {', '.join(defaults)}"
+            f"`{unknown[0]}` is no argument of a sequence; allowed beside its own are {', '.join(allowed)}"
         )
-    return {**defaults, **arguments}
 
 
 def in_a_row(outputs: Sequence[DreamMoverPipelineOutput], photos_included: bool) -> DreamMoverPipelineOutput:
     """One video out of the gaps' videos; a photo that two of them share is kept as the end of the first of the two.
 
     Args:
-        outputs: of each gap, in a batch of one.
-        photos_included: whether they begin and end with their photos.
+        outputs: Of each gap, in a batch of one.
+        photos_included: Whether they begin and end with their photos.
 
     Returns:
         `frames` and `nsfw_content_detected` with one entry, the video's; `flow` and `times` with one for each gap.

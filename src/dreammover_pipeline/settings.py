@@ -1,16 +1,451 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments of `DreamMoverPipeline` that belong together: `pipe(img0, img1, **PRESETS["fast"])`.
+"""Every argument of the pipeline, declared once.
 
-What each costs and gives away is measured: docs/performance.md.
+A declaration holds the argument's name, type, default, allowed values and meaning, the paper's value where the default
+is another one, and whether the argument decides the frames. The checks, the presets, the options of the command line,
+the keys of a manifest, the key of the LoRA cache and the ranges on the web page are made from it. The signatures and
+the docstring in `pipeline.py` and README's table are written from it by `python tools/write_arguments.py`.
+
+Nothing here imports torch, so that the command line can answer `--help` at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+from .inputs import (
+    check_attention_blocks,
+    check_choice,
+    check_feature_blocks,
+    check_integer,
+    check_number,
+    check_steps,
+)
+from .timing import check_easing
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+FUSIONS = ("two_level", "two_level_unwarped", "direct")
+IMPORTANCES = ("agreement", "photometric")
+ENDPOINTS = ("original", "reconstructed")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+ASK_PYTHON = object()  # the option of an argument that the command line does not have
+
+
+@dataclass(frozen=True)
+class Values:
+    """Which values an argument takes. This class itself stands for values that only Python can hold."""
+
+    in_files: ClassVar[bool] = False  # whether JSON, and so a manifest or a sidecar, can hold a value
+
+    def check(self, name: str, value: object) -> None:
+        """Raise TypeError or ValueError unless the value is allowed, whatever model it is for."""
+
+
+@dataclass(frozen=True)
+class Whole(Values):
+    """Whole numbers of at least `least`."""
+
+    least: int
+    in_files: ClassVar[bool] = True
+
+    def check(self, name: str, value: object) -> None:
+        """Raise TypeError or ValueError unless the value is such a number."""
+        check_integer(name, value, self.least)
+
+
+@dataclass(frozen=True)
+class Real(Values):
+    """Finite numbers of at least `least`, or above it where `inclusive` is false."""
+
+    least: float
+    inclusive: bool = True
+    in_files: ClassVar[bool] = True
+
+    def check(self, name: str, value: object) -> None:
+        """Raise TypeError or ValueError unless the value is such a number."""
+        check_number(name, value, self.least, self.inclusive)
+
+
+@dataclass(frozen=True)
+class Choice(Values):
+    """One of several names."""
+
+    names: tuple[str, ...]
+    in_files: ClassVar[bool] = True
+
+    def check(self, name: str, value: object) -> None:
+        """Raise ValueError unless the value is one of the names."""
+        check_choice(name, value, self.names)
+
+
+@dataclass(frozen=True)
+class Blocks(Values):
+    """Indices of up blocks of the UNet; `check_blocks` knows how many there may be."""
+
+    check_blocks: Callable[[object], None]
+    least: int  # how many indices there must be
+    in_files: ClassVar[bool] = True
+
+    def check(self, name: str, value: object) -> None:
+        """Raise TypeError or ValueError unless the value has the form of such indices."""
+        self.check_blocks(value)
+
+
+@dataclass(frozen=True)
+class Text(Values):
+    """A text. With `of_each_photo` it may also be two, one for each photo. A batch has a list of them."""
+
+    of_each_photo: bool = False
+    in_files: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Plain(Values):
+    """Values that JSON can hold and that are checked together with other arguments."""
+
+    in_files: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Pictures(Values):
+    """A picture, or two, one for each photo."""
+
+
+@dataclass(frozen=True)
+class Argument:
+    """The declaration of one argument.
+
+    `paper` is the value that the paper has; `decides` is false where the argument says how the frames are computed and
+    not which; `option` is the command line's name, `ASK_PYTHON` where it has none; `slider` is the range that the web
+    page offers, None where it offers none.
+    """
+
+    name: str
+    annotation: str
+    default: object
+    values: Values
+    about: str
+    paper: object
+    decides: bool
+    option: str | object
+    slider: tuple[float, float] | None
+
+
+def argument(
+    default: object,
+    values: Values,
+    about: str,
+    *,
+    paper: object = None,
+    decides: bool = True,
+    option: str | object | None = None,
+    slider: tuple[float, float] | None = None,
+):
+    """Declare a field of a settings class as an argument of the pipeline.
+
+    Args:
+        default: The pipeline's default.
+        values: The values that are allowed beside a default of None.
+        about: What the argument means, in sentences that stand alone.
+        paper: The paper's value where it is not the default.
+        decides: Whether the argument decides the frames.
+        option: The name on the command line where it does not follow from the argument's, or `ASK_PYTHON`.
+        slider: The range that the web page offers.
+    """
+    paper = default if paper is None else paper
+    metadata = {"values": values, "about": about, "paper": paper, "decides": decides, "option": option}
+    return field(default=default, metadata={**metadata, "slider": slider})
+
+
+Group = TypeVar("Group", bound="Settings")
+
+
+class Settings:
+    """The base of the groups of arguments; making one checks every value that can be checked without a model."""
+
+    def __post_init__(self):
+        for declared in arguments(type(self)).values():
+            value = getattr(self, declared.name)
+            if value is not None or declared.default is not None:
+                declared.values.check(declared.name, value)
+
+    @classmethod
+    def of(cls: type[Group], given: Mapping[str, object]) -> Group:
+        """The group with those of the given values that are its own; the others have their defaults."""
+        return cls(**taken(given, cls))
+
+
+def arguments(*groups: type[Settings]) -> dict[str, Argument]:
+    """The arguments that are declared in some groups, by name.
+
+    Args:
+        *groups: Settings classes; all of them by default.
+    """
+    return {
+        declared.name: Argument(
+            name=declared.name,
+            annotation=str(declared.type),
+            default=declared.default,
+            **{
+                **declared.metadata,
+                "option": declared.metadata["option"] or f"--{declared.name.replace('_', '-')}",
+            },
+        )
+        for group in groups or GROUPS
+        for declared in fields(group)
+    }
+
+
+def taken(given: Mapping[str, object], *groups: type[Settings]) -> dict[str, object]:
+    """Those of the given values that belong to arguments of some groups."""
+    names = arguments(*groups)
+    return {name: value for name, value in given.items() if name in names}
+
+
+@dataclass(frozen=True)
+class Content(Settings):
+    """What the pairs of a call are, and how large their frames are to be; it may differ from pair to pair."""
+
+    prompt: str | Sequence[str] | None = argument(
+        "", Text(of_each_photo=True), "What the photos show: one text for both, or two, one for each photo."
+    )
+    height: int | None = argument(
+        None,
+        Plain(),
+        "Height in pixels to work at and to return. By default the model's native area is worked at, in the first "
+        "photo's aspect ratio, and frames come back at the first photo's own size.",
+        option=ASK_PYTHON,
+    )
+    width: int | None = argument(
+        None,
+        Plain(),
+        "Width in pixels to work at and to return. Where only one of `height` and `width` is given, the other one "
+        "follows from the first photo's aspect ratio.",
+        option=ASK_PYTHON,
+    )
+    points: Sequence | None = argument(
+        None,
+        Plain(),
+        "Places that are in both photos, ((x0, y0), (x1, y1)) each, in pixels of the first and of the last photo with "
+        "(0, 0) the centre of the top left pixel. They pull the flow around them. A batch has a list with the points "
+        "of each pair, None for a pair without.",
+    )
+    mask: object = argument(
+        None,
+        Pictures(),
+        "What may move, bright on dark; the rest stays where it is. One picture of the first photo's size is for both "
+        "photos, two are one for each photo. A batch has a list with the masks of each pair, None for a pair without.",
+    )
+    negative_prompt: str | Sequence[str] | None = argument(
+        None, Text(), "What guidance leads away from; it acts where `guidance_scale` is above 1."
+    )
+    generator: torch.Generator | list[torch.Generator] | None = argument(
+        None,
+        Values(),
+        "Decides the LoRA fit, and nothing else is random. A list holds one generator for each pair.",
+        option=ASK_PYTHON,
+    )
+    prompt_embeds: torch.Tensor | None = argument(
+        None,
+        Values(),
+        "Text embeddings (B, L, D) to use instead of `prompt`, or (2·B, L, D) with one for each photo.",
+        option=ASK_PYTHON,
+    )
+    negative_prompt_embeds: torch.Tensor | None = argument(
+        None, Values(), "Text embeddings (B, L, D) to use instead of `negative_prompt`.", option=ASK_PYTHON
+    )
+
+
+@dataclass(frozen=True)
+class SharedSettings(Settings):
+    """What holds wherever the UNet runs."""
+
+    cross_attention_kwargs: dict | None = argument(
+        None,
+        Values(),
+        'Keyword arguments for the attention processors; "scale" scales every LoRA.',
+        option=ASK_PYTHON,
+    )
+
+
+@dataclass(frozen=True)
+class FitSettings(SharedSettings):
+    """How the pair's LoRA is fitted, besides what the photos and their texts decide. Source: DreamMover §4.1."""
+
+    lora_steps: int = argument(
+        80,
+        Whole(0),
+        "Training steps of the pair's LoRA. More keep identity better, move less freely and take longer; 0 skips the "
+        "fit.",
+        slider=(0, 300),
+    )
+    lora_rank: int = argument(16, Whole(1), "Rank of the pair's LoRA. A higher one can hold more detail.")
+    lora_learning_rate: float = argument(
+        5e-4,
+        Real(0, inclusive=False),
+        "Learning rate of the pair's LoRA fit. A higher one learns faster and overfits sooner.",
+    )
+    clip_skip: int | None = argument(
+        None, Whole(0), "Number of layers to leave out at the end of the text encoder; none by default."
+    )
+
+
+@dataclass(frozen=True)
+class PrepareSettings(FitSettings):
+    """How a pair is inverted and matched. Source: DreamMover §3.1, §3.2 and §4.1."""
+
+    num_inference_steps: int = argument(
+        50, Whole(1), "Steps N of the whole DDIM schedule. More are finer and take longer.", option="--steps"
+    )
+    inversion_steps: int = argument(
+        30,
+        Whole(1),
+        "How many of the steps the photos are inverted and the frames denoised, T. Fewer keep closer to the warped "
+        "photos, more redraw what warping breaks: fewer ghosts, less likeness.",
+        slider=(2, 50),
+    )
+    feature_step: int = argument(
+        14, Whole(1), "The step whose features are matched. A later one matches noisier, coarser features."
+    )
+    feature_block: int | Sequence[int] = argument(
+        (1, 2),
+        Blocks(check_feature_blocks, 1),
+        "The UNet's up block whose features are matched, or several whose similarities are averaged. The paper "
+        "matches 1 alone, by meaning; a later block matches more finely and less by meaning.",
+        paper=1,
+    )
+    distance_penalty: float = argument(
+        0.1,
+        Real(0),
+        "Cosine similarity that a match loses for each shorter side of the image it lies away, so that of places that "
+        "look alike the nearer one is matched. Too much holds back what moves far; 0 is the paper's.",
+        paper=0,
+    )
+    flow_smoothing: int = argument(
+        3,
+        Whole(0),
+        "Passes that carry the flow from cells whose match agrees both ways to their neighbours. More make the flow "
+        "smoother and lose finer motion; 0 is the paper's bare argmax.",
+        paper=0,
+    )
+    lora_scale: float = argument(1.0, Real(0), "Weight of the pair's LoRA wherever the UNet runs; below 1 softens it.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_steps(self.num_inference_steps, self.inversion_steps, self.feature_step)
+
+
+@dataclass(frozen=True)
+class VideoSettings(SharedSettings):
+    """Which frames are wanted."""
+
+    n_frames: int = argument(
+        32,
+        Plain(),
+        "Number n of in-between frames; frame i is at δ = i/(n+1). Time grows with it, memory does not.",
+        option="--frames",
+        slider=(1, 64),
+    )
+    times: Sequence[float] | None = argument(
+        None, Plain(), "The δ of the frames, each in (0, 1), instead of `n_frames`.", option=ASK_PYTHON
+    )
+    easing: str | Callable[[float], float] = argument(
+        "linear",
+        Plain(),
+        "How the frames are spread over time: linear, ease-in-out, ease-in, ease-out, a rising function of δ from 0 "
+        "at 0 to 1 at 1, or even for neighbours that differ equally, as far as warping alone tells.",
+    )
+    include_inputs: bool = argument(False, Plain(), "Put the two photos at the ends.", option=ASK_PYTHON)
+    endpoints: str = argument(
+        "original",
+        Choice(ENDPOINTS),
+        "The photos at the ends: original, at the output size and otherwise untouched, with the tone that the VAE "
+        "takes from them faded out over the frames beside them; or reconstructed, as the VAE brings them back, for a "
+        "video of one cast.",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_easing(self.n_frames, self.times, self.easing)
+
+
+@dataclass(frozen=True)
+class RenderSettings(VideoSettings):
+    """How frames of a prepared pair are made. Source: DreamMover §3.3 and §3.4."""
+
+    attention_blocks: Sequence[int] = argument(
+        (2, 3),
+        Blocks(check_attention_blocks, 0),
+        "Up blocks whose self-attention looks at the two photos. More copy more from the photos; none switches it "
+        "off.",
+    )
+    fusion: str = argument(
+        "two_level",
+        Choice(FUSIONS),
+        "How the pair is fused: two_level is the paper's, two_level_unwarped selects noise as the released code does, "
+        "direct has no levels and blurs, which is the paper's ablation.",
+    )
+    importance: str = argument(
+        "agreement",
+        Choice(IMPORTANCES),
+        "What decides between cells that land on one place: agreement of the two flows, or photometric, the paper's "
+        "brightness constancy, by which what looks alike in both photos wins.",
+        paper="photometric",
+    )
+    guidance_scale: float = argument(
+        1.0,
+        Real(0),
+        "Classifier-free guidance of the frames. Above 1 they follow the prompt more, at twice the cost; the paper "
+        "uses none.",
+    )
+    frame_batch_size: int | None = argument(
+        None,
+        Whole(1),
+        "Frames denoised at once, at most; halved where memory runs out. The frames are the same up to rounding. By "
+        "default it is what fits the free memory.",
+        decides=False,
+    )
+
+
+@dataclass(frozen=True)
+class Delivery(Settings):
+    """How the frames reach the program that asked for them."""
+
+    output_type: str = argument("pil", Choice(OUTPUT_TYPES), "Form of the frames: pil, np, pt or latent.")
+    return_dict: bool = argument(
+        True, Values(), "Return a `DreamMoverPipelineOutput` rather than a tuple of its fields."
+    )
+    callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = argument(
+        None,
+        Values(),
+        "Called as (pipeline, i, timestep, tensors) after every denoising step of every pair; the tensors that it "
+        "returns replace the pipeline's.",
+    )
+    callback_on_step_end_tensor_inputs: Sequence[str] = argument(
+        ("latents",), Values(), "Which of the pipeline's `_callback_tensor_inputs` the callback gets."
+    )
+
+
+GROUPS = (Content, PrepareSettings, RenderSettings, Delivery)
+
+
+def _differing_from_the_paper() -> dict[str, object]:
+    return {name: declared.paper for name, declared in arguments().items() if declared.paper != declared.default}
+
+
+# What each preset costs and gives away is measured in docs/performance.md.
+_FAST = {"num_inference_steps": 20, "inversion_steps": 12, "feature_step": 6, "lora_steps": 40}
 PRESETS: dict[str, dict[str, object]] = {
-    # the defaults, by name
-    "quality": {"num_inference_steps": 50, "inversion_steps": 30, "feature_step": 14, "lora_steps": 80},
-    # the same depth of noise in steps two and a half times as long, and half the fit
-    "fast": {"num_inference_steps": 20, "inversion_steps": 12, "feature_step": 6, "lora_steps": 40},
-    # DreamMover as published, without what this project changed
-    "paper": {"feature_block": 1, "distance_penalty": 0, "flow_smoothing": 0, "importance": "photometric"},
+    # The defaults, by name.
+    "quality": {name: arguments()[name].default for name in _FAST},
+    # The same depth of noise in steps two and a half times as long, and half the fit.
+    "fast": _FAST,
+    # DreamMover as published, without what this project changed.
+    "paper": _differing_from_the_paper(),
 }

@@ -9,7 +9,7 @@ Source of all of it: ours; DreamMover matches by features alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,37 @@ class Steering:
             raise ValueError(f"points must be (k, 2, 2), not {tuple(self.points.shape)}")
         if self.moves.ndim != 4 or self.moves.shape[:2] != (2, 1) or self.moves.dtype != torch.bool:
             raise ValueError(f"moves must be (2, 1, h, w) bool, not {tuple(self.moves.shape)} {self.moves.dtype}")
+
+
+def point_pairs(points, name: str = "points") -> torch.Tensor:
+    """The `points` argument of one pair as (k, 2, 2): k correspondences, in the first and the last image, x and y.
+
+    Raises:
+        TypeError, ValueError: The argument is not a sequence of ((x0, y0), (x1, y1)), or a number is not finite.
+    """
+    if points is None or (isinstance(points, (list, tuple)) and not points):
+        return torch.zeros(0, 2, 2)
+    form = f"`{name}` must be a sequence of ((x0, y0), (x1, y1)), a place in each photo"
+    try:
+        values = torch.as_tensor(points, dtype=torch.float32, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{form}, not {points!r}") from error
+    if values.ndim != 3 or values.shape[1:] != (2, 2):
+        raise ValueError(f"{form}; this is of shape {tuple(values.shape)}, not (k, 2, 2)")
+    if not values.isfinite().all():
+        raise ValueError(f"`{name}` must be finite, but hold {values[~values.isfinite()][0]}")
+    return values
+
+
+def check_points_inside(points: torch.Tensor, sizes: Sequence[tuple[int, int]], name: str = "points") -> None:
+    """Raise unless every one of the points (k, 2, 2) lies in its photo, of sizes (H, W)."""
+    for i, correspondence in enumerate(points.tolist()):
+        for photo, ((x, y), (height, width)) in enumerate(zip(correspondence, sizes, strict=True)):
+            if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
+                raise ValueError(
+                    f"`{name}[{i}]` is at ({x:g}, {y:g}) in img{photo}, which has {width}×{height} pixels "
+                    "(width × height)"
+                )
 
 
 def cells_of(points: torch.Tensor, content: tuple[int, int], cell: int, name: str = "points") -> torch.Tensor:

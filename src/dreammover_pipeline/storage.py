@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -83,6 +83,51 @@ def _words(values: torch.Tensor) -> torch.Tensor:
     return F.pad(values.float(), (0, len(values) % 2)).view(torch.int64)
 
 
+def digest_of(content: object) -> str:
+    """The sha256 of what JSON can hold, in hexadecimal digits."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of_tensors(tensors: Iterable[torch.Tensor]) -> str:
+    """The sha256 of tensors, their shapes and dtypes, in hexadecimal digits."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str] | None = None) -> None:
+    """Write tensors to a safetensors file, which appears whole or not at all and replaces one that is there.
+
+    Args:
+        path: The file.
+        tensors: By the names they have in the file.
+        header: What else the file is to say.
+    """
+    # Copies, because safetensors takes no tensors that share memory or have gaps.
+    copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    _write_whole(path, save(copies, header))
+
+
+def read_tensors(path: Path, device: str | torch.device) -> dict[str, torch.Tensor] | None:
+    """The tensors of a file that `write_tensors` wrote, on a device; None if the file is not there or not whole."""
+    try:
+        with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
+            return {name: _own(file.get_tensor(name), device) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+
+
+def _own(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
+    """A tensor of a safetensors file in memory of its own.
+
+    In the file it lies at whatever address comes, and processors may round differently where data is not aligned; a
+    copy lies as a tensor does that was computed, so what is loaded gives the same bits as what was saved.
+    """
+    return tensor.to(device, copy=True)
+
+
 def write_pair(pair: PreparedPair, path: str | os.PathLike, fingerprints: Mapping[str, str]) -> None:
     """Write a prepared pair to a file; one that is there is replaced once the new one is complete.
 
@@ -109,9 +154,7 @@ def write_pair(pair: PreparedPair, path: str | os.PathLike, fingerprints: Mappin
         "fingerprints": dict(fingerprints),
         "versions": _versions(),
     }
-    # copies, because safetensors takes no tensors that share memory or have gaps
-    tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    _write_whole(Path(path), save(tensors, {HEADER: json.dumps(header)}))
+    write_tensors(Path(path), tensors, {HEADER: json.dumps(header)})
 
 
 def read_pair(path: str | os.PathLike, device: str | torch.device) -> tuple[PreparedPair, dict[str, str]]:
@@ -177,7 +220,7 @@ def check_same_models(path: str | os.PathLike, saved: Mapping[str, str], present
 
 def _assembled(header: dict, tensors: dict[str, torch.Tensor], device: str | torch.device) -> PreparedPair:
     def placed(name: str, where: str | torch.device = device) -> torch.Tensor:
-        return tensors[name].to(where, copy=True)  # tensors of safe_open are views of the file
+        return _own(tensors[name], where)
 
     schedule = Schedule(*(tuple(header["schedule"][name]) for name in ("timesteps", "alpha_bars")))
     return PreparedPair(

@@ -8,11 +8,9 @@ n frames stand at i/(n+1), i = 1 … n; an easing moves each to f(i/(n+1)). Ease
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
-import torch
-import torch.nn.functional as F
-
-from .inputs import check_choice, frame_times
+from .inputs import as_float32, check_choice, frame_times
 
 Easing = Callable[[float], float]
 
@@ -23,8 +21,6 @@ CURVES: dict[str, Easing] = {
     "ease-out": lambda t: t * (2 - t),
 }
 EVEN = "even"  # no curve: it follows the pair
-PREVIEWS = 65  # moments at which a pair is looked at to spread its frames evenly, both ends among them
-POOLED = 2  # latent cells a side that are averaged before previews are compared
 
 
 def check_easing(n_frames: int, times: Sequence[float] | None, easing: str | Easing) -> None:
@@ -64,8 +60,8 @@ def eased_times(times: Sequence[float], easing: str | Easing) -> tuple[float, ..
         raise TypeError(f"{name} must give a number, not {moved[0]!r}") from error
     if not (abs(start) <= 1e-6 and abs(end - 1) <= 1e-6):  # NaN fails this too
         raise ValueError(f"{name} must lead from f(0) = 0 to f(1) = 1, not from {start:.6g} to {end:.6g}")
-    rounded = torch.tensor([0.0, *values, 1.0])
-    stuck = (~(rounded.diff() > 0)).nonzero().flatten().tolist()
+    rounded = [as_float32(value) for value in (0.0, *values, 1.0)]
+    stuck = [i for i, (before, after) in enumerate(pairwise(rounded)) if not after > before]
     if stuck:
         places = [0.0, *times, 1.0], [0.0, *values, 1.0]
         (t0, t1), (f0, f1) = (place[stuck[0] : stuck[0] + 2] for place in places)
@@ -74,30 +70,3 @@ def eased_times(times: Sequence[float], easing: str | Easing) -> tuple[float, ..
             f"but f({t0:.6g}) = {f0:.9g} and f({t1:.6g}) = {f1:.9g}"
         )
     return tuple(values)
-
-
-def even_times(n_frames: int, previews: torch.Tensor) -> tuple[float, ...]:
-    """Spread frames so that each differs from the next as much as any other does from its own, as previews have it.
-
-    The difference of two previews is the root mean square of what their latents, averaged over squares of `POOLED`
-    cells a side, differ by. It is summed up from the first image on; the frames stand where the sum reaches i/(n+1)
-    of the whole, interpolated linearly between previews. Previews that are all alike leave the frames where they are.
-
-    Source: ours.
-
-    Args:
-        n_frames: how many frames, n.
-        previews: (P, C, h, w), at equal distances in time from δ = 0 to δ = 1; h and w at least `POOLED`.
-
-    Returns:
-        δ of each frame, strictly ascending and in (0, 1).
-    """
-    linear = frame_times(n_frames, None)
-    steps = F.avg_pool2d(previews, POOLED).double().cpu().diff(dim=0).square().mean((1, 2, 3)).sqrt()
-    travelled = torch.cat([steps.new_zeros(1), steps.cumsum(0)])
-    if travelled[-1] == 0:
-        return linear
-    targets = torch.tensor(linear, dtype=torch.float64) * travelled[-1]
-    after = torch.searchsorted(travelled, targets).clamp(1, len(steps))
-    within = (targets - travelled[after - 1]) / steps[after - 1]
-    return tuple(((after - 1 + within) / len(steps)).tolist())

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The UNet of one call: it predicts noise, with the pair's LoRA on and with attention to the two photos."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from diffusers import DDIMScheduler
+from diffusers.utils import logging
+
+from .attention import reference_attention
+from .conditioning import Conditions
+from .ddim import eps_from_v
+from .lora import pair_lora
+from .memory import Batches, advice_on_out_of_memory, affordable_frames
+from .records import PreparedPair
+
+logger = logging.get_logger(__name__)
+
+
+class Denoiser:
+    """A UNet and what holds for it throughout a call.
+
+    Args:
+        unet: A `UNet2DConditionModel`, compiled or not.
+        ddim: The noise schedule that the UNet was trained with, and what it predicts.
+        device: Where the UNet runs.
+        cross_attention_kwargs: Keyword arguments for the attention processors.
+        comes_late: Whether the UNet is brought to its device only when it is called, as model offloading does it.
+    """
+
+    def __init__(
+        self,
+        unet: torch.nn.Module,
+        ddim: DDIMScheduler,
+        device: torch.device,
+        cross_attention_kwargs: dict | None = None,
+        comes_late: bool = False,
+    ):
+        self.unet, self.ddim, self.device, self.comes_late = unet, ddim, device, comes_late
+        self.cross_attention_kwargs = cross_attention_kwargs
+        self.guidance_scale = 1.0
+
+    def predict_noise(
+        self,
+        latents: torch.Tensor,
+        timestep: int,
+        prompt_embeds: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The UNet's noise, also where it predicts v. With negative embeddings it is guided by `guidance_scale`.
+
+        Args:
+            latents: (B, C, h, w).
+            timestep: The trained timestep to ask at.
+            prompt_embeds: (B, L, D).
+            negative_prompt_embeds: (B, L, D), or None for no guidance.
+
+        Returns:
+            ε, (B, C, h, w), float32.
+        """
+        guided = negative_prompt_embeds is not None
+        if guided:
+            latents = latents.repeat(2, 1, 1, 1)
+            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+        with advice_on_out_of_memory(f"in the UNet, on latents {tuple(latents.shape)}"):
+            # A number for the timestep, or expanded embeddings besides others, would make torch.compile start anew.
+            output = self.unet(
+                latents.to(self.unet.dtype),
+                torch.tensor(timestep, device=latents.device),
+                encoder_hidden_states=prompt_embeds.contiguous(),
+                cross_attention_kwargs=self.cross_attention_kwargs,
+                return_dict=False,
+            )[0].float()
+        if self.ddim.config.prediction_type == "v_prediction":
+            output = eps_from_v(output, latents, float(self.ddim.alphas_cumprod[timestep]))
+        if not guided:
+            return output
+        unconditional, conditional = output.chunk(2)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
+    def with_lora(self, weights: dict[str, torch.Tensor] | None, scale: float) -> AbstractContextManager[None]:
+        """The pair's LoRA in effect while the context lasts; None for no LoRA.
+
+        The "scale" that diffusers hands to loaded LoRAs through `cross_attention_kwargs` scales the pair's too.
+        """
+        return pair_lora(self.unet, weights, scale * (self.cross_attention_kwargs or {}).get("scale", 1.0))
+
+    @contextmanager
+    def frame_predictor(
+        self, pair: PreparedPair, conditions: Conditions, attention_blocks: Sequence[int], largest: int | None
+    ) -> Iterator[Callable[[torch.Tensor, int], torch.Tensor]]:
+        """A function for ε of in-between frames (F, C, h, w) at a timestep of the pair's path.
+
+        At every step the two photos go first, at their own latents of that step, and leave the tokens that the frames
+        then attend to; so the references are exact and the photos need no denoising of their own. The frames go in
+        batches that fit the memory.
+
+        Args:
+            pair: What the frames lie between.
+            conditions: Of the frames; read anew at every step.
+            attention_blocks: Up blocks whose self-attention looks at the photos.
+            largest: Frames in a batch, at most; None for what fits the free memory.
+        """
+        groups = 1 if conditions.negative_prompt_embeds is None else 2
+        batches = Batches(largest or affordable_frames(*self.footprint(pair.inversion.path, groups)))
+        with reference_attention(self.unet, attention_blocks) as references:
+
+            def predict_noise(latents: torch.Tensor, timestep: int) -> torch.Tensor:
+                negative = conditions.negative_prompt_embeds
+                if references.layers:
+                    with references.record():
+                        unconditional = None if negative is None else negative[:1].expand_as(pair.prompt_embeds)
+                        self.predict_noise(pair.inversion.at(timestep), timestep, pair.prompt_embeds, unconditional)
+                allowed = batches.largest
+                eps = batches.map(
+                    lambda x, text, away: self.predict_noise(x, timestep, text, away),
+                    latents,
+                    conditions.prompt_embeds,
+                    negative,
+                )
+                if batches.largest < allowed:
+                    logger.warning(
+                        f"Out of memory; from here on at most {batches.largest} frames are denoised at once. "
+                        "The frames are the same."
+                    )
+                return eps
+
+            yield predict_noise
+
+    def footprint(self, latents: torch.Tensor, groups: int = 1) -> tuple[torch.device, int, int, torch.dtype, int]:
+        """The arguments of `memory.affordable_frames`: what decides how much of the UNet's work fits at once.
+
+        Args:
+            latents: (…, h, w), of the size to be worked on.
+            groups: 2 under guidance, else 1.
+        """
+        h, w = latents.shape[-2:]
+        to_come = 0
+        if self.comes_late:
+            away = (weight for weight in self.unet.parameters() if weight.device.type != self.device.type)
+            to_come = sum(weight.nbytes for weight in away)
+        return self.device, groups * h * w, self.unet.config.block_out_channels[0], self.unet.dtype, to_come

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The finished gaps of a sequence in a folder, so that after a kill the same call goes on from there.
+
+A gap is kept as the clean latents of its frames, which are exact and small, under a digest of everything that decides
+them; so a folder never gives a gap that is not the one asked for. Every file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .inputs import frame_times
+from .pairs import PairInput
+from .prompts import NegativeText, PairText
+from .records import BidirectionalFlow
+from .rendering import DenoisedFrames
+from .settings import FitSettings, PrepareSettings, RenderSettings, arguments
+from .storage import digest_of, digest_of_tensors, read_tensors, write_tensors
+from .timing import eased_times
+
+KEY_LENGTH = 16  # hexadecimal digits of a digest in a file's name
+FILE_NAMES = rf"(gap_\d{{4,}}|lora)_[0-9a-f]{{{KEY_LENGTH}}}\.safetensors"
+
+
+class KeptGaps:
+    """What is kept of a sequence. This class itself keeps nothing, for a call that is to leave no files behind."""
+
+    def frames(self, k: int, gap: PairInput) -> DenoisedFrames | None:
+        """The frames of gap k; None if they are not kept."""
+        return None
+
+    def lora(self, k: int) -> dict[str, torch.Tensor] | None:
+        """The LoRA of gap k; None if it is not kept."""
+        return None
+
+    def keep_frames(self, k: int, frames: DenoisedFrames) -> None:
+        """Keep the frames of gap k."""
+
+    def keep_lora(self, k: int, weights: dict[str, torch.Tensor] | None) -> None:
+        """Keep the LoRA of gap k, if it has one."""
+
+
+class GapFolder(KeptGaps):
+    """The gaps of a sequence in a folder.
+
+    Args:
+        folder: Where; it is made if it is not there.
+        gap_keys: What decides the frames of each gap, by `gap_key`.
+        lora_keys: What decides the LoRA of each gap, by `lora_key`.
+        device: Where tensors that are read shall be.
+    """
+
+    def __init__(self, folder: Path, gap_keys: Sequence[str], lora_keys: Sequence[str], device: torch.device):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.gap_keys, self.lora_keys, self.device = folder, gap_keys, lora_keys, device
+
+    def frames(self, k: int, gap: PairInput) -> DenoisedFrames | None:
+        """The frames of gap k; None if they are not kept whole."""
+        found = read_tensors(self._gap_path(k), self.device)
+        if found is None:
+            return None
+        flow = BidirectionalFlow(found["flow.forward"], found["flow.backward"])
+        times = tuple(found["times"].tolist())
+        return DenoisedFrames(found["latents"], times, found["ends"], gap.ends(), gap.canvas, flow)
+
+    def lora(self, k: int) -> dict[str, torch.Tensor] | None:
+        """The LoRA of gap k; None if it is not kept whole."""
+        return read_tensors(self._lora_path(k), self.device)
+
+    def keep_frames(self, k: int, frames: DenoisedFrames) -> None:
+        """Keep the frames of gap k."""
+        tensors = {
+            "latents": frames.latents,
+            "times": torch.tensor(frames.times, dtype=torch.float64),
+            "ends": frames.clean_ends,
+            "flow.forward": frames.flow.forward,
+            "flow.backward": frames.flow.backward,
+        }
+        write_tensors(self._gap_path(k), tensors)
+
+    def keep_lora(self, k: int, weights: dict[str, torch.Tensor] | None) -> None:
+        """Keep the LoRA of gap k, if it has one."""
+        if weights is not None:
+            write_tensors(self._lora_path(k), weights)
+
+    def _gap_path(self, k: int) -> Path:
+        return self.folder / f"gap_{k + 1:04d}_{self.gap_keys[k][:KEY_LENGTH]}.safetensors"
+
+    def _lora_path(self, k: int) -> Path:
+        return self.folder / f"lora_{self.lora_keys[k][:KEY_LENGTH]}.safetensors"
+
+
+def kept_gaps(
+    folder: str | os.PathLike,
+    gaps: Sequence[PairInput],
+    preparing: PrepareSettings,
+    rendering: Sequence[RenderSettings],
+    shared: bool,
+    model: str,
+    device: torch.device,
+) -> GapFolder:
+    """The folder of a sequence's gaps.
+
+    Args:
+        folder: Where they are kept.
+        gaps: In their order.
+        preparing: How all of them are prepared.
+        rendering: How each of them is rendered.
+        shared: Whether one LoRA is fitted to all photos.
+        model: What stands for the checkpoint and its precision.
+        device: Where tensors that are read shall be.
+    """
+    fits = [gaps] * len(gaps) if shared else [[gap] for gap in gaps]
+    lora_keys = [lora_key(fitted, preparing, model) for fitted in fits]
+    gap_keys = [
+        gap_key(gap, preparing, settings, f"{model} {key}")
+        for gap, settings, key in zip(gaps, rendering, lora_keys, strict=True)
+    ]
+    return GapFolder(Path(folder), gap_keys, lora_keys, device)
+
+
+def gap_key(gap: PairInput, preparing: PrepareSettings, rendering: RenderSettings, model: str) -> str:
+    """A digest of everything that decides the latents of a gap's frames.
+
+    Args:
+        gap: The photos, their texts, what the user says of the match, and the seed.
+        preparing: How it is prepared.
+        rendering: Which frames are made, and how; an easing that is a function counts by the times it gives.
+        model: What stands for the checkpoint and its precision.
+    """
+    decided = {
+        name: getattr(settings, name)
+        for settings in (preparing, rendering)
+        for name, declared in arguments(type(settings)).items()
+        if declared.decides
+    }
+    if callable(rendering.easing):
+        decided["easing"] = eased_times(frame_times(rendering.n_frames, None), rendering.easing)
+    steering = [] if gap.steering is None else [gap.steering.points, gap.steering.moves]
+    tensors = [*gap.photos, *steering, *_embeds(gap.text), *_embeds(gap.negative)]
+    words = [gap.text.prompts, gap.negative.prompt, vars(gap.canvas), gap.seed]
+    return digest_of([digest_of_tensors(tensors), len(tensors), words, decided, model])
+
+
+def lora_key(gaps: Sequence[PairInput], settings: FitSettings, model: str) -> str:
+    """A digest of what decides the LoRA of one gap or of several, but for the rounding of the machine it is fitted on.
+
+    Args:
+        gaps: Those whose photos it is fitted to.
+        settings: How it is fitted.
+        model: What stands for the checkpoint and its precision.
+    """
+    tensors = [tensor for gap in gaps for tensor in (gap.fitted(), *_embeds(gap.text))]
+    words = [[gap.text.prompts, gap.seed] for gap in gaps]
+    fit = {name: getattr(settings, name) for name in arguments(FitSettings)}
+    return digest_of([digest_of_tensors(tensors), words, fit, model])
+
+
+def _embeds(text: PairText | NegativeText) -> list[torch.Tensor]:
+    return [] if text.embeds is None else [text.embeds]

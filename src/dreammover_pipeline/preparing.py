@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that does not depend on the frames asked for: encode → fit → invert → match."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils import logging
+
+from .autoencoder import Autoencoder
+from .conditioning import Conditioner
+from .denoiser import Denoiser
+from .features import up_block_features
+from .flow import distance_bias, join_features, match_features, smooth_flow
+from .inputs import feature_blocks
+from .lora import LoraFit, fit_pair_lora
+from .memory import advice_on_out_of_memory, affords_fit, free_cache, is_out_of_memory
+from .pairs import PairInput
+from .progress import Stages
+from .records import BidirectionalFlow, Inversion, PreparedPair
+from .sampling import invert
+from .schedules import ddim_schedule
+from .settings import FitSettings, PrepareSettings
+from .steering import Steering, steered_flow
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The three model objects that the stages work with."""
+
+    denoiser: Denoiser
+    autoencoder: Autoencoder
+    conditioner: Conditioner
+
+
+def prepare_pair(
+    models: Models,
+    pair: PairInput,
+    settings: PrepareSettings,
+    stages: Stages,
+    lora: dict[str, torch.Tensor] | None = None,
+) -> PreparedPair:
+    """Encode the two photos, fit their LoRA, invert both and match their features.
+
+    Args:
+        models: What to do it with.
+        pair: The photos, their texts and what the user says of the match.
+        settings: How to do it.
+        stages: What is told of progress.
+        lora: Weights to use instead of fitting some.
+    """
+    clean = models.autoencoder.encode(pair.fitted())
+    prompt_embeds = models.conditioner.pair(pair.text, settings.clip_skip)
+    if lora is None and settings.lora_steps:
+        lora = fit_lora(models.denoiser, clean, prompt_embeds, settings, pair.seed, stages)
+    with models.denoiser.with_lora(lora, settings.lora_scale):
+        inversion = invert_pair(models.denoiser, clean, prompt_embeds, settings, stages)
+        features = pair_features(models.denoiser, inversion, prompt_embeds, settings)
+    flow = match_pair(features, tuple(clean.shape[-2:]), pair.steering, settings)
+    return PreparedPair(pair.ends(), pair.canvas, inversion, flow, prompt_embeds, lora, settings.lora_scale)
+
+
+def fit_lora_of_gaps(
+    models: Models, gaps: Sequence[PairInput], settings: FitSettings, stages: Stages
+) -> dict[str, torch.Tensor]:
+    """Fit one LoRA to the photos of one gap, or of several gaps that follow each other, by the first gap's seed.
+
+    Args:
+        models: What to do it with.
+        gaps: The second photo of each is the first photo of the next.
+        settings: How the LoRA is fitted.
+        stages: What is told of progress.
+
+    Returns:
+        The weights, by diffusers' names.
+    """
+    photos = torch.cat([gaps[0].fitted(), *(gap.fitted()[1:] for gap in gaps[1:])])
+    clean = torch.cat([models.autoencoder.encode(two) for two in photos.split(2)])
+    both = [models.conditioner.pair(gap.text, settings.clip_skip) for gap in gaps]
+    prompt_embeds = torch.cat([both[0], *(embeds[1:] for embeds in both[1:])])
+    return fit_lora(models.denoiser, clean, prompt_embeds, settings, gaps[0].seed, stages)
+
+
+def fit_lora(
+    denoiser: Denoiser,
+    clean: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    settings: FitSettings,
+    seed: int,
+    stages: Stages,
+) -> dict[str, torch.Tensor]:
+    """Fit one LoRA to two photos or more; where memory runs out, once more with gradient checkpointing.
+
+    Args:
+        denoiser: Whose UNet it is fitted on.
+        clean: Clean latents of the photos, (n, C, h, w).
+        prompt_embeds: Embeddings of the photos, (n, L, D).
+        settings: How it is fitted.
+        seed: What decides it wholly.
+        stages: What is told of progress.
+
+    Returns:
+        The weights, by diffusers' names.
+    """
+
+    def attempt(gradient_checkpointing: bool) -> dict[str, torch.Tensor]:
+        with stages("Fitting LoRA", settings.lora_steps) as step:
+            return fit_pair_lora(
+                denoiser.unet,
+                clean,
+                prompt_embeds,
+                denoiser.ddim.alphas_cumprod,
+                LoraFit(settings.lora_steps, settings.lora_rank, settings.lora_learning_rate),
+                seed,
+                denoiser.ddim.config.prediction_type,
+                step,
+                gradient_checkpointing,
+            )
+
+    if affords_fit(*denoiser.footprint(clean)):
+        try:
+            return attempt(False)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        free_cache(clean.device)
+        logger.warning("Out of memory; the LoRA fit starts anew with gradient checkpointing, for the same result.")
+    with advice_on_out_of_memory("in the LoRA fit"):
+        return attempt(True)
+
+
+def invert_pair(
+    denoiser: Denoiser, clean: torch.Tensor, prompt_embeds: torch.Tensor, settings: PrepareSettings, stages: Stages
+) -> Inversion:
+    """Invert both photos to step T, keeping the whole path. Source: DreamMover §3.1.
+
+    Args:
+        denoiser: With the pair's LoRA on.
+        clean: Clean latents of the two photos, (2, C, h, w).
+        prompt_embeds: Embeddings of the two photos, (2, L, D).
+        settings: Of the schedule and the depth.
+        stages: What is told of progress.
+
+    Raises:
+        RuntimeError: The UNet overflowed.
+    """
+    schedule = ddim_schedule(denoiser.ddim, settings.num_inference_steps, settings.inversion_steps)
+    with stages("Inverting", settings.inversion_steps + 1) as step:
+        inversion = invert(
+            clean,
+            lambda latents, timestep: denoiser.predict_noise(latents, timestep, prompt_embeds),
+            schedule,
+            settings.inversion_steps,
+            step,
+        )
+    require_finite(inversion.path[-1], denoiser.unet.dtype)
+    return inversion
+
+
+def pair_features(
+    denoiser: Denoiser, inversion: Inversion, prompt_embeds: torch.Tensor, settings: PrepareSettings
+) -> list[torch.Tensor]:
+    """The features of both photos at the step of the inversion that is matched. Source: DreamMover §3.2.
+
+    Args:
+        denoiser: With the pair's LoRA on.
+        inversion: Of the two photos.
+        prompt_embeds: Embeddings of the two photos, (2, L, D).
+        settings: Which step and which up blocks.
+
+    Returns:
+        One (2, C', h', w') for each block.
+    """
+    timestep = inversion.schedule.timestep(settings.feature_step)
+    return up_block_features(
+        denoiser.unet,
+        feature_blocks(settings.feature_block),
+        lambda: denoiser.predict_noise(inversion.at(timestep), timestep, prompt_embeds),
+    )
+
+
+def match_pair(
+    features: list[torch.Tensor], size: tuple[int, int], steering: Steering | None, settings: PrepareSettings
+) -> BidirectionalFlow:
+    """The flow between the two photos on the latent grid, both ways. Source: DreamMover §3.2.
+
+    Args:
+        features: (2, C', h', w') of each block.
+        size: (h, w) of the latent grid.
+        steering: What the user says of the match; None where that is nothing.
+        settings: Of the penalty for distance and of the smoothing.
+    """
+    matched = features[0] if len(features) == 1 else join_features(features, size)
+    bias = distance_bias(size, settings.distance_penalty, matched)
+    if steering is not None:
+        return steered_flow(matched, steering, settings.flow_smoothing, bias)
+    return smooth_flow(match_features(matched, size, bias), settings.flow_smoothing)
+
+
+def require_finite(latents: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise RuntimeError if the UNet left something behind that is not a finite number."""
+    if not latents.isfinite().all():
+        raise RuntimeError(f"the UNet overflowed in {dtype}; load the pipeline in bfloat16 or float32")
