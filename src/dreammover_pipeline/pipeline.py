@@ -30,6 +30,7 @@ from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
+from .adapters import isolated_adapter  # noqa: F401, named so that the custom-pipeline loader ships it
 from .attention import reference_attention, self_attention_names
 from .ddim import eps_from_v, predict_clean, recompose
 from .features import up_block_features
