@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dreammover_pipeline import DreamMoverPipeline
-from dreammover_pipeline.lora import TARGETS
+from dreammover_pipeline.adapters import TARGETS
 from dreammover_pipeline.tiny import CHECKPOINT
 
 # Stable Diffusion 1.5's configurations, and the smallest that run every line.

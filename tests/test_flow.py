@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Correspondence and the backward warp."""
+"""Correspondence, and its smoothing."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from support import naive
 
 from dreammover_pipeline import flow as flow_module
+from dreammover_pipeline.fields import backward_warp, cell_grid
 from dreammover_pipeline.flow import (
-    backward_warp,
-    cell_grid,
     distance_bias,
     join_features,
     match_features,
@@ -34,12 +33,6 @@ def constant_flow(h, w, dx, dy):
 def assert_same_flow(actual, expected):
     assert torch.equal(actual.forward, expected.forward)
     assert torch.equal(actual.backward, expected.backward)
-
-
-def test_cell_grid_is_x_then_y():
-    grid = cell_grid(2, 3, torch.zeros(1, dtype=torch.float64))
-    assert grid.dtype == torch.float64
-    assert grid.tolist() == [[[[0, 1, 2], [0, 1, 2]], [[0, 0, 0], [1, 1, 1]]]]
 
 
 @pytest.mark.parametrize(("dx", "dy"), [(0, 0), (1, 0), (0, 1), (3, -2), (-2, 1)])
@@ -139,7 +132,6 @@ def test_works_in_float32_at_least(given, kept):
     flow = match_features(features, (6, 5))
     assert flow.forward.dtype == flow.backward.dtype == kept
     assert_same_flow(flow, match_features(features.to(kept), (6, 5)))
-    assert backward_warp(features, flow.stacked()).dtype == kept
 
 
 @pytest.fixture
@@ -196,21 +188,6 @@ def test_matmul_precision_is_restored_after_a_failure(monkeypatch, default_preci
             match_features(randn(2, 4, 3, 3), (3, 3))
         assert torch.is_autocast_enabled("cpu")
     assert torch.get_float32_matmul_precision() == "medium"
-
-
-@pytest.mark.parametrize(("h", "w"), [(5, 7), (6, 4), (1, 6), (6, 1), (1, 1)])
-def test_backward_warp_is_the_loop(h, w):
-    x, flow = randn(2, 3, h, w), 3 * randn(2, 2, h, w, seed=1)
-    torch.testing.assert_close(backward_warp(x, flow), naive.backward_warp(x, flow), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize(("dx", "dy"), [(0, 0), (1, 0), (0, -1), (2, 1), (-3, 2), (9, 0), (0, -9)])
-def test_backward_warp_by_whole_cells_looks_up_those_cells_and_zeros_outside(dx, dy):
-    h, w = 6, 8
-    x = randn(1, 2, h, w)
-    padded = F.pad(x, (10, 10, 10, 10))
-    expected = padded[..., 10 + dy : 10 + dy + h, 10 + dx : 10 + dx + w]
-    torch.testing.assert_close(backward_warp(x, constant_flow(h, w, dx, dy)), expected, rtol=0, atol=1e-12)
 
 
 def test_matched_cells_look_each_other_up():
@@ -279,8 +256,7 @@ def test_joined_features_average_the_cosines():
 
 
 def test_leaves_its_inputs_alone():
-    features, x, flow = randn(2, 4, 5, 6), randn(1, 3, 5, 6, seed=1), randn(1, 2, 5, 6, seed=2)
-    before = features.clone(), x.clone(), flow.clone()
+    features = randn(2, 4, 5, 6)
+    before = features.clone()
     match_features(features, (5, 6))
-    backward_warp(x, flow)
-    assert all(map(torch.equal, (features, x, flow), before))
+    assert torch.equal(features, before)

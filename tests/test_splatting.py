@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import naive
 
-from dreammover_pipeline.flow import cell_grid
+from dreammover_pipeline.fields import cell_grid
 from dreammover_pipeline.splatting import softmax_splat, winner_splat
 
 GRIDS = [(5, 7), (6, 4), (1, 6), (6, 1), (1, 1)]

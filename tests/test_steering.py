@@ -18,8 +18,9 @@ from support.pages import EXAMPLES, printed
 
 from dreammover_pipeline import flow as flow_module
 from dreammover_pipeline.cli.main import main
-from dreammover_pipeline.evaluation.metrics import endpoint_errors, pixel_flow
-from dreammover_pipeline.flow import agreement, cell_grid, match_features, neighbourhood_mean, smooth_flow
+from dreammover_pipeline.evaluation.metrics import endpoint_errors
+from dreammover_pipeline.fields import cell_grid, pixel_flow
+from dreammover_pipeline.flow import agreement, match_features, neighbourhood_mean, smooth_flow
 from dreammover_pipeline.images import fit, fit_points, load_masks
 from dreammover_pipeline.inputs import point_pairs
 from dreammover_pipeline.records import Canvas

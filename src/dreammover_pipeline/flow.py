@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense correspondence from features, and the backward warp.
+"""Dense correspondence: a flow matched from features, and smoothed where it is unsure.
 
-Conventions, here and everywhere: flow is (B, 2, h, w) in cells of its own grid; channel 0 is dx (columns, to the
-right), channel 1 dy (rows, downwards); the flow at a cell of the source says by how much it moves. Cell centres have
-integer coordinates (`align_corners=True`), so an integer flow moves values exactly.
+Conventions of coordinates and flow: see `fields.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .ddim import working_dtype
+from .fields import backward_warp, cell_grid
 from .records import BidirectionalFlow
 
 # Rows of the similarity matrix held at once: at 512² a block is 1024 × 4096 float32, 16 MiB.
@@ -22,37 +21,6 @@ MATCH_ROWS = 1024
 SMOOTHING_RADIUS = 2  # cells; the window of `smooth_flow`
 SMOOTHING_SIGMA = 1.5  # cells; of its Gaussian
 DOUBT = 1e-3  # weight of a vector whose way back does not agree at all, so that every window has a mean
-
-
-def cell_grid(h: int, w: int, like: torch.Tensor) -> torch.Tensor:
-    """(1, 2, h, w) coordinates (x, y) of every cell, in the dtype and on the device of `like`."""
-    y, x = torch.meshgrid(
-        torch.arange(h, device=like.device, dtype=like.dtype),
-        torch.arange(w, device=like.device, dtype=like.dtype),
-        indexing="ij",
-    )
-    return torch.stack([x, y])[None]
-
-
-def backward_warp(x: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
-    """Look every cell up where the flow points: out(p) = x(p + flow(p)), bilinear, zero outside the grid.
-
-    Source: DreamMover §3.2, the warp inside the importance metric of Eq. (4).
-
-    Args:
-        x: (B, C, h, w).
-        flow: (B, 2, h, w) in cells.
-
-    Returns:
-        (B, C, h, w).
-    """
-    h, w = x.shape[-2:]
-    dtype = working_dtype(x)
-    # Cells have integer centres; grid_sample's edge-based coordinates express that on grids of one cell too.
-    target = cell_grid(h, w, flow.to(dtype)) + flow.to(dtype)
-    extent = torch.tensor([w, h], device=x.device, dtype=dtype).reshape(1, 2, 1, 1)
-    normalised = ((2 * target + 1) / extent - 1).movedim(1, -1)  # (B, h, w, 2)
-    return F.grid_sample(x.to(dtype), normalised, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 
 from .ddim import working_dtype
-from .flow import backward_warp, round_trip_error
+from .fields import backward_warp
+from .flow import round_trip_error
 from .records import BidirectionalFlow
 from .splatting import softmax_splat, winner_splat
 

@@ -30,9 +30,11 @@ from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
+from .adapters import isolated_adapter  # noqa: F401, named so that the custom-pipeline loader ships it
 from .attention import reference_attention, self_attention_names
 from .ddim import eps_from_v, predict_clean, recompose
 from .features import up_block_features
+from .fields import cell_grid  # noqa: F401, named so that the custom-pipeline loader ships it
 from .flow import distance_bias, join_features, match_features, smooth_flow
 from .fusion import (
     agreement_importance,

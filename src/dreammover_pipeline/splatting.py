@@ -5,7 +5,7 @@ A scatter-add is the obvious way to splat, but on a GPU its atomics add in any o
 entries (target cell, value), the entries are sorted by target, and each target's run of entries is reduced by a
 segmented tree: gathers only, so the order of additions never changes.
 
-Conventions of coordinates and flow: see `flow.py`.
+Conventions of coordinates and flow: see `fields.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from .ddim import working_dtype
-from .flow import cell_grid
+from .fields import cell_grid
 
 
 def softmax_splat(x: torch.Tensor, flow: torch.Tensor, metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

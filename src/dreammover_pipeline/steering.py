@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .flow import agreement, cell_grid, match_features, neighbourhood_mean, unit_features
+from .fields import cell_grid
+from .flow import agreement, match_features, neighbourhood_mean, unit_features
 from .records import BidirectionalFlow
 
 # Chosen in the procedural world; docs/points.md has the figures. Lengths are shares of the grid's shorter side.

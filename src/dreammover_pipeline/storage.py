@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from .lora import acting_tensors
+from .adapters import acting_tensors
 from .records import BidirectionalFlow, Canvas, Inversion, PreparedPair, Schedule
 
 FORMAT_VERSION = 1

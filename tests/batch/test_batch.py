@@ -584,6 +584,17 @@ def test_a_kept_lora_gives_the_same_bytes_and_a_damaged_one_is_not_there(pipe, a
         assert file.read_bytes() == content
 
 
+def test_a_kept_lora_is_loaded_to_where_torch_itself_would_put_it(tmp_path):
+    """That is, to multiples of 64, whatever the length of the file's header and the sizes of the weights in it."""
+    cache = LoraCache(tmp_path)
+    for length in range(64):
+        weights = {"a" * (1 + length): torch.randn(3, 7), "b.lora_B.weight": torch.randn(5, 3)}
+        cache.save("key", weights, "owner")
+        loaded = cache.load("key")
+        assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
+        assert {weight.data_ptr() % 64 for weight in loaded.values()} == {0}
+
+
 def test_the_key_of_a_lora(pipe, album):
     pixels, stack = torch.zeros(2, 3, 8, 8), stack_of(pipe)
 

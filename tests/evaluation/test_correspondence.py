@@ -12,8 +12,9 @@ import torch
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.cli.main import main
 from dreammover_pipeline.evaluation.correspondence import METRICS, PASSES, PENALTIES, Variant, _measured, study, table
-from dreammover_pipeline.evaluation.methods import Job, _at_cell_centres
+from dreammover_pipeline.evaluation.methods import Job
 from dreammover_pipeline.evaluation.suites import find_suites
+from dreammover_pipeline.fields import flow_at_cell_centres
 from dreammover_pipeline.records import BidirectionalFlow
 from dreammover_pipeline.tiny import CHECKPOINT
 
@@ -57,7 +58,7 @@ def test_true_flow_has_no_error(tiny_pipe, suites):
     )
     size = job.prepared().flow.forward.shape[-2:]
     motion = job.pair.motion
-    exact = BidirectionalFlow(*(_at_cell_centres(motion.flow(*way), size) for way in ((0, 1), (1, 0))))
+    exact = BidirectionalFlow(*(flow_at_cell_centres(motion.flow(*way), size) for way in ((0, 1), (1, 0))))
     still = BidirectionalFlow(*torch.zeros(2, 1, 2, *size))
     assert _measured(job, exact)["epe"] < 4 < _measured(job, still)["epe"]  # pixels; within a cell the flow varies
     assert _measured(job, exact)["pck10"] > 0.95

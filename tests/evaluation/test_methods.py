@@ -11,7 +11,7 @@ pytest.importorskip("skimage")
 pytest.importorskip("cv2")
 
 from dreammover_pipeline.evaluation.branching import between, branching_slerp, generations
-from dreammover_pipeline.evaluation.methods import METHODS, Job, upsampled
+from dreammover_pipeline.evaluation.methods import METHODS, Job
 from dreammover_pipeline.evaluation.networks import Tools, dis_flow
 from dreammover_pipeline.evaluation.scoring import score
 from dreammover_pipeline.evaluation.suites import Pair, find_suites, folder_suite, world_suite
@@ -138,13 +138,6 @@ def test_splats_of_a_pair_that_rests_show_it(tiny_pipe):
     assert not job.prepared().flow.stacked().any()
     torch.testing.assert_close(METHODS["pixel_splat"](job)[0], still.truth, atol=1e-5, rtol=0)
     torch.testing.assert_close(METHODS["latent_splat"](job)[0], METHODS["vae_of_truth"](job)[0], atol=1e-4, rtol=0)
-
-
-def test_flow_of_cells_becomes_flow_of_pixels():
-    fine = upsampled(torch.ones(1, 2, 4, 8), (16, 16))
-    assert fine.shape == (1, 2, 16, 16)
-    assert fine[:, 0].unique() == 2
-    assert fine[:, 1].unique() == 4
 
 
 def test_branching_goes_from_the_middle_outwards():

@@ -16,7 +16,6 @@ from dreammover_pipeline.evaluation.metrics import (
     consistent,
     endpoint_errors,
     high_frequency_energy,
-    pixel_flow,
     psnr,
     ssim,
     warping_error,
@@ -76,29 +75,6 @@ def test_endpoint_errors_of_a_known_offset():
     where[:, :, :10] = True
     flow = constant_flow(5, -2) + torch.where(where, 0, 100)
     assert endpoint_errors(flow, constant_flow(2, 2), where).tolist() == [5.0] * 640
-
-
-def test_cells_of_flow_become_pixels_without_mixing():
-    forward = torch.zeros(1, 2, 2, 2)
-    forward[0, :, 0, 1] = torch.tensor([1.0, 0.5])
-    flow = BidirectionalFlow(forward, -forward)
-    there, back = pixel_flow(flow, Canvas(64, 64, 64, 64, 64, 64))
-    assert torch.equal(back, -there)
-    expected = torch.zeros(1, 2, 64, 64)
-    expected[0, 0, :32, 32:], expected[0, 1, :32, 32:] = 32, 16
-    assert torch.equal(there, expected)
-
-
-def test_flow_leaves_a_padded_canvas_at_the_scale_of_the_output():
-    """Content 48 × 64 of a 64 × 80 canvas, put out at 96 × 192: 2 × as high, 3 × as wide."""
-    canvas = Canvas(64, 80, 48, 64, 96, 192)
-    flow = torch.zeros(1, 2, 8, 10)
-    flow[:, 0], flow[:, 1] = 1, 2  # cells of 8 pixels
-    flow[..., 6:, :] = flow[..., 8:] = 99  # in the padding
-    there, _ = pixel_flow(BidirectionalFlow(flow, flow), canvas)
-    assert there.shape == (1, 2, 96, 192)
-    assert torch.equal(there[:, 0].unique(), torch.tensor([24.0]))
-    assert torch.equal(there[:, 1].unique(), torch.tensor([32.0]))
 
 
 def test_warping_error_is_zero_for_a_true_warp_and_known_for_a_false_one():

@@ -21,6 +21,7 @@ MATHS = (
     "records",
     "ddim",
     "sampling",
+    "fields",
     "flow",
     "splatting",
     "fusion",

@@ -19,7 +19,7 @@ from transformers import CLIPTokenizer
 
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.ddim import recompose
-from dreammover_pipeline.flow import cell_grid
+from dreammover_pipeline.fields import cell_grid
 from dreammover_pipeline.tiny import models, optim, recipes, stages, validation
 from dreammover_pipeline.tiny.train import main
 from dreammover_pipeline.tiny.trainer import read_state

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dreammover_pipeline.flow import backward_warp
+from dreammover_pipeline.fields import backward_warp
 from dreammover_pipeline.tiny.sprites import KINDS, Box, Ellipse, Polygon
 from dreammover_pipeline.tiny.world import BACKGROUNDS, COLOURS, DIFFICULTIES, TEXTURES, World
 

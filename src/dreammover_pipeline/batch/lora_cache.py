@@ -23,11 +23,15 @@ class LoraCache:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def load(self, key: str) -> dict[str, torch.Tensor] | None:
-        """The LoRA of a key; None if it is not there, or not whole."""
+        """The LoRA of a key; None if its file is missing or cut off."""
         try:
-            return load_file(self._path(key))
+            weights = load_file(self._path(key))
         except (OSError, SafetensorError):
             return None
+        # What safetensors loads are views of the file, at addresses that depend on its header. Some processors compute
+        # with other kernels, which round otherwise, where an address is no multiple of 64, as torch's own all are; in
+        # memory of their own the weights act to the bit as those that were fitted.
+        return {name: weight.clone() for name, weight in weights.items()}
 
     def save(self, key: str, weights: dict[str, torch.Tensor], owner: str) -> None:
         """Keep a LoRA; its file appears whole or not at all.

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..features import up_block_features
+from ..fields import pixel_flow, upsampled_flow
 from ..flow import distance_bias, join_features, match_features, smooth_flow
 from ..images import unfit
 from ..pipeline import DreamMoverPipeline
 from ..records import BidirectionalFlow, Inversion
-from .methods import Job, upsampled
-from .metrics import endpoint_errors, pixel_flow, psnr
+from .methods import Job
+from .metrics import endpoint_errors, psnr
 from .statistics import estimate
 from .suites import Suite
 
@@ -111,7 +112,7 @@ def _flows(
             matched = size if grid == "latent" else own
             flow = match_features(part, matched, distance_bias(matched, penalty, part))
             if grid == "own":
-                flow = BidirectionalFlow(*(upsampled(way, size) for way in (flow.forward, flow.backward)))
+                flow = BidirectionalFlow(*(upsampled_flow(way, size) for way in (flow.forward, flow.backward)))
             for passes in PASSES:
                 yield Variant(name, step, grid, penalty, passes), smooth_flow(flow, passes)
 
@@ -126,7 +127,7 @@ def _measured(job: Job, flow: BidirectionalFlow) -> dict[str, float]:
     motion, side = job.pair.motion, max(job.canvas.output_height, job.canvas.output_width)
     sprites, rest = [], []
     for field, (source, target) in zip(pixel_flow(flow, job.canvas), ((0, 1), (1, 0)), strict=True):
-        seen, sprite = motion.visible(source, target)[0], motion.foreground(source)[0]
+        field, seen, sprite = field.cpu(), motion.visible(source, target)[0], motion.foreground(source)[0]
         sprites.append(endpoint_errors(field, motion.flow(source, target), seen & sprite))
         rest.append(endpoint_errors(field, motion.flow(source, target), seen & ~sprite))
     errors = torch.cat(sprites)

@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
+from ..fields import flow_at_cell_centres, upsampled_flow
 from ..fusion import agreement_importance, fuse_high_level, photometric_importance
 from ..images import fit, fit_to_output, unfit
 from ..pipeline import DreamMoverPipeline
@@ -190,7 +191,7 @@ def pixel_splat(job: Job) -> Result:
     flow = job.prepared().flow
     pixels = 2 * job.working_images - 1
     size = pixels.shape[-2:]
-    fine = BidirectionalFlow(*(upsampled(part.cpu(), size) for part in (flow.forward, flow.backward)))
+    fine = BidirectionalFlow(*(upsampled_flow(part.cpu(), size) for part in (flow.forward, flow.backward)))
     if job.importance == "agreement":
         metric = F.interpolate(agreement_importance(flow).cpu(), size=size, mode="bilinear", align_corners=False)
     else:
@@ -255,19 +256,5 @@ def _with_flow(job: Job, forward: torch.Tensor, backward: torch.Tensor) -> Prepa
     """The prepared pair with another flow, (1, 2, H, W) each, in pixels of the frames."""
     pair = job.prepared()
     size = pair.flow.forward.shape[-2:]
-    cells = (_at_cell_centres(field, size).to(pair.flow.forward) for field in (forward, backward))
+    cells = (flow_at_cell_centres(field, size).to(pair.flow.forward) for field in (forward, backward))
     return replace(pair, flow=BidirectionalFlow(*cells))
-
-
-def _at_cell_centres(flow: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Flow of pixels (1, 2, H, W) as flow of cells (1, 2, h, w): that of the pixel at the centre, unmixed."""
-    (h, w), (height, width) = size, flow.shape[-2:]
-    row = ((torch.arange(h) + 0.5) * height / h).long()
-    column = ((torch.arange(w) + 0.5) * width / w).long()
-    return flow[..., row[:, None], column] / torch.tensor([width / w, height / h]).reshape(1, 2, 1, 1)
-
-
-def upsampled(flow: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Flow of cells as flow of pixels, bilinear."""
-    scale = torch.tensor([size[1] / flow.shape[-1], size[0] / flow.shape[-2]]).reshape(1, 2, 1, 1).to(flow)
-    return F.interpolate(flow, size=size, mode="bilinear", align_corners=False) * scale

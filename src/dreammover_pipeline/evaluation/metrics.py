@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from skimage.metrics import structural_similarity
 
-from ..flow import backward_warp
-from ..records import BidirectionalFlow, Canvas
+from ..fields import backward_warp
 
 MOST_DECIBELS = 100.0  # what identical images get, so that a mean stays finite
 
@@ -44,28 +43,6 @@ def ssim(image: torch.Tensor, truth: torch.Tensor) -> float:
             use_sample_covariance=False,
         )
     )
-
-
-def pixel_flow(flow: BidirectionalFlow, canvas: Canvas) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flow of latent cells as flow of the output's pixels: a pixel moves like the cell its centre lies in.
-
-    Nearest, not bilinear: a matched cell knows nothing finer, and blending across an edge would invent motion.
-
-    Returns:
-        Forward and backward, (1, 2, H, W) each.
-    """
-    h, w = flow.forward.shape[-2:]
-    row = (torch.arange(canvas.output_height) + 0.5) * (canvas.content_height / canvas.output_height)
-    column = (torch.arange(canvas.output_width) + 0.5) * (canvas.content_width / canvas.output_width)
-    row, column = (row * h / canvas.height).long(), (column * w / canvas.width).long()
-    pixels_per_cell = torch.tensor(
-        [
-            canvas.width / w * canvas.output_width / canvas.content_width,
-            canvas.height / h * canvas.output_height / canvas.content_height,
-        ]
-    ).reshape(1, 2, 1, 1)
-    forward, backward = (field.cpu()[..., row[:, None], column] for field in (flow.forward, flow.backward))
-    return forward * pixels_per_cell, backward * pixels_per_cell
 
 
 def endpoint_errors(flow: torch.Tensor, truth: torch.Tensor, where: torch.Tensor) -> torch.Tensor:

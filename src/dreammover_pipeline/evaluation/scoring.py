@@ -9,12 +9,12 @@ from itertools import pairwise
 
 import torch
 
+from ..fields import pixel_flow
 from ..records import BidirectionalFlow, Canvas
 from .metrics import (
     consistent,
     endpoint_errors,
     high_frequency_energy,
-    pixel_flow,
     psnr,
     ssim,
     warping_error,
@@ -117,7 +117,7 @@ def _flow_errors(pair: Pair, flow: BidirectionalFlow | None, canvas: Canvas) -> 
     errors = []
     for field, (source, target) in zip(pixel_flow(flow, canvas), ((0, 1), (1, 0)), strict=True):
         where = pair.motion.foreground(source)[0] & pair.motion.visible(source, target)[0]
-        errors.append(endpoint_errors(field, pair.motion.flow(source, target), where))
+        errors.append(endpoint_errors(field.cpu(), pair.motion.flow(source, target), where))
     errors = torch.cat(errors)
     side = max(canvas.output_height, canvas.output_width)
     shares = {f"pck{percent:02d}": float((errors <= percent / 100 * side).float().mean()) for percent in (5, 10)}

@@ -359,7 +359,7 @@ def _round_trip_errors(flow: BidirectionalFlow) -> np.ndarray:
 
 def _held_inside(field: torch.Tensor) -> torch.Tensor:
     """Flow (1,2,h,w) that ends less than half a cell beyond the outermost centres, ended there: cells reach so far."""
-    from ..flow import cell_grid
+    from ..fields import cell_grid
 
     cells = cell_grid(*field.shape[-2:], field)
     target = cells + field

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pair's LoRA beside a user's own adapters, and on a UNet whose weights are kept elsewhere."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from support.fitting import ALPHAS_CUMPROD, FIT, add_user_lora, forward, random_pair
+from support.snapshot import snapshot
+
+from dreammover_pipeline.adapters import adapter_weights, base_weight, isolated_adapter
+from dreammover_pipeline.lora import LoraFit, fit_pair_lora, pair_lora
+
+
+@pytest.fixture
+def unet(components):
+    return components["unet"]
+
+
+@pytest.fixture
+def pair():
+    return random_pair()
+
+
+@pytest.fixture
+def alphas_cumprod():
+    return ALPHAS_CUMPROD
+
+
+@pytest.fixture
+def fitted(unet, pair, alphas_cumprod):
+    return fit_pair_lora(unet, *pair, alphas_cumprod, LoraFit(3, 4, 1e-2), seed=0)
+
+
+# ── The adapter itself ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_adapter_is_on_the_attention_projections_and_does_nothing_by_itself(unet, pair):
+    before, plain, drawn = snapshot(unet), forward(unet, *pair), torch.get_rng_state()
+    with isolated_adapter(unet, 4) as layers:
+        assert layers.keys() == {
+            name for name, _ in unet.named_modules() if name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))
+        }
+        assert set(adapter_weights(layers)) == {f"{name}.lora_{part}.weight" for name in layers for part in "AB"}
+        assert not any(parameter.requires_grad for parameter in unet.parameters())
+        assert torch.equal(forward(unet, *pair), plain)
+    assert snapshot(unet) == before
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_the_base_weight_is_the_one_below_a_users_adapter(unet):
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    weight = unet.get_submodule(name).weight
+    assert base_weight(unet, name).data_ptr() == weight.data_ptr()
+    add_user_lora(unet)
+    assert isinstance(unet.get_submodule(name), BaseTunerLayer)
+    assert base_weight(unet, name).data_ptr() == weight.data_ptr()
+
+
+# ── The user's own adapters ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def user_none(unet):
+    pass
+
+
+def user_active(unet):
+    add_user_lora(unet)
+    unet.set_adapters(["style"], weights=[0.7])
+
+
+def user_inactive_beside_active(unet):
+    add_user_lora(unet)
+    add_user_lora(unet, "other", targets=("to_k", "ff.net.2"), seed=2)
+    unet.set_adapter("style")
+
+
+def user_disabled(unet):
+    add_user_lora(unet)
+    unet.disable_adapters()
+
+
+def user_fused(unet):
+    add_user_lora(unet)
+    unet.fuse_lora()
+
+
+def user_fused_and_unloaded(unet):
+    add_user_lora(unet)
+    unet.fuse_lora()
+    unet.unload_lora()
+
+
+def user_trains_it(unet):
+    add_user_lora(unet)
+    unet.requires_grad_(False)
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_("lora_A" in name)
+
+
+USERS = [
+    user_none,
+    user_active,
+    user_inactive_beside_active,
+    user_disabled,
+    user_fused,
+    user_fused_and_unloaded,
+    user_trains_it,
+]
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_a_users_adapters_work_meanwhile_and_are_afterwards_what_they_were(unet, pair, alphas_cumprod, user):
+    user(unet)
+    before, expected = snapshot(unet), forward(unet, *pair)
+    weights = fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0)
+    assert snapshot(unet) == before
+    assert torch.equal(forward(unet, *pair), expected)
+
+    nothing = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    with pair_lora(unet, nothing, 1.0):
+        assert torch.allclose(forward(unet, *pair), expected, atol=1e-5), "the user's adapters act differently"
+    with pair_lora(unet, {name: weight + 0.1 for name, weight in weights.items()}, 1.0):
+        assert not torch.allclose(forward(unet, *pair), expected, atol=1e-3), "the pair's LoRA does not act"
+    assert snapshot(unet) == before
+    assert torch.equal(forward(unet, *pair), expected)
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_an_interrupted_fit_leaves_the_unet_as_it_was(unet, pair, alphas_cumprod, user):
+    user(unet)
+    before = snapshot(unet)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0, on_step=interrupt)
+    assert snapshot(unet) == before
+
+
+def test_no_trace_is_left_in_what_is_saved(unet, pair, alphas_cumprod):
+    keys = set(unet.state_dict())
+    weights = fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0)
+    with pair_lora(unet, weights, 1.0):
+        pass
+    assert set(unet.state_dict()) == keys
+    assert not any(isinstance(module, BaseTunerLayer) for module in unet.modules())
+
+
+# ── Offloading ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
+def test_group_offloading_pauses_for_the_fit_and_for_fusing(components, pair, alphas_cumprod, fitted, level):
+    """A backward pass would find the weights gone: groups come for forwards only."""
+    unet = components["unet"]
+    expected = fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0)
+    with pair_lora(unet, fitted, 1.0):
+        acting = forward(unet, *pair)
+    plain = forward(unet, *pair)
+    cpu = torch.device("cpu")
+    unet.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=level, num_blocks_per_group=1)
+
+    hooked = set()
+
+    def look():
+        hooked.add(
+            any(getattr(module, "_diffusers_hook", None) and module._diffusers_hook.hooks for module in unet.modules())
+        )
+
+    weights = fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0, on_step=look)
+    assert hooked == {False}
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    with pair_lora(unet, fitted, 1.0):
+        assert torch.equal(forward(unet, *pair), acting)
+        look()
+    assert hooked == {False, True}
+    assert torch.equal(forward(unet, *pair), plain)
+
+
+def test_weights_offloaded_to_disk_are_refused(unet, pair, alphas_cumprod, fitted, tmp_path):
+    cpu = torch.device("cpu")
+    unet.enable_group_offload(
+        onload_device=cpu, offload_device=cpu, offload_type="leaf_level", offload_to_disk_path=str(tmp_path)
+    )
+    with pytest.raises(ValueError, match="offload_to_disk_path"):
+        fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0)
+    with pytest.raises(ValueError, match="offload_to_disk_path"), pair_lora(unet, fitted, 1.0):
+        pass
+
+
+def test_a_lora_acts_on_a_unet_offloaded_layer_by_layer(unet, pair, fitted):
+    from accelerate import cpu_offload
+
+    plain = forward(unet, *pair)
+    with pair_lora(unet, fitted, 1.0):
+        expected = forward(unet, *pair)
+    cpu_offload(unet, execution_device=torch.device("cpu"))  # what enable_sequential_cpu_offload does
+    with pair_lora(unet, fitted, 1.0):
+        assert torch.equal(forward(unet, *pair), expected)
+    assert torch.equal(forward(unet, *pair), plain)
+
+
+# ── Through the pipeline ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_kept_lora_leaves_the_users_beside_it(pipe, photos):
+    user_active(pipe.unet)
+    flags = {name: parameter.requires_grad for name, parameter in pipe.unet.named_parameters() if "style" in name}
+    pipe.fit_lora(*photos, prompt="a fish", lora_steps=1, lora_rank=4)
+    assert set(pipe.unet.active_adapters()) == {"style", "dreammover"}
+    assert {name: dict(pipe.unet.named_parameters())[name].requires_grad for name in flags} == flags
+    pipe.delete_adapters("dreammover")
+    assert pipe.unet.active_adapters() == ["style"]
+
+
+def test_cross_attention_kwargs_scale_all_loras(pipe, photos, fast):
+    plain = pipe(*photos, **fast).frames
+    user_active(pipe.unet)
+    active = pipe(*photos, **fast).frames
+    off = {"cross_attention_kwargs": {"scale": 0.0}}
+    assert not torch.allclose(active, plain, atol=1e-3)
+    assert torch.allclose(pipe(*photos, **fast, **off).frames, plain, atol=1e-4)
+    fit = {"lora_steps": 3, "lora_learning_rate": 1e-2}
+    assert torch.allclose(pipe(*photos, **fast | fit, **off).frames, plain, atol=1e-4)
+
+
+def test_the_text_encoders_loras_are_scaled_too_and_come_back(pipe):
+    def embed(scale=None):
+        with torch.no_grad():
+            return pipe.encode_prompt("a fish", torch.device("cpu"), lora_scale=scale)[0]
+
+    plain = embed()
+    pipe.text_encoder.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"]), "words")
+    for name, parameter in pipe.text_encoder.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(0.5)
+    full = embed()
+    assert not torch.allclose(full, plain, atol=1e-3)
+    assert torch.allclose(embed(0.0), plain, atol=1e-5)
+    assert not torch.allclose(embed(0.5), full, atol=1e-4)
+    assert torch.allclose(embed(), full, atol=1e-6)
