@@ -253,3 +253,21 @@ def _reapply_group_offloading(model: torch.nn.Module) -> None:
     from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 
     _maybe_remove_and_reapply_group_offloading(model)
+
+
+def load_beside(pipe, weights: dict[str, torch.Tensor], adapter_name: str) -> None:
+    """Load LoRA weights into a pipeline's UNet as an adapter that acts beside those that act already.
+
+    Args:
+        pipe: A diffusers pipeline.
+        weights: By diffusers' names.
+        adapter_name: A name that no loaded adapter has.
+    """
+    unet = pipe.unet
+    active = unet.active_adapters() if unet._hf_peft_config_loaded else []
+    flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
+    unet.load_lora_adapter(weights, prefix=None, adapter_name=adapter_name, _pipeline=pipe)
+    unet.set_adapter([*active, adapter_name])
+    unet.requires_grad_(False)  # peft makes active adapters trainable
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)

@@ -94,7 +94,9 @@ class Conditioner:
         embeds, _ = self.encode(prompts, prompt_embeds=text.embeds, clip_skip=clip_skip)
         return embeds.expand(2, -1, -1)
 
-    def frames(self, pair_embeds: torch.Tensor, times: torch.Tensor, guided: bool, negative: NegativeText) -> Conditions:
+    def frames(
+        self, pair_embeds: torch.Tensor, times: torch.Tensor, guided: bool, negative: NegativeText
+    ) -> Conditions:
         """Embeddings of every frame: of two different ones of the photos the spherical interpolation.
 
         Args:

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 
+from .arguments import arguments_of
 from .inputs import frame_times
 from .pairs import PairInput
 from .prompts import NegativeText, PairText
 from .records import BidirectionalFlow
 from .rendering import DenoisedFrames
-from .settings import FitSettings, PrepareSettings, RenderSettings, arguments
+from .settings import FitSettings, PrepareSettings, RenderSettings
 from .storage import digest_of, digest_of_tensors, read_tensors, write_tensors
 from .timing import eased_times
 
@@ -135,7 +136,7 @@ def gap_key(gap: PairInput, preparing: PrepareSettings, rendering: RenderSetting
     decided = {
         name: getattr(settings, name)
         for settings in (preparing, rendering)
-        for name, declared in arguments(type(settings)).items()
+        for name, declared in arguments_of(type(settings)).items()
         if declared.decides
     }
     if callable(rendering.easing):
@@ -156,7 +157,7 @@ def lora_key(gaps: Sequence[PairInput], settings: FitSettings, model: str) -> st
     """
     tensors = [tensor for gap in gaps for tensor in (gap.fitted(), *_embeds(gap.text))]
     words = [[gap.text.prompts, gap.seed] for gap in gaps]
-    fit = {name: getattr(settings, name) for name in arguments(FitSettings)}
+    fit = {name: getattr(settings, name) for name in arguments_of(FitSettings)}
     return digest_of([digest_of_tensors(tensors), words, fit, model])
 
 

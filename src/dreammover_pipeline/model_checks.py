@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from diffusers import SchedulerMixin
 
+from .arguments import Settings
 from .attention import self_attention_names
 from .inputs import check_attention_blocks_exist, check_choice, check_feature_blocks_exist
 from .schedules import ddim_schedule
-from .settings import Delivery, PrepareSettings, RenderSettings, Settings
+from .settings import Delivery, PrepareSettings, RenderSettings
 
 
 def check_model_fits(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,9 +97,7 @@ def render_latents(
             step()
             return _replaced(on_step_end(i, timestep, {"latents": latents, **vars(conditions)}), latents, conditions)
 
-        latents = denoise(
-            fused.latents, predict_noise, inversion.schedule, inversion.steps, on_step, interrupted
-        )
+        latents = denoise(fused.latents, predict_noise, inversion.schedule, inversion.steps, on_step, interrupted)
     require_finite(latents, denoiser.unet.dtype)
     return DenoisedFrames(latents, times, inversion.path[0], pair.images, pair.canvas, pair.flow)
 

@@ -11,18 +11,26 @@ Nothing here imports torch, so that the command line can answer `--help` at once
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from .inputs import (
-    check_attention_blocks,
-    check_choice,
-    check_feature_blocks,
-    check_integer,
-    check_number,
-    check_steps,
+from .arguments import (
+    ASK_PYTHON,
+    Argument,
+    Blocks,
+    Choice,
+    Pictures,
+    Plain,
+    Real,
+    Settings,
+    Text,
+    Values,
+    Whole,
+    argument,
+    arguments_of,
 )
+from .inputs import check_attention_blocks, check_feature_blocks, check_steps
 from .timing import check_easing
 
 if TYPE_CHECKING:
@@ -33,179 +41,6 @@ FUSIONS = ("two_level", "two_level_unwarped", "direct")
 IMPORTANCES = ("agreement", "photometric")
 ENDPOINTS = ("original", "reconstructed")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-ASK_PYTHON = object()  # the option of an argument that the command line does not have
-
-
-@dataclass(frozen=True)
-class Values:
-    """Which values an argument takes. This class itself stands for values that only Python can hold."""
-
-    in_files: ClassVar[bool] = False  # whether JSON, and so a manifest or a sidecar, can hold a value
-
-    def check(self, name: str, value: object) -> None:
-        """Raise TypeError or ValueError unless the value is allowed, whatever model it is for."""
-
-
-@dataclass(frozen=True)
-class Whole(Values):
-    """Whole numbers of at least `least`."""
-
-    least: int
-    in_files: ClassVar[bool] = True
-
-    def check(self, name: str, value: object) -> None:
-        """Raise TypeError or ValueError unless the value is such a number."""
-        check_integer(name, value, self.least)
-
-
-@dataclass(frozen=True)
-class Real(Values):
-    """Finite numbers of at least `least`, or above it where `inclusive` is false."""
-
-    least: float
-    inclusive: bool = True
-    in_files: ClassVar[bool] = True
-
-    def check(self, name: str, value: object) -> None:
-        """Raise TypeError or ValueError unless the value is such a number."""
-        check_number(name, value, self.least, self.inclusive)
-
-
-@dataclass(frozen=True)
-class Choice(Values):
-    """One of several names."""
-
-    names: tuple[str, ...]
-    in_files: ClassVar[bool] = True
-
-    def check(self, name: str, value: object) -> None:
-        """Raise ValueError unless the value is one of the names."""
-        check_choice(name, value, self.names)
-
-
-@dataclass(frozen=True)
-class Blocks(Values):
-    """Indices of up blocks of the UNet; `check_blocks` knows how many there may be."""
-
-    check_blocks: Callable[[object], None]
-    least: int  # how many indices there must be
-    in_files: ClassVar[bool] = True
-
-    def check(self, name: str, value: object) -> None:
-        """Raise TypeError or ValueError unless the value has the form of such indices."""
-        self.check_blocks(value)
-
-
-@dataclass(frozen=True)
-class Text(Values):
-    """A text. With `of_each_photo` it may also be two, one for each photo. A batch has a list of them."""
-
-    of_each_photo: bool = False
-    in_files: ClassVar[bool] = True
-
-
-@dataclass(frozen=True)
-class Plain(Values):
-    """Values that JSON can hold and that are checked together with other arguments."""
-
-    in_files: ClassVar[bool] = True
-
-
-@dataclass(frozen=True)
-class Pictures(Values):
-    """A picture, or two, one for each photo."""
-
-
-@dataclass(frozen=True)
-class Argument:
-    """The declaration of one argument.
-
-    `paper` is the value that the paper has; `decides` is false where the argument says how the frames are computed and
-    not which; `option` is the command line's name, `ASK_PYTHON` where it has none; `slider` is the range that the web
-    page offers, None where it offers none.
-    """
-
-    name: str
-    annotation: str
-    default: object
-    values: Values
-    about: str
-    paper: object
-    decides: bool
-    option: str | object
-    slider: tuple[float, float] | None
-
-
-def argument(
-    default: object,
-    values: Values,
-    about: str,
-    *,
-    paper: object = None,
-    decides: bool = True,
-    option: str | object | None = None,
-    slider: tuple[float, float] | None = None,
-):
-    """Declare a field of a settings class as an argument of the pipeline.
-
-    Args:
-        default: The pipeline's default.
-        values: The values that are allowed beside a default of None.
-        about: What the argument means, in sentences that stand alone.
-        paper: The paper's value where it is not the default.
-        decides: Whether the argument decides the frames.
-        option: The name on the command line where it does not follow from the argument's, or `ASK_PYTHON`.
-        slider: The range that the web page offers.
-    """
-    paper = default if paper is None else paper
-    metadata = {"values": values, "about": about, "paper": paper, "decides": decides, "option": option}
-    return field(default=default, metadata={**metadata, "slider": slider})
-
-
-Group = TypeVar("Group", bound="Settings")
-
-
-class Settings:
-    """The base of the groups of arguments; making one checks every value that can be checked without a model."""
-
-    def __post_init__(self):
-        for declared in arguments(type(self)).values():
-            value = getattr(self, declared.name)
-            if value is not None or declared.default is not None:
-                declared.values.check(declared.name, value)
-
-    @classmethod
-    def of(cls: type[Group], given: Mapping[str, object]) -> Group:
-        """The group with those of the given values that are its own; the others have their defaults."""
-        return cls(**taken(given, cls))
-
-
-def arguments(*groups: type[Settings]) -> dict[str, Argument]:
-    """The arguments that are declared in some groups, by name.
-
-    Args:
-        *groups: Settings classes; all of them by default.
-    """
-    return {
-        declared.name: Argument(
-            name=declared.name,
-            annotation=str(declared.type),
-            default=declared.default,
-            **{
-                **declared.metadata,
-                "option": declared.metadata["option"] or f"--{declared.name.replace('_', '-')}",
-            },
-        )
-        for group in groups or GROUPS
-        for declared in fields(group)
-    }
-
-
-def taken(given: Mapping[str, object], *groups: type[Settings]) -> dict[str, object]:
-    """Those of the given values that belong to arguments of some groups."""
-    names = arguments(*groups)
-    return {name: value for name, value in given.items() if name in names}
 
 
 @dataclass(frozen=True)
@@ -435,8 +270,9 @@ class Delivery(Settings):
 GROUPS = (Content, PrepareSettings, RenderSettings, Delivery)
 
 
-def _differing_from_the_paper() -> dict[str, object]:
-    return {name: declared.paper for name, declared in arguments().items() if declared.paper != declared.default}
+def arguments() -> dict[str, Argument]:
+    """Every argument of the pipeline, by name."""
+    return arguments_of(*GROUPS)
 
 
 # What each preset costs and gives away is measured in docs/performance.md.
@@ -447,5 +283,5 @@ PRESETS: dict[str, dict[str, object]] = {
     # The same depth of noise in steps two and a half times as long, and half the fit.
     "fast": _FAST,
     # DreamMover as published, without what this project changed.
-    "paper": _differing_from_the_paper(),
+    "paper": {name: declared.paper for name, declared in arguments().items() if declared.paper != declared.default},
 }

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How an argument of the pipeline is declared: its values, its meaning, and what else is made from the declaration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, TypeVar
+
+from .inputs import check_choice, check_integer, check_number
+
+ASK_PYTHON = object()  # the option of an argument that the command line does not have
+
+
+@dataclass(frozen=True)
+class Values:
+    """Which values an argument takes. This class itself stands for values that only Python can hold."""
+
+    in_files: ClassVar[bool] = False  # whether JSON, and so a manifest or a sidecar, can hold a value
+
+    def check(self, name: str, value: object) -> None:
+        """Raise TypeError or ValueError unless the value is allowed, whatever model it is for."""
+
+
+@dataclass(frozen=True)
+class Whole(Values):
+    """Whole numbers of at least `least`."""
+
+    least: int
+    in_files: ClassVar[bool] = True
+
+    def check(self, name: str, value: object) -> None:
+        """Raise TypeError or ValueError unless the value is such a number."""
+        check_integer(name, value, self.least)
+
+
+@dataclass(frozen=True)
+class Real(Values):
+    """Finite numbers of at least `least`, or above it where `inclusive` is false."""
+
+    least: float
+    inclusive: bool = True
+    in_files: ClassVar[bool] = True
+
+    def check(self, name: str, value: object) -> None:
+        """Raise TypeError or ValueError unless the value is such a number."""
+        check_number(name, value, self.least, self.inclusive)
+
+
+@dataclass(frozen=True)
+class Choice(Values):
+    """One of several names."""
+
+    names: tuple[str, ...]
+    in_files: ClassVar[bool] = True
+
+    def check(self, name: str, value: object) -> None:
+        """Raise ValueError unless the value is one of the names."""
+        check_choice(name, value, self.names)
+
+
+@dataclass(frozen=True)
+class Blocks(Values):
+    """Indices of up blocks of the UNet; `check_blocks` knows how many there may be."""
+
+    check_blocks: Callable[[object], None]
+    least: int  # how many indices there must be
+    in_files: ClassVar[bool] = True
+
+    def check(self, name: str, value: object) -> None:
+        """Raise TypeError or ValueError unless the value has the form of such indices."""
+        self.check_blocks(value)
+
+
+@dataclass(frozen=True)
+class Text(Values):
+    """A text. With `of_each_photo` it may also be two, one for each photo. A batch has a list of them."""
+
+    of_each_photo: bool = False
+    in_files: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Plain(Values):
+    """Values that JSON can hold and that are checked together with other arguments."""
+
+    in_files: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Pictures(Values):
+    """A picture, or two, one for each photo."""
+
+
+@dataclass(frozen=True)
+class Argument:
+    """The declaration of one argument.
+
+    `paper` is the value that the paper has; `decides` is false where the argument says how the frames are computed and
+    not which; `option` is the command line's name, `ASK_PYTHON` where it has none; `slider` is the range that the web
+    page offers, None where it offers none.
+    """
+
+    name: str
+    annotation: str
+    default: object
+    values: Values
+    about: str
+    paper: object
+    decides: bool
+    option: str | object
+    slider: tuple[float, float] | None
+
+
+def argument(
+    default: object,
+    values: Values,
+    about: str,
+    *,
+    paper: object = None,
+    decides: bool = True,
+    option: str | object | None = None,
+    slider: tuple[float, float] | None = None,
+):
+    """Declare a field of a settings class as an argument of the pipeline.
+
+    Args:
+        default: The pipeline's default.
+        values: The values that are allowed beside a default of None.
+        about: What the argument means, in sentences that stand alone.
+        paper: The paper's value where it is not the default.
+        decides: Whether the argument decides the frames.
+        option: The name on the command line where it does not follow from the argument's, or `ASK_PYTHON`.
+        slider: The range that the web page offers.
+    """
+    paper = default if paper is None else paper
+    metadata = {"values": values, "about": about, "paper": paper, "decides": decides, "option": option}
+    return field(default=default, metadata={**metadata, "slider": slider})
+
+
+Group = TypeVar("Group", bound="Settings")
+
+
+class Settings:
+    """The base of the groups of arguments; making one checks every value that can be checked without a model."""
+
+    def __post_init__(self):
+        for declared in arguments_of(type(self)).values():
+            value = getattr(self, declared.name)
+            if value is not None or declared.default is not None:
+                declared.values.check(declared.name, value)
+
+    @classmethod
+    def of(cls: type[Group], given: Mapping[str, object]) -> Group:
+        """The group with those of the given values that are its own; the others have their defaults."""
+        return cls(**taken(given, cls))
+
+
+def arguments_of(*groups: type[Settings]) -> dict[str, Argument]:
+    """The arguments that are declared in some groups, by name."""
+    return {
+        declared.name: Argument(
+            name=declared.name,
+            annotation=str(declared.type),
+            default=declared.default,
+            **{
+                **declared.metadata,
+                "option": declared.metadata["option"] or f"--{declared.name.replace('_', '-')}",
+            },
+        )
+        for group in groups
+        for declared in fields(group)
+    }
+
+
+def taken(given: Mapping[str, object], *groups: type[Settings]) -> dict[str, object]:
+    """Those of the given values that belong to arguments of some groups."""
+    names = arguments_of(*groups)
+    return {name: value for name, value in given.items() if name in names}

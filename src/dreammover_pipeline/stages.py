@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The single steps of the pipeline as public methods, for whoever wants to call one of them by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .records import FusedFrames, PreparedPair
+from .rendering import fuse_pair, place_frames, preview_pair
+from .settings import VideoSettings
+
+
+class StageMethods:
+    """What `DreamMoverPipeline` lets its users call besides whole videos. Every method is one step of the method."""
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = False,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Text embeddings, as every Stable Diffusion pipeline gives them.
+
+        Args:
+            prompt: P texts; None with `prompt_embeds`.
+            device: Where the text encoder runs.
+            num_images_per_prompt: Copies of each embedding.
+            do_classifier_free_guidance: Whether negative embeddings are wanted too.
+            negative_prompt: One text, or one for each prompt; the empty text by default.
+            prompt_embeds: (P, L, D), to use instead of `prompt`.
+            negative_prompt_embeds: (P, L, D), to use instead of `negative_prompt`.
+            lora_scale: Weight of the text encoder's LoRAs.
+            clip_skip: Layers to leave out at the text encoder's end.
+
+        Returns:
+            (P · num_images_per_prompt, L, D) twice; the second is None without guidance.
+        """
+        embeds, negative = self._conditioner(device, lora_scale).encode(
+            prompt, do_classifier_free_guidance, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip
+        )
+        embeds = embeds.repeat_interleave(num_images_per_prompt, 0)
+        return embeds, None if negative is None else negative.repeat_interleave(num_images_per_prompt, 0)
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Clean latents z_0 (B, C, h, w), float32, of images (B, 3, H, W) in [0, 1]: the posterior mean, scaled."""
+        return self._models().autoencoder.encode(images)
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures (B, 3, H, W) in [0, 1], float32, of clean latents (B, C, h, w)."""
+        return self._models().autoencoder.decode(latents)
+
+    def predict_noise(
+        self,
+        latents: torch.Tensor,
+        timestep: int,
+        prompt_embeds: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        cross_attention_kwargs: dict | None = None,
+    ) -> torch.Tensor:
+        """The UNet's noise, also where it predicts v; with negative embeddings it is guided by `guidance_scale`.
+
+        Args:
+            latents: (B, C, h, w).
+            timestep: The trained timestep to ask at.
+            prompt_embeds: (B, L, D).
+            negative_prompt_embeds: (B, L, D), or None for no guidance.
+            cross_attention_kwargs: Keyword arguments for the attention processors.
+
+        Returns:
+            ε, (B, C, h, w), float32.
+        """
+        denoiser = self._models(cross_attention_kwargs).denoiser
+        denoiser.guidance_scale = self.guidance_scale
+        return denoiser.predict_noise(latents, timestep, prompt_embeds, negative_prompt_embeds)
+
+    def place_frames(
+        self,
+        pair: PreparedPair,
+        n_frames: int = 32,
+        times: Sequence[float] | None = None,
+        easing: str | Callable[[float], float] = "linear",
+        importance: str = "agreement",
+    ) -> tuple[float, ...]:
+        """The δ of the frames asked for, each in (0, 1). For even spacing previews are looked at; no model runs.
+
+        Args:
+            pair: What `prepare` returned.
+            n_frames: Number n of in-between frames.
+            times: The δ themselves, instead of `n_frames`.
+            easing: How the frames are spread over time, as `__call__` takes it.
+            importance: The splat metric of the previews.
+
+        Raises:
+            TypeError, ValueError: An argument is not what it may be.
+        """
+        return place_frames(pair, VideoSettings(n_frames=n_frames, times=times, easing=easing), importance)
+
+    def preview(self, pair: PreparedPair, times: torch.Tensor, importance: str = "agreement") -> torch.Tensor:
+        """What frames would be if nothing were redrawn: the pair's clean latents, warped and averaged. No model runs.
+
+        Args:
+            pair: What `prepare` returned.
+            times: δ, (F,), in [0, 1].
+            importance: The splat metric.
+
+        Returns:
+            Clean latents (F, C, h, w), for `decode_latents`; at 0 and 1 those of the two photos.
+        """
+        return preview_pair(pair, times, importance)
+
+    def fuse(
+        self,
+        pair: PreparedPair,
+        times: torch.Tensor,
+        fusion: str = "two_level",
+        importance: str = "agreement",
+        predict_noise: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+    ) -> FusedFrames:
+        """Fuse the pair at step T for every δ. Source: DreamMover §3.3.
+
+        Args:
+            pair: What `prepare` returned.
+            times: δ, (F,).
+            fusion: How the pair is fused, as `__call__` takes it.
+            importance: The splat metric.
+            predict_noise: ε of frames (F, C, h, w) at a timestep; only "two_level_unwarped" asks it.
+
+        Returns:
+            The frames' latents z^δ_T and the levels they are made of.
+        """
+        return fuse_pair(pair, times, fusion, importance, predict_noise)
+
+    def run_safety_checker(self, image: torch.Tensor) -> tuple[torch.Tensor, list[bool] | None]:
+        """Black out what the safety checker flags, if there is one.
+
+        Args:
+            image: (B, 3, H, W) in [0, 1].
+
+        Returns:
+            The images, and which were flagged; None without a safety checker.
+        """
+        if self.safety_checker is None:
+            return image, None
+        pictures = self.image_processor.numpy_to_pil(self.image_processor.pt_to_numpy(image))
+        device, dtype = self._execution_device, self.safety_checker.dtype
+        clip_input = self.feature_extractor(pictures, return_tensors="pt").pixel_values.to(device, dtype)
+        return self.safety_checker(images=image, clip_input=clip_input)
