@@ -15,7 +15,7 @@ import torch
 from .images import Photo, decode_images, fit, fit_points, fit_to_output, is_batch, load_masks, plan_canvas, rgb
 from .prompts import NegativeText, PairText, pair_negatives, pair_texts
 from .records import Canvas
-from .settings import Content
+from .settings import Content, NegativeContent
 from .steering import Steering, cells_of, cells_that_move, check_points_inside, point_pairs
 
 
@@ -72,13 +72,16 @@ class PairInput:
         return first, last
 
 
-def checked_pairs(img0: Photo, img1: Photo, content: Content, sizes: ModelSizes, random: bool) -> list[PairInput]:
+def checked_pairs(
+    img0: Photo, img1: Photo, content: Content, negative: NegativeContent, sizes: ModelSizes, random: bool
+) -> list[PairInput]:
     """The pairs of a call.
 
     Args:
         img0: The first photo, or a batch of first photos.
         img1: The last photo, or a batch of last photos.
         content: The other arguments that may differ from pair to pair.
+        negative: What guidance leads away from.
         sizes: Of the models.
         random: Whether seeds are wanted; if not, the generator is left as it is.
 
@@ -90,7 +93,7 @@ def checked_pairs(img0: Photo, img1: Photo, content: Content, sizes: ModelSizes,
     check_generator(content.generator, pairs)
     canvases = [sizes.canvas(first, content.height, content.width) for first in firsts]
     texts = pair_texts(content.prompt, content.prompt_embeds, pairs, batched, sizes.text_width)
-    negatives = pair_negatives(content.negative_prompt, content.negative_prompt_embeds, pairs, sizes.text_width)
+    negatives = pair_negatives(negative.negative_prompt, negative.negative_prompt_embeds, pairs, sizes.text_width)
     photos = list(zip(firsts, lasts, strict=True))
     steerings = steering_of_pairs(content, photos, canvases, sizes.cell, batched)
     seeds = pair_seeds(content.generator, pairs) if random else [None] * pairs

@@ -55,7 +55,7 @@ from .rendering import DenoisedFrames, finish_frames, render_latents
 from .sampling import denoise  # noqa: F401, named for the loader
 from .schedules import deterministic_ddim, schedule_settings
 from .sequence import LORAS, GapStages, check_arguments_of_a_sequence, checked_gaps, frames_of_gaps, make_gaps
-from .settings import PRESETS, Content, Delivery, FitSettings, PrepareSettings, RenderSettings
+from .settings import PRESETS, Content, Delivery, FitSettings, NegativeContent, PrepareSettings, RenderSettings
 from .spacing import even_times  # noqa: F401, named for the loader
 from .splatting import softmax_splat  # noqa: F401, named for the loader
 from .stages import StageMethods
@@ -280,7 +280,8 @@ class DreamMoverPipeline(
         rendering, delivery = RenderSettings.of(arguments), Delivery.of(arguments)
         self._interrupt = False
         self._check_model_fits(preparing, rendering, delivery)
-        pairs = checked_pairs(img0, img1, content, self._sizes, random=lora_steps > 0)
+        negative = NegativeContent.of(arguments)
+        pairs = checked_pairs(img0, img1, content, negative, self._sizes, random=lora_steps > 0)
         check_stackable(pairs, output_type)
         outputs = []
         for pair in pairs:
@@ -468,7 +469,9 @@ class DreamMoverPipeline(
         delivery = Delivery.of(arguments)
         self._interrupt = False
         shared = lora == "shared"
-        gaps = checked_gaps(images, content, self._sizes, shared, random=preparing.lora_steps > 0)
+        gaps = checked_gaps(
+            images, content, NegativeContent.of(arguments), self._sizes, shared, random=preparing.lora_steps > 0
+        )
         counts = frames_of_gaps(n_frames, len(gaps))
         rendering = [RenderSettings.of({**arguments, "n_frames": count}) for count in counts]
         self._check_model_fits(preparing, rendering[0], delivery)
@@ -524,7 +527,7 @@ class DreamMoverPipeline(
         check_integer("lora_steps", lora_steps, 1)
         arguments = locals()
         settings = FitSettings.of(arguments)
-        gaps = checked_gaps(images, Content.of(arguments), self._sizes, shared=True, random=True)
+        gaps = checked_gaps(images, Content.of(arguments), NegativeContent(), self._sizes, shared=True, random=True)
         weights = fit_lora_of_gaps(self._models(cross_attention_kwargs), gaps, settings, self._stage)
         self.maybe_free_model_hooks()
         return weights

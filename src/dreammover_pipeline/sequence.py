@@ -21,7 +21,7 @@ from .pairs import ModelSizes, PairInput, check_generator, pair_seeds, steering_
 from .prompts import PairText, pair_negatives
 from .records import PreparedPair
 from .rendering import DenoisedFrames
-from .settings import Content, arguments
+from .settings import Content, NegativeContent, arguments
 
 LORAS = ("gap", "shared")
 OWN_ARGUMENTS = ("prompt", "n_frames", "include_inputs", "return_dict")  # named in the signature of a sequence itself
@@ -82,13 +82,19 @@ def make_gaps(
 
 
 def checked_gaps(
-    images: Sequence[Photo], content: Content, sizes: ModelSizes, shared: bool, random: bool
+    images: Sequence[Photo],
+    content: Content,
+    negative: NegativeContent,
+    sizes: ModelSizes,
+    shared: bool,
+    random: bool,
 ) -> list[PairInput]:
     """The gaps of a sequence as pairs, all on the canvas of the first photo.
 
     Args:
         images: The photos, in order.
-        content: The prompt of all photos or one for each, points and masks of every gap, `negative_prompt` for all.
+        content: The prompt of all photos or one for each, points and masks of every gap, and so on.
+        negative: What guidance leads away from in every gap.
         sizes: Of the models.
         shared: Whether one LoRA is fitted to all photos, and so one seed is for all gaps.
         random: Whether seeds are wanted; if not, the generator is left as it is.
@@ -99,7 +105,7 @@ def checked_gaps(
     photos = load_sequence(images)
     both = list(pairwise(photos))
     texts = texts_of_gaps(content.prompt, content.prompt_embeds, len(photos), sizes.text_width)
-    (negative,) = pair_negatives(content.negative_prompt, content.negative_prompt_embeds, 1, sizes.text_width)
+    (away,) = pair_negatives(negative.negative_prompt, negative.negative_prompt_embeds, 1, sizes.text_width)
     canvas = sizes.canvas(photos[0], content.height, content.width)
     steerings = steering_of_pairs(content, both, [canvas] * len(both), sizes.cell, True)
     fits = 1 if shared else len(both)
@@ -107,7 +113,7 @@ def checked_gaps(
     seeds = pair_seeds(content.generator, fits) if random else [None]
     seeds = seeds * len(both) if len(seeds) == 1 else seeds
     columns = zip(both, texts, steerings, seeds, strict=True)
-    return [PairInput(two, canvas, text, negative, steering, seed) for two, text, steering, seed in columns]
+    return [PairInput(two, canvas, text, away, steering, seed) for two, text, steering, seed in columns]
 
 
 def load_sequence(images: Sequence[Photo]) -> list[torch.Tensor]:

@@ -77,9 +77,6 @@ class Content(Settings):
         "What may move, bright on dark; the rest stays where it is. One picture of the first photo's size is for both "
         "photos, two are one for each photo. A batch has a list with the masks of each pair, None for a pair without.",
     )
-    negative_prompt: str | Sequence[str] | None = argument(
-        None, Text(), "What guidance leads away from; it acts where `guidance_scale` is above 1."
-    )
     generator: torch.Generator | list[torch.Generator] | None = argument(
         None,
         Values(),
@@ -91,9 +88,6 @@ class Content(Settings):
         Values(),
         "Text embeddings (B, L, D) to use instead of `prompt`, or (2·B, L, D) with one for each photo.",
         option=ASK_PYTHON,
-    )
-    negative_prompt_embeds: torch.Tensor | None = argument(
-        None, Values(), "Text embeddings (B, L, D) to use instead of `negative_prompt`.", option=ASK_PYTHON
     )
 
 
@@ -177,12 +171,24 @@ class PrepareSettings(FitSettings):
 
 
 @dataclass(frozen=True)
+class NegativeContent(Settings):
+    """What guidance leads the frames away from; it may differ from pair to pair."""
+
+    negative_prompt: str | Sequence[str] | None = argument(
+        None, Text(), "What guidance leads away from; it acts where `guidance_scale` is above 1."
+    )
+    negative_prompt_embeds: torch.Tensor | None = argument(
+        None, Values(), "Text embeddings (B, L, D) to use instead of `negative_prompt`.", option=ASK_PYTHON
+    )
+
+
+@dataclass(frozen=True)
 class VideoSettings(SharedSettings):
     """Which frames are wanted."""
 
     n_frames: int = argument(
         32,
-        Plain(),
+        Whole(1),
         "Number n of in-between frames; frame i is at δ = i/(n+1). Time grows with it, memory does not.",
         option="--frames",
         slider=(1, 64),
@@ -267,7 +273,9 @@ class Delivery(Settings):
     )
 
 
-GROUPS = (Content, PrepareSettings, RenderSettings, Delivery)
+PREPARING = (Content, PrepareSettings)  # what `prepare` takes
+RENDERING = (NegativeContent, RenderSettings, Delivery)  # what `render` takes
+GROUPS = (*PREPARING, *RENDERING)
 
 
 def arguments() -> dict[str, Argument]:
