@@ -107,7 +107,17 @@ def load_masks(
     """
     if source is None:
         return None
-    masks = load_images(source, name)
+    return [rgb(mask) for mask in check_mask_sizes(decode_images(source, name), sizes, name)]
+
+
+def check_mask_sizes(masks: list[torch.Tensor], sizes: Sequence[Size], name: str = "mask") -> list[torch.Tensor]:
+    """The masks as they came; raises ValueError unless they are one or two, each of its photo's size.
+
+    Args:
+        masks: (C, H, W) each.
+        sizes: (H, W) of the two photos.
+        name: The argument's name, for error messages.
+    """
     if len(masks) > 2:
         raise ValueError(f"`{name}` must be one image, or two, one for each photo; {len(masks)} came")
     for i, (mask, (height, width)) in enumerate(zip(masks, sizes, strict=False)):

@@ -1,115 +1,82 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of the method that several commands share.
+"""Options of the method that several commands share, made from the declarations in `settings.py`.
 
-They carry no defaults: what is not typed is not forwarded, and help reads the defaults off
-`DreamMoverPipeline.__call__`.
+They carry no defaults: what is not typed is not forwarded, and the help shows the pipeline's own defaults.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
-from ..settings import PRESETS
-from .loading import pipeline_class
+from ..arguments import ASK_PYTHON, Argument, Blocks, Pictures, Real, Text, Whole, taken
+from ..settings import GROUPS, PRESETS, RENDERING, arguments, arguments_of
 
-# The options of the method that a pair prepared before still takes.
-RENDERING = (
-    "--frames",
-    "--easing",
-    "--attention-blocks",
-    "--fusion",
-    "--importance",
-    "--guidance-scale",
-    "--negative-prompt",
-    "--frame-batch-size",
-    "--endpoints",
-)
+# Arguments that only make sense for one pair.
+STEERING = ("points", "mask")
+# How the value of an option is called in the help, where that does not follow from its values.
+METAVARS = {"points": "JSON|FILE", "easing": "NAME"}
 
 
-# What only makes sense for one pair.
-STEERING = ("--points", "--mask")
-
-
-class SignatureDefaults(argparse.HelpFormatter):
-    """Help that shows the defaults of `__call__`'s signature."""
+class PipelineDefaults(argparse.HelpFormatter):
+    """Help that shows the pipeline's own defaults."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        parameter = call_parameters().get(action.dest)
-        if parameter is None or parameter.default in (None, inspect.Parameter.empty):
+        declared = arguments().get(action.dest)
+        if declared is None or declared.default is None:
             return action.help
-        default = parameter.default
+        default = declared.default
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default) or "empty"
         return f"{action.help} (default: {shown})"
-
-
-def call_parameters() -> Mapping[str, inspect.Parameter]:
-    """The parameters of `DreamMoverPipeline.__call__`, by name."""
-    return inspect.signature(pipeline_class().__call__).parameters
 
 
 def add_method_options(
     parser: argparse.ArgumentParser, rendering_only: bool = False, steering: bool = True, gaps: bool = False
 ) -> None:
-    """Add the options that become arguments of the pipeline; the last group to be added.
+    """Add the options that become arguments of the pipeline; this group must be the last one to be added.
 
     Args:
-        parser: of a command.
-        rendering_only: only those of `render`.
-        steering: also those that are about one pair's photos.
-        gaps: there may be more than two photos, and so several gaps between them.
+        parser: Of a command.
+        rendering_only: Whether only those of `render` are wanted.
+        steering: Whether those that are about one pair's photos are wanted too.
+        gaps: Whether there may be more than two photos, and so several gaps between them.
     """
     group = parser.add_argument_group("method", argument_default=argparse.SUPPRESS)
+    group.add_argument("--preset", choices=PRESETS, help="Options that belong together; others beside it prevail.")
+    for name, declared in arguments_of(*(RENDERING if rendering_only else GROUPS)).items():
+        if declared.option is not ASK_PYTHON and (steering or name not in STEERING):
+            group.add_argument(declared.option, dest=name, **_parsing(declared, gaps))
+    parser.formatter_class = PipelineDefaults  # last: newer Pythons format each help once when it is added
 
-    def add(option: str, **settings) -> None:
-        if (not rendering_only or option in RENDERING) and (steering or option not in STEERING):
-            group.add_argument(option, **settings)
 
-    add("--prompt", action="append", metavar="TEXT", help="what the photos show; twice: one for each photo")
-    add("--preset", choices=PRESETS, help="options that belong together; others beside it prevail")
-    frames = "number of frames between the photos" + "; with commas, between A and B, B and C, ..." * gaps
-    add(
-        "--frames",
-        dest="n_frames",
-        type=for_each_gap(int) if gaps else int,
-        metavar="N[,N...]" if gaps else "N",
-        help=frames,
-    )
-    add("--easing", metavar="NAME", help="how they are spread: linear, ease-in-out, ease-in, ease-out or even")
-    add("--steps", dest="num_inference_steps", type=int, metavar="N", help="steps of the whole diffusion schedule")
-    add("--inversion-steps", type=int, metavar="N", help="how many of them are inverted; fewer keep closer to photos")
-    add("--feature-step", type=int, metavar="N", help="the step whose features are matched")
-    add("--feature-block", type=int, nargs="+", metavar="N", help="the UNet's up blocks whose features are matched")
-    add("--distance-penalty", type=float, metavar="X", help="how much nearer places are preferred; 0 for the paper's")
-    add("--flow-smoothing", type=int, metavar="N", help="passes that smooth the flow; 0 for the paper's")
-    add("--points", metavar="JSON|FILE", help="places that belong together, [[[x0,y0],[x1,y1]],...] in pixels")
-    add("--mask", action="append", metavar="PATH", help="a picture, bright what may move; twice: one for each photo")
-    add("--attention-blocks", type=int, nargs="*", metavar="N", help="up blocks whose attention looks at the photos")
-    add("--fusion", metavar="NAME", help="two_level, two_level_unwarped or direct")
-    add("--importance", metavar="NAME", help="what wins where two cells land: agreement or photometric (the paper's)")
-    add("--guidance-scale", type=float, metavar="X", help="above 1: follow the prompt more, at twice the cost")
-    add("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
-    add("--lora-steps", type=int, metavar="N", help="training steps on the two photos; 0 skips the fit")
-    add("--lora-rank", type=int, metavar="N", help="rank of the LoRA")
-    add("--lora-learning-rate", type=float, metavar="X", help="its learning rate")
-    add("--lora-scale", type=float, metavar="X", help="its weight")
-    add("--frame-batch-size", type=int, metavar="N", help="frames denoised at once; default: what fits in memory")
-    add("--endpoints", metavar="NAME", help="the ends: original photos, or reconstructed as all other frames are")
-    parser.formatter_class = SignatureDefaults  # last: newer Pythons format each help once when it is added
+def _parsing(declared: Argument, gaps: bool) -> dict[str, object]:
+    """How argparse reads and describes the option of an argument."""
+    text = declared.about.replace("`", "").replace("%", "%%")
+    values = declared.values
+    if gaps and declared.name == "n_frames":
+        several = " With commas it is one number for each gap between two photos."
+        return {"type": for_each_gap(int), "metavar": "N[,N...]", "help": text + several}
+    if isinstance(values, Whole):
+        return {"type": int, "metavar": "N", "help": text}
+    if isinstance(values, Real):
+        return {"type": float, "metavar": "X", "help": text}
+    if isinstance(values, Blocks):
+        return {"type": int, "nargs": "+" if values.least else "*", "metavar": "N", "help": text}
+    if isinstance(values, Pictures) or (isinstance(values, Text) and values.of_each_photo):
+        metavar = "PATH" if isinstance(values, Pictures) else "TEXT"
+        return {"action": "append", "metavar": metavar, "help": f"{text} Given twice it is one for each photo."}
+    return {"metavar": METAVARS.get(declared.name, "TEXT" if isinstance(values, Text) else "NAME"), "help": text}
 
 
 def call_arguments(args: argparse.Namespace) -> dict[str, object]:
-    """The arguments of the pipeline that were typed; before them, those of the preset.
+    """The arguments of the pipeline that were typed, and those of a preset that were not.
 
     `args.size`, where given, becomes `width` and `height`.
     """
-    parameters = call_parameters()
-    call = {name: value for name, value in vars(args).items() if name in parameters}
-    call = PRESETS.get(getattr(args, "preset", None), {}) | call
+    call = PRESETS.get(getattr(args, "preset", None), {}) | taken(vars(args), *GROUPS)
     for name in ("prompt", "mask"):
         if name in call and len(call[name]) == 1:
             (call[name],) = call[name]
@@ -130,7 +97,7 @@ def read_points(text: str) -> object:
     """The points of `--points`: JSON itself, or the path of a file that holds it.
 
     Raises:
-        ValueError: there is no such file, or what it holds is no JSON.
+        ValueError: There is no such file, or what it holds is no JSON.
     """
     source = "--points" if _is_json(text) else f"'{text}', the file of --points,"
     form = "write [[[x0, y0], [x1, y1]], ...] in pixels of the two photos, or the path of a file that holds this"
@@ -158,12 +125,12 @@ def for_each_gap(number: type) -> Callable[[str], object]:
         values = [number(part) for part in text.split(",")]
         return values if len(values) > 1 else values[0]
 
-    parse.__name__ = number.__name__  # which argparse calls it by
+    parse.__name__ = number.__name__  # by which argparse calls it
     return parse
 
 
 def size(text: str) -> tuple[int, int]:
-    """(width, height) in pixels of a typed size, like 768x512."""
+    """(width, height) in pixels of a typed size, such as 768x512."""
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"'{text}' is no size; write width x height in pixels, like 768x512")

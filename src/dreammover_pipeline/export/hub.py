@@ -7,7 +7,6 @@ single file is a community pipeline, as in diffusers' examples/community, with i
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 
@@ -70,17 +69,6 @@ export_to_video(frames, "lion.mp4", fps=16)
 n_frames=8)` or `pipe.render(pair, times=[0.1, 0.5, 0.9])` makes frames of it. Every argument is described in the \
 docstring of `DreamMoverPipeline.__call__`.
 """
-
-
-def add_export(commands: argparse._SubParsersAction) -> None:
-    """Register the command."""
-    text = "Write the pipeline's code so that others load it by `custom_pipeline=` without installing anything."
-    parser = commands.add_parser("export-hub", help="write the code for the Hub or for diffusers", description=text)
-    parser.set_defaults(run=_export)
-    add = parser.add_argument
-    add("folder", metavar="DIR", nargs="?", help="a new folder: the code-only Hub repository, with its model card")
-    add("--single-file", metavar="PATH", help="NAME.py, for examples/community; NAME_README.md goes beside it")
-    add("--repo", metavar=REPOSITORY, help="where DIR will be uploaded, for the model card's example")
 
 
 def write_hub_folder(folder: Path, repository: str | None) -> list[str]:
@@ -149,16 +137,3 @@ def project_file(name: str) -> Path:
     """A file that is no code, by its path in the project: at the root of a checkout, in `share` of an installation."""
     shared = PACKAGE / "share"
     return (shared if shared.is_dir() else PACKAGE.parent.parent) / name
-
-
-def _export(args: argparse.Namespace) -> None:
-    if (args.folder is None) == (args.single_file is None):
-        raise ValueError("give either DIR or --single-file PATH; see dreammover export-hub --help")
-    if args.single_file is not None:
-        if args.repo is not None:
-            raise ValueError("--repo is for DIR; a single file has no model card")
-        section = write_single_file(Path(args.single_file))
-        print(f"{args.single_file}: the pipeline in one file; {section}: its README section")
-        return
-    files = write_hub_folder(Path(args.folder), args.repo)
-    print(f"{args.folder}: {len(files)} files")

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `dreammover export-hub`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..export.hub import REPOSITORY, write_hub_folder, write_single_file
+
+
+def add_export(commands: argparse._SubParsersAction) -> None:
+    """Register the command."""
+    text = "Write the pipeline's code so that others load it by `custom_pipeline=` without installing anything."
+    parser = commands.add_parser("export-hub", help="write the code for the Hub or for diffusers", description=text)
+    parser.set_defaults(run=_export)
+    add = parser.add_argument
+    add("folder", metavar="DIR", nargs="?", help="a new folder: the code-only Hub repository, with its model card")
+    add("--single-file", metavar="PATH", help="NAME.py, for examples/community; NAME_README.md goes beside it")
+    add("--repo", metavar=REPOSITORY, help="where DIR will be uploaded, for the model card's example")
+
+
+def _export(args: argparse.Namespace) -> None:
+    if (args.folder is None) == (args.single_file is None):
+        raise ValueError("give either DIR or --single-file PATH; see dreammover export-hub --help")
+    if args.single_file is not None:
+        if args.repo is not None:
+            raise ValueError("--repo is for DIR; a single file has no model card")
+        section = write_single_file(Path(args.single_file))
+        print(f"{args.single_file}: the pipeline in one file; {section}: its README section")
+        return
+    files = write_hub_folder(Path(args.folder), args.repo)
+    print(f"{args.folder}: {len(files)} files")
