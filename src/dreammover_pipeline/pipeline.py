@@ -625,7 +625,8 @@ class DreamMoverPipeline(
     def check_inputs(self, **arguments) -> None:
         """Raise TypeError or ValueError unless these arguments of `__call__` are what they may be.
 
-        What is left out has its default. Photos, texts, points and masks are looked at where they are used.
+        What is left out has its default. Photos, texts, points and masks are looked at where they are used, and anything
+        that is no argument of the method is left alone.
         """
         groups = (PrepareSettings, RenderSettings, Delivery)
         self._check_model_fits(*(group.of(arguments) for group in groups))

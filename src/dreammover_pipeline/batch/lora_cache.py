@@ -11,8 +11,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from .manifest import Job
-from .sidecar import digest_of
+from ..arguments import arguments_of
+from ..settings import FitSettings
+from ..storage import digest_of
+from .jobs import Job
 
 
 class LoraCache:
@@ -64,10 +66,7 @@ def lora_key(job: Job, pixels: torch.Tensor, fingerprint: str, stack: dict[str, 
         fingerprint: of the checkpoint.
         stack: on what the pipeline runs.
     """
-    settings = {
-        name: value
-        for name, value in job.settings.items()
-        if name in ("prompt", "clip_skip", "seed") or (name.startswith("lora_") and name != "lora_scale")
-    }
+    decisive = {*arguments_of(FitSettings), "prompt", "seed"}
+    settings = {name: value for name, value in job.settings.items() if name in decisive}
     content = hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()
     return digest_of([content, list(pixels.shape), settings, fingerprint, stack])

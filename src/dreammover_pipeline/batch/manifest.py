@@ -4,56 +4,29 @@
 from __future__ import annotations
 
 import csv
-import inspect
 import io
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
-from ..cli.evaluate import check_settings
-from ..inputs import check_integer, check_number, pair_negatives, pair_texts
+from ..arguments import Real, arguments_of
+from ..inputs import check_integer, check_number
 from ..media.files import check_fps, check_video_path
 from ..pipeline import DreamMoverPipeline
-from ..records import Canvas
+from ..prompts import pair_negatives, pair_texts
+from ..settings import PREPARING, NegativeContent, RenderSettings
+from .jobs import Job
 from .sidecar import PRIVATE, read_sidecar
 
 PLACES = ("img0", "img1", "folder", "output")
-PLAIN = {"str", "int", "float", "bool", "None", "Sequence", "Callable"}  # a callable's place takes a name too
-# Plain values, but they say how frames reach a program, and here they go to a file.
-FORMS = {"output_type", "return_dict", "callback_on_step_end_tensor_inputs"}
+# Arguments that a line of text can hold. How frames reach a program is not among them, since here they go to a file.
 PARAMETERS = {
-    name: parameter
-    for name, parameter in inspect.signature(DreamMoverPipeline.__call__).parameters.items()
-    if parameter.annotation is not inspect.Parameter.empty
-    and set(re.findall(r"\w+", parameter.annotation)) <= PLAIN
-    and name not in FORMS
+    name: declared
+    for name, declared in arguments_of(*PREPARING, NegativeContent, RenderSettings).items()
+    if declared.values.in_files
 }
 SETTINGS = (*PARAMETERS, "seed", "fps")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One video to make.
-
-    `where` says where it was asked for; `photos` are two files, or one folder that holds them; `name` is the output
-    as it was named, relative to the folder of all; `settings` has a value for each of `SETTINGS`; `recorded` is the
-    sidecar that is to be repeated, if one is. A gap of a sequence has the `canvas` of all, and may have the key of a
-    `lora` in the cache to use instead of fitting one.
-    """
-
-    where: str
-    photos: tuple[Path, ...]
-    output: Path
-    name: str
-    settings: Mapping[str, object]
-    recorded: Mapping | None = None
-    canvas: Canvas | None = None
-    lora: str | None = None
 
 
 def read_manifest(path: str | os.PathLike, folder: Path, defaults: Mapping[str, object]) -> list[Job]:
@@ -103,7 +76,7 @@ def read_sidecars(paths: Sequence[str | os.PathLike], folder: Path) -> list[Job]
     return jobs
 
 
-def check_outputs(jobs: Sequence[Job]) -> None:
+def check_job_outputs(jobs: Sequence[Job]) -> None:
     """Refuse outputs that cannot be written, or that would replace another one or a photo; make their folders.
 
     Raises:
@@ -144,7 +117,7 @@ def check_values(pipe: DreamMoverPipeline, fingerprint: str, jobs: Sequence[Job]
     for job in jobs:
         settings = job.settings
         try:
-            check_settings(pipe, settings)
+            pipe.check_inputs(**settings)
             pair_texts(settings["prompt"], None, 1, False, width)
             pair_negatives(settings["negative_prompt"], None, 1, width)
             for side in ("height", "width"):
@@ -157,28 +130,6 @@ def check_values(pipe: DreamMoverPipeline, fingerprint: str, jobs: Sequence[Job]
             raise ValueError(
                 f"{job.where} was made with another checkpoint, '{name}' as it was then; name it by --model"
             )
-
-
-def find_photos(job: Job) -> tuple[Path, Path]:
-    """The two photos of a job, looked for in its folder if it has one.
-
-    Raises:
-        ValueError: the folder does not hold one of each.
-    """
-    if len(job.photos) == 2:
-        return job.photos
-    (folder,) = job.photos
-    suffixes = Image.registered_extensions()
-    try:
-        pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
-    except OSError as error:
-        raise ValueError(f"the folder '{folder}' cannot be read: {error}") from error
-    found = [[path for path in pictures if path.stem == name] for name in ("0", "1")]
-    for i, paths in enumerate(found):
-        if len(paths) != 1:
-            held = " and ".join(path.name for path in paths) or "none"
-            raise ValueError(f"the folder '{folder}' must hold one photo '{i}.*', but it holds {held}")
-    return found[0][0], found[1][0]
 
 
 def _jsonl_rows(text: str, path: Path) -> Iterator[tuple[int, dict]]:
@@ -243,10 +194,10 @@ def settings_of(defaults: Mapping[str, object], given: Mapping[str, object], whe
     if unknown:
         allowed = ", ".join((*PLACES, *SETTINGS))
         raise ValueError(f"{where} has the unknown key {unknown[0]!r}; allowed are {allowed}")
-    values = {name: parameter.default for name, parameter in PARAMETERS.items()}
+    values = {name: declared.default for name, declared in PARAMETERS.items()}
     values = json.loads(json.dumps({**values, "include_inputs": True, **defaults, **given}))
     for name, value in values.items():
-        if type(value) is int and name in PARAMETERS and PARAMETERS[name].annotation == "float":
+        if type(value) is int and name in PARAMETERS and isinstance(PARAMETERS[name].values, Real):
             values[name] = float(value)  # so that 1 and 1.0 are the same request
     try:
         check_integer("seed", values["seed"], 0)

@@ -21,10 +21,10 @@ from pathlib import Path
 from accelerate.utils import release_memory
 from filelock import FileLock, Timeout
 
+from .jobs import Job
 from .journal import ProgressBar
-from .maker import Maker
-from .manifest import Job
 from .sidecar import failure_path, read_failures, sidecar_path, work_path
+from .worker import Worker
 
 POLL_SECONDS = 0.5
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -46,7 +46,7 @@ class Outcome:
 
 
 def run(
-    maker: Maker, jobs: Sequence[Job], failures: Mapping[str, str], process: int, processes: int, quiet: bool = False
+    worker: Worker, jobs: Sequence[Job], failures: Mapping[str, str], process: int, processes: int, quiet: bool = False
 ) -> list[Outcome]:
     """Do a process's part of the jobs: whatever is neither done nor another's, beginning at a place of its own.
 
@@ -54,7 +54,7 @@ def run(
     when nothing is left that is not claimed.
 
     Args:
-        maker: what to make them with.
+        worker: Makes them.
         jobs: all of them.
         failures: as `read_failures` gave them when this run began; other failures are of this run and not tried again.
         process: which of the processes that were launched together this is, from 0.
@@ -69,7 +69,7 @@ def run(
     """
     outcomes = {}
     for job in jobs:
-        if maker.finished(job):
+        if worker.finished(job):
             outcomes[job.name] = Outcome(job, "skipped", None, "", sidecar_path(job.output))
             with _claimed(job):  # which clears up, should a kill have come between the commit and that
                 failure_path(job.output).unlink(missing_ok=True)
@@ -77,12 +77,12 @@ def run(
     offset = len(waiting) * process // processes
     waiting = waiting[offset:] + waiting[:offset]
     names = [job.name for job in jobs]
-    with ProgressBar(names, outcomes, maker.journal, quiet or process > 0) as bar:
+    with ProgressBar(names, outcomes, worker.journal, quiet or process > 0) as bar:
         while waiting:
             claimed_elsewhere = []
             for job in waiting:
                 try:
-                    outcome = _attempt(maker, job, failures.get(job.name))
+                    outcome = _attempt(worker, job, failures.get(job.name))
                 except Exception as error:
                     if not _disk_is_full(error):
                         raise
@@ -100,12 +100,12 @@ def run(
     return [outcomes[job.name] for job in jobs if job.name in outcomes]
 
 
-def _attempt(maker: Maker, job: Job, known_failure: str | None) -> Outcome | None:
+def _attempt(worker: Worker, job: Job, known_failure: str | None) -> Outcome | None:
     """Claim a job and see it to its end; None if another process has it."""
     with _claimed(job) as work:
         if work is None:
             return None
-        record = maker.finished(job)  # by another process, before the claim
+        record = worker.finished(job)  # by another process, before the claim
         if record:
             return _success(job, record)
         failure = read_failures([job]).get(job.name)
@@ -114,18 +114,18 @@ def _attempt(maker: Maker, job: Job, known_failure: str | None) -> Outcome | Non
             return Outcome(job, "failed", None, f"{error['class']}: {error['message']}", failure_path(job.output))
         start = time.perf_counter()
         try:
-            record = maker.make(job, work)
+            record = worker.make(job, work)
         except Exception as error:
-            outcome = _failure(maker, job, error, time.perf_counter() - start, work)
+            outcome = _failure(worker, job, error, time.perf_counter() - start, work)
         else:
             failure_path(job.output).unlink(missing_ok=True)
             outcome = _success(job, record)
         if outcome.status == "failed":
             release_memory()  # the error held the tensors of its frames until here
         request = record["request"] if record else None
-        maker.journal.append(
+        worker.journal.append(
             {
-                "run": maker.process["run"],
+                "run": worker.process["run"],
                 "name": job.name,
                 "status": outcome.status,
                 "request": request,
@@ -170,14 +170,14 @@ def _success(job: Job, record: Mapping) -> Outcome:
     return Outcome(job, "done", seconds, "; ".join(notes), sidecar_path(job.output))
 
 
-def _failure(maker: Maker, job: Job, error: Exception, seconds: float, work: Path) -> Outcome:
+def _failure(worker: Worker, job: Job, error: Exception, seconds: float, work: Path) -> Outcome:
     shutil.rmtree(work)  # on a full disk, to have room for the record
     work.mkdir()
     if _disk_is_full(error):
         with suppress(OSError):
-            maker.record_failure(job, error, work)
+            worker.record_failure(job, error, work)
         raise error
-    maker.record_failure(job, error, work)
+    worker.record_failure(job, error, work)
     note = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return Outcome(job, "failed", seconds, note, failure_path(job.output))
 

@@ -12,24 +12,20 @@ import json
 import platform
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from .. import __version__
 from ..pipeline import DreamMoverPipeline
-
-if TYPE_CHECKING:
-    from .manifest import Job
+from ..settings import arguments
+from ..storage import digest_of
+from .jobs import Job
 
 FORMAT = 1
 PRIVATE = ".dreammover"  # the folder, beside outputs, of what is nobody else's business
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "numpy", "pillow", "imageio-ffmpeg")
-# They say how the frames are computed, not which: the result is the same up to rounding.
-UNDECIDING = {"frame_batch_size"}
 
 
 def sidecar_path(output: Path) -> Path:
@@ -48,7 +44,7 @@ def work_path(output: Path) -> Path:
 
 
 def read_sidecar(path: Path) -> dict | None:
-    """What a sidecar says; None if there is none, or none that is whole."""
+    """What a sidecar says; None if there is no such file, or it is not a whole sidecar."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -86,20 +82,18 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest_of(content: object) -> str:
-    """The sha256 of what JSON can hold."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def request_of(job: Job, inputs: Sequence[str], fingerprint: str, dtype: str) -> str:
-    """In short, everything that decides a video: the photos' bytes, the settings, the checkpoint, the file format; of
-    a gap of a sequence also what it has from the other photos.
+    """In short, everything that decides a video.
+
+    Args:
+        job: For its settings and the kind of its file.
+        inputs: Digests of the photos' bytes.
+        fingerprint: Of the checkpoint.
+        dtype: The precision of the UNet.
     """
-    settings = {name: value for name, value in job.settings.items() if name not in UNDECIDING}
-    request = [list(inputs), settings, fingerprint, dtype, job.output.suffix.lower()]
-    if job.canvas is not None:
-        request.append({"canvas": asdict(job.canvas), "lora": job.lora})
-    return digest_of(request)
+    declared = arguments()
+    settings = {name: value for name, value in job.settings.items() if name not in declared or declared[name].decides}
+    return digest_of([list(inputs), settings, fingerprint, dtype, job.output.suffix.lower()])
 
 
 def stack_of(pipe: DreamMoverPipeline) -> dict[str, object]:

@@ -19,7 +19,7 @@ from .loading import add_device_options, add_model_options, check_model, choose_
 from .options import add_method_options, call_arguments, seed, size
 
 if TYPE_CHECKING:
-    from ..batch.manifest import Job
+    from ..batch.jobs import Job
 
 
 def add_batch(commands: argparse._SubParsersAction) -> None:
@@ -87,13 +87,13 @@ def _work(jobs: Sequence[Job], args: argparse.Namespace, model: str, dtype: str 
     """
     from accelerate import PartialState
 
-    from ..batch.maker import Maker
-    from ..batch.manifest import check_outputs, check_values
+    from ..batch.manifest import check_job_outputs, check_values
     from ..batch.run import run, table
     from ..batch.sidecar import read_failures
+    from ..batch.worker import Worker
 
     start = time.perf_counter()
-    check_outputs(jobs)
+    check_job_outputs(jobs)
     with _terminable():
         failures = read_failures(jobs)  # before the processes meet, so that none of them has failed at anything yet
         device = choose_device(args.device)
@@ -102,9 +102,9 @@ def _work(jobs: Sequence[Job], args: argparse.Namespace, model: str, dtype: str 
             device = state.device.type if state.device.type == "cpu" else str(state.device)
         pipe = load_pipeline(model, dtype, device, args.allow_pickle)
         pipe.set_progress_bar_config(disable=True)
-        maker = Maker(pipe, model, args.output, args.lora_cache)
-        check_values(pipe, maker.model["fingerprint"], jobs)
-        outcomes = run(maker, jobs, failures, state.process_index, state.num_processes, args.quiet)
+        worker = Worker(pipe, model, args.output, args.lora_cache)
+        check_values(pipe, worker.model["fingerprint"], jobs)
+        outcomes = run(worker, jobs, failures, state.process_index, state.num_processes, args.quiet)
     if not state.is_main_process:
         return
     print(table(outcomes, time.perf_counter() - start))

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import argparse
 import ast
-import inspect
 import json
-import re
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..arguments import arguments_of
+from ..settings import PrepareSettings, RenderSettings, VideoSettings
 from .loading import add_model_options, check_model, load_chosen, pipeline_class
 
 FULL = {"pairs": 32, "frames": 7}
 DIFFICULTIES = ("same", "relit", "recast")
 QUICK = {"pairs": 2, "frames": 1}  # about six minutes on two cores with the embedded checkpoint
-# What the suites decide, or what no line of text can hold.
-NOT_SETTINGS = re.compile(
-    "self|img|prompt|height|width|generator|frames|times|easing|endpoints|points|mask|canvas"
-    "|include|output|return|callback|kwargs|^lora$|^pair$"
-)
+# Settings of the method that a line of text can hold; which frames are made is decided by the suites.
+SETTINGS = {
+    name
+    for name, declared in arguments_of(PrepareSettings, RenderSettings).items()
+    if declared.values.in_files and name not in arguments_of(VideoSettings)
+}
 
 
 def add_evaluation(commands: argparse._SubParsersAction) -> None:
@@ -97,7 +98,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     tools = find_tools(args.flow)
     pipe = load_chosen(args)
     pipe.set_progress_bar_config(disable=True)
-    check_settings(pipe, settings)
+    pipe.check_inputs(**settings)
     suites = find_suites(names, pairs, frames, native_size(pipe), args.seed)
     file = RunFile.start(args.output, header(pipe, args.model, suites, args.seed, settings, args.flow, tools))
     run(pipe, suites, methods, file, tools, args.quiet)
@@ -121,7 +122,7 @@ def _correspondence(args: argparse.Namespace) -> None:
 
     pipe = load_chosen(args)
     pipe.set_progress_bar_config(disable=True)
-    check_settings(pipe, {"inversion_steps": max(args.steps), "feature_step": min(args.steps)})
+    pipe.check_inputs(inversion_steps=max(args.steps), feature_step=min(args.steps))
     suites = find_suites(args.suites, args.pairs, 1, native_size(pipe), args.seed)
     rows = study(pipe, suites, args.steps, args.quiet)
     folder = Path(args.output)
@@ -138,17 +139,6 @@ def native_size(pipe) -> int:
     sample = pipe.unet.config.sample_size
     side = sample if isinstance(sample, int) else min(sample)
     return min(512, max(64, side * pipe.vae_scale_factor))
-
-
-def check_settings(pipe, settings: dict[str, object]) -> None:
-    """Refuse what the pipeline would, before a run is begun.
-
-    Raises:
-        TypeError, ValueError: by the pipeline's own checks.
-    """
-    for stage, check in ((pipe.prepare, pipe.check_inputs), (pipe.render, pipe.check_render_inputs)):
-        parameters = inspect.signature(stage).parameters
-        check(**{name: settings.get(name, parameters[name].default) for name in inspect.signature(check).parameters})
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -171,11 +161,8 @@ def _require_libraries() -> None:
 def _setting(text: str) -> tuple[str, object]:
     """NAME=VALUE of a parameter that `prepare` or `render` has; the value as Python writes it, or else a string."""
     name, equals, value = text.partition("=")
-    pipeline = pipeline_class()
-    known = {p for stage in (pipeline.prepare, pipeline.render) for p in inspect.signature(stage).parameters}
-    known = {name for name in known if not NOT_SETTINGS.search(name)}
-    if not equals or name not in known:
-        raise ValueError(f"--set takes NAME=VALUE with a name of {', '.join(sorted(known))}; not '{text}'")
+    if not equals or name not in SETTINGS:
+        raise ValueError(f"--set takes NAME=VALUE with a name of {', '.join(sorted(SETTINGS))}; not '{text}'")
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):

@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ..arguments import ASK_PYTHON, Argument, Blocks, Pictures, Real, Text, Whole, taken
-from ..settings import GROUPS, PRESETS, RENDERING, arguments, arguments_of
+from ..arguments import ASK_PYTHON, Argument, Blocks, Pictures, Real, Text, Whole, arguments_of, taken
+from ..settings import GROUPS, PRESETS, RENDERING, arguments
 
 # Arguments that only make sense for one pair.
 STEERING = ("points", "mask")
@@ -45,7 +45,9 @@ def add_method_options(
         gaps: Whether there may be more than two photos, and so several gaps between them.
     """
     group = parser.add_argument_group("method", argument_default=argparse.SUPPRESS)
-    group.add_argument("--preset", choices=PRESETS, help="Options that belong together; others beside it prevail.")
+    if not rendering_only:
+        text = "Options that belong together; others beside it prevail."
+        group.add_argument("--preset", choices=PRESETS, help=text)
     for name, declared in arguments_of(*(RENDERING if rendering_only else GROUPS)).items():
         if declared.option is not ASK_PYTHON and (steering or name not in STEERING):
             group.add_argument(declared.option, dest=name, **_parsing(declared, gaps))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import socket
 import time
@@ -14,12 +13,15 @@ from pathlib import Path
 
 import torch
 
-from ..images import fit, load_images
+from ..arguments import taken
+from ..images import decode_images, fit, rgb
 from ..media.files import move_over, write_video
 from ..pipeline import DreamMoverPipeline
+from ..records import PreparedPair
+from ..settings import PREPARING, RENDERING
+from .jobs import Job, find_photos
 from .journal import Journal
 from .lora_cache import LoraCache, lora_key
-from .manifest import Job, find_photos
 from .sidecar import (
     FORMAT,
     PRIVATE,
@@ -33,8 +35,10 @@ from .sidecar import (
     written,
 )
 
+PHOTOS = ("img0", "img1")  # as errors call them
 
-class Maker:
+
+class Worker:
     """Makes videos with one loaded pipeline.
 
     Args:
@@ -95,7 +99,7 @@ class Maker:
             _require_recorded(job, inputs)
         pair, lora = self._prepare(job)
         clock.stop("prepare")
-        output = self.pipe.render(pair, **_arguments_of(self.pipe.render, job))
+        output = self.pipe.render(pair, **taken(job.settings, *RENDERING))
         clock.stop("render")
         frames = output.frames[0]
         video = work / f"video{job.output.suffix}"
@@ -126,19 +130,16 @@ class Maker:
         os.replace(sidecar, sidecar_path(job.output))
         return record
 
-    def _prepare(self, job: Job):
-        """The prepared pair, and where its LoRA came from: "fitted", "cached", "shared", or None without one."""
+    def _prepare(self, job: Job) -> tuple[PreparedPair, str | None]:
+        """The prepared pair, and where its LoRA came from: "fitted", "cached", or None without a LoRA."""
         pipe, settings = self.pipe, job.settings
-        img0, img1 = find_photos(job)
-        (first,), (last,) = load_images(img0, "img0"), load_images(img1, "img1")
-        arguments = {**_arguments_of(pipe.prepare, job), "canvas": job.canvas}
-        if job.lora is not None:
-            return pipe.prepare(first, last, **arguments, lora=self.cache.load(job.lora)), "shared"
+        first, last = (decode_images(photo, name)[0] for photo, name in zip(find_photos(job), PHOTOS, strict=True))
+        arguments = taken(settings, *PREPARING)
         generator = torch.Generator("cpu").manual_seed(settings["seed"])
         if not settings["lora_steps"]:
             return pipe.prepare(first, last, **arguments, generator=generator), None
-        canvas = job.canvas or pipe.canvas(first, settings["height"], settings["width"])
-        pixels = torch.stack([fit(first, canvas), fit(last, canvas)])
+        canvas = pipe.canvas(first, settings["height"], settings["width"])
+        pixels = torch.stack([fit(rgb(photo), canvas) for photo in (first, last)])
         key = lora_key(job, pixels, self.model["fingerprint"], self.stack)
         cached = self.cache.load(key)
         pair = pipe.prepare(first, last, **arguments, generator=generator, lora=cached)
@@ -165,11 +166,6 @@ def _require_recorded(job: Job, inputs: Sequence[Mapping]) -> None:
     for now, then in zip(inputs, job.recorded["inputs"], strict=True):
         if now["sha256"] != then["sha256"]:
             raise ValueError(f"the photo '{now['path']}' is not the one of {job.where}: its bytes have changed")
-
-
-def _arguments_of(stage, job: Job) -> dict[str, object]:
-    parameters = inspect.signature(stage).parameters
-    return {name: value for name, value in job.settings.items() if name in parameters}
 
 
 def _relative(path: Path, folder: Path) -> str:
