@@ -76,6 +76,7 @@ from .memory import (
     is_out_of_memory,
 )
 from .outputs import DreamMoverPipelineOutput, as_output, joined, returned
+from .progress import ProgressListener, ReportedStage
 from .records import BidirectionalFlow, Canvas, FusedFrames, PreparedPair
 from .sampling import denoise, invert
 from .schedules import ddim_schedule, deterministic_ddim
@@ -182,6 +183,7 @@ class DreamMoverPipeline(
         self._num_timesteps = 0
         self._interrupt = False
         self._warned_of_overflow = False
+        self._listener: ProgressListener | None = None
 
     @property
     def guidance_scale(self) -> float:
@@ -197,6 +199,25 @@ class DreamMoverPipeline(
     def interrupt(self) -> bool:
         """Whether the rest of the denoising steps is skipped; a step callback may set `_interrupt`."""
         return self._interrupt
+
+    @contextmanager
+    def listening(self, listener: ProgressListener) -> Iterator[None]:
+        """Tell a listener of progress, instead of drawing progress bars, while the context lasts.
+
+        The listener hears of every stage of `__call__`, `prepare`, `render`, `interpolate_sequence` and the LoRA fits.
+        A context inside another one replaces the outer listener until the inner context ends. With model offloading,
+        a model whose work the listener ended stays on the device until `maybe_free_model_hooks` or the next call.
+
+        Args:
+            listener: called as (stage name, steps done, steps in all) when a stage begins and after each of its steps.
+                Whatever it raises ends the work at that step and passes on to the caller, with the models as they
+                were, so a job is cancelled by raising.
+        """
+        outer, self._listener = self._listener, listener
+        try:
+            yield
+        finally:
+            self._listener = outer
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -1371,7 +1392,9 @@ class DreamMoverPipeline(
         return frames, [flagged] if flagged else None
 
     def _progress(self, total: int, doing: str):
-        """diffusers' progress bar, with a name; the user's settings stand."""
+        """A stage whose steps `update` counts: reported to the listener, or shown by diffusers' progress bar."""
+        if self._listener is not None:
+            return ReportedStage(self._listener, doing, total)
         settings = getattr(self, "_progress_bar_config", {})
         try:
             self.set_progress_bar_config(**{"desc": doing, **settings})

@@ -260,7 +260,7 @@ class Session:
         pipe = self.studio.pipe
         with self._working:
             self._cancelled.clear()
-            with self.studio.machine, watched(pipe, step):
+            with self.studio.machine, pipe.listening(step):
                 step("Starting", 0, 1)
                 try:
                     yield pipe
@@ -370,32 +370,6 @@ def _points(spots: Sequence, photos: Sequence[Image.Image]) -> list | None:
         tuple(tuple((place + 0.5) / scale - 0.5 for place in spot) for spot, scale in zip(pair, scales, strict=True))
         for pair in spots
     ] or None
-
-
-@contextmanager
-def watched(pipe: DreamMoverPipeline, step: Report) -> Iterator[None]:
-    """Call `step` where the pipeline's progress bars move, instead of showing these; what it raises ends the work."""
-    pipe._progress = lambda total, doing: _Steps(step, doing, total)
-    try:
-        yield
-    finally:
-        del pipe._progress  # the class's own is back
-
-
-class _Steps:
-    def __init__(self, step: Report, stage: str, total: int):
-        self.step, self.stage, self.total, self.done = step, stage, total, 0
-
-    def __enter__(self) -> _Steps:
-        self.step(self.stage, 0, self.total)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, steps: int = 1) -> None:
-        self.done += steps
-        self.step(self.stage, self.done, self.total)
 
 
 def _key(photos: Sequence[Path], preparing: Mapping[str, object]) -> str:
