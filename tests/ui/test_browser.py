@@ -14,7 +14,7 @@ pytest.importorskip("gradio", reason="the extra 'demo' is not installed")
 
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.tiny import CHECKPOINT
-from dreammover_pipeline.ui.app import serving
+from dreammover_pipeline.ui.serving import serving
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 if CHROMIUM is None:

@@ -24,7 +24,7 @@ import yaml
 
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.cli.main import main
-from dreammover_pipeline.ui.app import serving
+from dreammover_pipeline.ui.serving import serving
 from dreammover_pipeline.ui.visitors import COOKIE
 
 ROOT = Path(__file__).parents[2]

@@ -65,7 +65,7 @@ def serve(
         raise RuntimeError("the web page needs gradio; install it with: pip install 'dreammover-pipeline[demo]'")
     check_model(model, allow_pickle)
     pipe = load_pipeline(model, dtype, choose_device(device), allow_pickle)
-    from ..ui.app import TINY_DEFAULTS, serving
+    from ..ui.serving import TINY_DEFAULTS, serving
 
     defaults = TINY_DEFAULTS if model == "tiny" else {}
     with _until_stopped() as stopped, serving(pipe, host, port, max_upload_mb, defaults) as address:

@@ -14,8 +14,9 @@ from itertools import permutations, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..media.correspondences import flow_picture, matches_picture
 from ..media.files import check_fps, check_picture_path, check_video_path, write_picture, write_video
-from ..media.pictures import comparison, contact_sheet, crossfade, flow_picture, matches_picture, picture_of
+from ..media.pictures import comparison, contact_sheet, crossfade, picture_of
 from ..media.playback import check_hold, frames_to_fill, play
 from .loading import load_chosen
 from .options import for_each_gap

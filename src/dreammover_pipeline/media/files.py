@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames and pictures to files; nothing here knows a model.
+"""Writes frames and pictures to files; no function of this module needs a model.
 
-Every file is written under a temporary name beside its place and renamed when complete, so whatever goes wrong, a
-finished file that was there before stays as it was.
+Every file is written under a temporary name in the folder it belongs in, and gets its own name when it is complete. So
+a finished file of that name stays as it was, whatever goes wrong.
 """
 
 from __future__ import annotations
@@ -24,27 +24,30 @@ import numpy as np
 from PIL import Image
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
-FRAME_NAME, FRAME_PATTERN = "frame_{:04d}.png", re.compile(r"frame_\d{4,}\.png")
+FRAME_NAME = "frame_{:04d}.png"  # how frames in a folder are called, by their index
+FRAME_PATTERN = re.compile(r"frame_\d{4,}\.png")  # the names that `FRAME_NAME` makes
 
-# A gif of more than 50 frames a second (delays under 20 ms) is played at 10 by browsers.
-FPS_RANGE, GIF_FPS_RANGE = (0.01, 1000), (0.01, 50)
+FPS_RANGE = (0.01, 1000)
+# Browsers play a gif of more than 50 frames per second, whose delays are under 20 ms, at 10 frames per second.
+GIF_FPS_RANGE = (0.01, 50)
 
 
 def write_video(frames: Iterable[Image.Image], path: str | os.PathLike, fps: float) -> None:
     """Write frames as an H.264 mp4, a looping gif, or a folder of `frame_0000.png`, `frame_0001.png`, …
 
-    The ending of the path decides: `.mp4`, `.gif`, or none (or a slash) for a folder. An mp4 needs even sizes, so an
-    odd one gets its last column or row twice. A gif's frames have a palette each and last 1/fps, rounded to 10 ms;
-    equal neighbours become one longer frame.
+    The ending of the path decides which: `.mp4`, `.gif`, or a folder where the path has no ending or ends in a slash.
+    An mp4 needs an even width and height, so frames of odd size get their last column or row twice. Each frame of a
+    gif has a palette of its own and lasts 1/fps seconds, rounded to 10 ms; equal neighbours become one longer frame.
 
     Args:
-        frames: at least one picture, all of one size; taken one at a time.
-        path: the file or folder to write; one that is there already is replaced once the new one is complete.
-        fps: frames per second; the PNGs of a folder have none.
+        frames: at least one picture, all of one size; they are taken one at a time.
+        path: the file or folder to write; a file or folder of that name is replaced once the new one is complete.
+        fps: frames per second; a folder of PNGs ignores it.
 
     Raises:
-        ValueError: a path refused by `check_video_path`, a rate refused by `check_fps`, no frames, unequal sizes.
-        RuntimeError: ffmpeg failed; the message is its own.
+        ValueError: `check_video_path` refuses the path or `check_fps` the rate, or there are no frames, or the frames
+            differ in size.
+        RuntimeError: ffmpeg failed; the message quotes what ffmpeg wrote.
     """
     check_video_path(path)
     check_fps(fps, path)
@@ -53,22 +56,22 @@ def write_video(frames: Iterable[Image.Image], path: str | os.PathLike, fps: flo
 
 
 def write_picture(picture: Image.Image, path: str | os.PathLike) -> None:
-    """Write one picture as png or jpeg, by the ending of the path.
+    """Write one picture as png or jpeg, whichever the ending of the path says.
 
     Raises:
-        ValueError: a path refused by `check_picture_path`.
+        ValueError: `check_picture_path` refuses the path.
     """
     check_picture_path(path)
     with _replacing(path) as temporary:
-        picture.save(temporary, quality=95)  # png has no use for the quality
+        picture.save(temporary, quality=95)  # the quality is for jpeg; Pillow ignores it for png
 
 
 def check_video_path(path: str | os.PathLike) -> None:
-    """Refuse a path that `write_video` could not write, or where it would destroy something else.
+    """Refuse a path that `write_video` could not write, or where it would destroy something else than a video.
 
     Raises:
-        ValueError: an unknown ending, a parent folder that is missing or read-only, a folder where a file should go,
-            a file where a folder should go, or a folder that holds anything but the frames of an earlier run.
+        ValueError: the ending is unknown, the parent folder is missing or read-only, a folder is where a file should
+            go or a file where a folder should go, or the folder holds anything but the frames of an earlier run.
     """
     suffix = _video_suffix(path)
     if suffix not in VIDEO_WRITERS:
@@ -84,16 +87,17 @@ def check_picture_path(path: str | os.PathLike) -> None:
     """Refuse a path that `write_picture` could not write.
 
     Raises:
-        ValueError: an ending other than a picture's, a parent folder that is missing or read-only, a folder in place.
+        ValueError: the ending is not that of a picture, the parent folder is missing or read-only, or a folder has
+            that name.
     """
     check_file_path(path, PICTURE_SUFFIXES)
 
 
 def check_file_path(path: str | os.PathLike, suffixes: Sequence[str]) -> None:
-    """Refuse a path where no file of these endings can be written.
+    """Refuse a path where no file with one of these endings can be written.
 
     Raises:
-        ValueError: another ending, a parent folder that is missing or read-only, a folder in place.
+        ValueError: the path has another ending, the parent folder is missing or read-only, or a folder has that name.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in suffixes:
@@ -106,7 +110,7 @@ def check_fps(fps: float, path: str | os.PathLike) -> None:
     """Refuse a frame rate that the kind of video at `path` cannot have.
 
     Raises:
-        ValueError: not a number, or out of range.
+        ValueError: the rate is not a number, or out of the range of this kind of video.
     """
     low, high = GIF_FPS_RANGE if _video_suffix(path) == ".gif" else FPS_RANGE
     if not low <= fps <= high:  # NaN fails both comparisons
@@ -143,8 +147,8 @@ def _check_replaceable_folder(path: str | os.PathLike) -> None:
 
 @contextmanager
 def _replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a temporary name to write a file or folder to; it takes the place of `path` if the block succeeds."""
-    target = Path(path).resolve()  # a link stays, what it points to is replaced
+    """A temporary path for a new file or folder, which takes the place of `path` if the block succeeds."""
+    target = Path(path).resolve()  # of a symbolic link, the file that it points to is replaced and the link stays
     temporary = target.with_name(f".dreammover-{secrets.token_hex(4)}{Path(path).suffix}")
     try:
         yield temporary
@@ -154,11 +158,11 @@ def _replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def move_over(source: Path, target: Path) -> None:
-    """Move a file or folder to where, on the same disk, another one may be, which it replaces."""
+    """Move a file or folder to a path on the same disk, and replace a file or folder of that name."""
     if not target.is_dir():
         os.replace(source, target)
         return
-    old = source.with_name(f"{source.name}-old")  # a folder with something in it cannot be renamed over
+    old = source.with_name(f"{source.name}-old")  # renaming cannot replace a folder that is not empty
     os.replace(target, old)
     try:
         os.replace(source, target)
@@ -176,7 +180,7 @@ def _remove(path: Path) -> None:
 
 
 def _checked(frames: Iterable[Image.Image]) -> Iterator[Image.Image]:
-    """The frames in RGB, of which there is at least one and which all have one size."""
+    """The frames in RGB; a ValueError where there are none, or where they differ in size."""
     size = None
     for index, frame in enumerate(frames):
         size = size or frame.size
@@ -192,7 +196,7 @@ def _write_mp4(frames: Iterator[Image.Image], path: Path, fps: float) -> None:
     size = f"{first.width + first.width % 2}x{first.height + first.height % 2}"
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24"]
     command += ["-s", size, "-r", str(Fraction(fps).limit_denominator(1001)), "-i", "-"]
-    # The matrix is chosen and written down: left to each player's guess, colours shift.
+    # The colour matrix is chosen here and noted in the file; players that have to guess it shift the colours.
     command += ["-vf", "scale=out_color_matrix=bt709:flags=accurate_rnd", "-colorspace", "bt709"]
     command += ["-c:v", "libx264", "-crf", "14", "-pix_fmt", "yuv420p"]
     command += ["-movflags", "+faststart", "-f", "mp4", str(path)]
@@ -211,7 +215,7 @@ def _padded_to_even(pixels: np.ndarray) -> np.ndarray:
 
 
 def _write_gif(frames: Iterator[Image.Image], path: Path, fps: float) -> None:
-    # A palette is fitted to each frame and then dithered with, or smooth shades would show bands.
+    # Pillow dithers only with a palette that it is given, and without dithering smooth shades would show bands.
     paletted = (frame.quantize(palette=frame.quantize()) for frame in frames)
     next(paletted).save(path, save_all=True, append_images=paletted, duration=10 * round(100 / fps), loop=0)
 

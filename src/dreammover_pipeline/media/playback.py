@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How made frames are played: ends that stand still for a while, there and back again, a length in seconds."""
+"""How frames are played: with ends that stand still for a while, there and back again, or for some seconds in all."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ Frame = TypeVar("Frame")
 
 
 def play(frames: Sequence[Frame], fps: float, hold: float = 0.0, ping_pong: bool = False) -> list[Frame]:
-    """Frames in the order they are shown in.
+    """Put frames into the order in which they are shown.
 
     Args:
-        frames: at least two, the two ends among them.
+        frames: at least two frames, which begin and end with the two photos.
         fps: frames per second.
-        hold: seconds for which either end stands still, to the nearest frame; each is shown once at least.
-        ping_pong: run back to the first frame too. A player that repeats the video shows neither end twice.
+        hold: seconds for which the first and the last frame stand still, to the nearest frame; each of the two is
+            shown at least once.
+        ping_pong: whether the video also runs back to its beginning. It then stops one frame short of the first one,
+            so that a player that repeats the video does not show that frame twice.
 
     Returns:
         The same frames, some of them several times.
 
     Raises:
-        ValueError: fewer than two frames, or `hold` is negative or not finite.
+        ValueError: there are fewer than two frames, or `hold` is negative or not finite.
     """
     if len(frames) < 2:
-        raise ValueError(f"a video to play needs at least its two ends, but {len(frames)} frames came")
+        raise ValueError(f"a video needs at least its first and its last frame, but {len(frames)} frames came")
     first, *between, last = frames
     shown = _shown(hold, fps)
     back = between[::-1] if ping_pong else []
@@ -34,20 +36,21 @@ def play(frames: Sequence[Frame], fps: float, hold: float = 0.0, ping_pong: bool
 
 
 def frames_to_fill(duration: float, fps: float, hold: float = 0.0, ping_pong: bool = False) -> int:
-    """How many frames between the ends make a video as long as asked for, played as `play` does.
+    """How many frames between the first and the last one give a video of this length, when `play` orders them.
 
     Args:
-        duration: seconds of the whole video, holds and way back included.
+        duration: seconds of the whole video, with the time that the ends stand still and the way back.
         fps: frames per second.
-        hold: as in `play`, like the next.
-        ping_pong: whether it runs back too; then every frame in between is shown twice, and the video may come out
-            shorter by one.
+        hold: seconds for which the first and the last frame stand still.
+        ping_pong: whether the video also runs back to its beginning. Every frame in between is then shown twice, so
+            the video may come out one frame shorter than asked for.
 
     Returns:
-        At least 1.
+        The number of frames, at least 1.
 
     Raises:
-        ValueError: `duration` or `hold` is not finite or too small.
+        ValueError: `duration` is not a finite number of seconds or too short for one frame in between, or `hold` is
+            negative or not finite.
     """
     ends = 2 * _shown(hold, fps)
     if not 0 < duration < math.inf:
@@ -56,19 +59,19 @@ def frames_to_fill(duration: float, fps: float, hold: float = 0.0, ping_pong: bo
     between = (round(duration * fps) - ends) // ways
     if between < 1:
         raise ValueError(
-            f"a duration of {duration:g} s leaves no frame between the ends; at {fps:g} frames per second the "
+            f"a duration of {duration:g} s leaves no frame between the two photos; at {fps:g} frames per second the "
             f"shortest is {(ends + ways) / fps:.3g} s"
         )
     return between
 
 
 def check_hold(hold: float) -> None:
-    """Raise ValueError unless this is a finite number of seconds, at least 0."""
-    if not 0 <= hold < math.inf:  # NaN fails this too
+    """Raise ValueError unless `hold` is a finite number of seconds, at least 0."""
+    if not 0 <= hold < math.inf:  # NaN fails every comparison
         raise ValueError(f"the ends must be held for a finite number of seconds, at least 0, not {hold}")
 
 
 def _shown(hold: float, fps: float) -> int:
-    """How many times an end is shown."""
+    """How many times the first and the last frame are shown to stand still for `hold` seconds."""
     check_hold(hold)
     return max(1, round(hold * fps))

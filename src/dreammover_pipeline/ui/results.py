@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a session of the page keeps of its work: a prepared pair, rendered frames, a finished video."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from ..media.correspondences import confidence_picture, correspondence_lines, flow_picture, occlusion_picture
+from ..media.pictures import contact_sheet, picture_of
+from ..records import PreparedPair
+
+
+@dataclass(frozen=True)
+class PreparedPhotos:
+    """A prepared pair, and a key that is equal only for the same photos and the same settings."""
+
+    key: str
+    pair: PreparedPair
+
+
+@dataclass(frozen=True)
+class RenderedFrames:
+    """The frames of a prepared pair as files, with both photos at the ends.
+
+    Args:
+        key: equal only for the same prepared pair and the same settings.
+        folder: the folder that holds all files of these frames.
+        files: the frames, in their order.
+        times: the δ of every frame.
+        pictures: the files of the pictures that explain the frames, by their names.
+        flagged: how many frames the safety checker has blacked out.
+    """
+
+    key: str
+    folder: Path
+    files: tuple[Path, ...]
+    times: tuple[float, ...]
+    pictures: dict[str, Path]
+    flagged: int
+
+
+@dataclass(frozen=True)
+class FinishedVideo:
+    """A video, and what was done to make it.
+
+    Args:
+        rendered: the frames that the video plays.
+        video: the file of the video.
+        comparison: the file of a video that shows the frames beside a cross-fade of the two photos.
+        work: what had to be done anew for this video: "prepared", "rendered" or "written", in this order.
+    """
+
+    rendered: RenderedFrames
+    video: Path
+    comparison: Path
+    work: tuple[str, ...]
+
+
+def explaining_pictures(
+    pair: PreparedPair, frames: Sequence[Image.Image], times: Sequence[float]
+) -> dict[str, Image.Image]:
+    """The pictures that explain the frames of a pair, by the names that the page knows them by."""
+    first, last = (picture_of(image) for image in pair.images)
+    flow, canvas = pair.flow, pair.canvas
+    return {
+        "flow": flow_picture(flow, canvas),
+        "matches": correspondence_lines(first, last, flow, canvas=canvas),
+        "confidence": confidence_picture(flow, (first, last), canvas),
+        "occlusion": occlusion_picture(flow, (first, last), canvas),
+        "sheet": contact_sheet(frames, times),
+    }

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a session of the page does and keeps: a prepared pair, the frames made of it, and the files it shows.
+
+Whatever a session writes lies in one folder, which is removed with the session. Files that are shown stay until those
+that replace them are complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ..media.files import check_fps, write_picture, write_video
+from ..media.pictures import comparison, crossfade
+from ..media.playback import check_hold, play
+from ..memory import free_cache, is_out_of_memory
+from ..pipeline import DreamMoverPipeline
+from ..progress import ProgressListener
+from .photos import WHICH, DecodedPhotos, Spot, marked_photo, points_of_spots
+from .results import FinishedVideo, PreparedPhotos, RenderedFrames, explaining_pictures
+
+
+class StoppedError(Exception):
+    """A job has ended before it was done, since the visitor cancelled it or left."""
+
+
+class Session:
+    """One open page, with the pair that it prepared last and the video that it finished last.
+
+    Args:
+        pipe: the pipeline, which all sessions share.
+        pipeline_lock: held by the session whose job the pipeline is doing.
+        folder: where the session's files will lie; nothing else may be in it.
+    """
+
+    def __init__(self, pipe: DreamMoverPipeline, pipeline_lock: threading.Lock, folder: Path):
+        self.folder = folder
+        self.used = time.monotonic()  # when a request or a job of this session was last heard of
+        self._pipe, self._pipeline_lock = pipe, pipeline_lock
+        self._photos = DecodedPhotos()
+        self._prepared: PreparedPhotos | None = None
+        self._finished: FinishedVideo | None = None
+        self._shown: dict[str, Path] = {}
+        self._job_lock, self._shown_lock = threading.Lock(), threading.Lock()
+        self._cancelled = threading.Event()
+        self._closed = False
+
+    @property
+    def finished(self) -> FinishedVideo | None:
+        """The video that was finished last; None before the first one."""
+        return self._finished
+
+    def cancel(self) -> None:
+        """Stop the job in progress at its next step; without a job in progress, do nothing."""
+        self._cancelled.set()
+
+    def leave(self) -> None:
+        """Stop the job in progress at its next step, and let no other job begin."""
+        self._closed = True
+
+    def close(self) -> None:
+        """Stop the job in progress at its next step, let no other begin, forget everything and remove the folder."""
+        self.leave()
+        with self._job_lock:  # the job in progress holds it until its next step
+            self._prepared = self._finished = None
+            self._photos = DecodedPhotos()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def has_prepared(self, photos: Sequence[Path], preparing: Mapping[str, object]) -> bool:
+        """Whether these photos are prepared with these settings, so that `make` needs no LoRA fit and no inversion.
+
+        Args:
+            photos: the files of the first and of the last photo.
+            preparing: settings as `make` takes them.
+        """
+        return self._prepared is not None and self._prepared.key == _key(photos, preparing)
+
+    def make(
+        self,
+        photos: Sequence[Path],
+        preparing: Mapping[str, object],
+        rendering: Mapping[str, object],
+        fps: float,
+        hold: float = 0.0,
+        ping_pong: bool = False,
+        report: ProgressListener = lambda stage, done, total: None,
+    ) -> FinishedVideo:
+        """Make a video, and do only the part of the work that this session's last video did not do already.
+
+        Args:
+            photos: the files of the first and of the last photo.
+            preparing: arguments of `DreamMoverPipeline.prepare` but for the photos. A "seed" takes the place of the
+                generator. "spots" take the place of the points: a pair of spots ((x0, y0), (x1, y1)) for each place
+                that both photos show, in pixels of the pictures that `mark` returns.
+            rendering: arguments of `DreamMoverPipeline.render` but for the pair.
+            fps: frames per second of the video.
+            hold: seconds for which the first and the last frame stand still.
+            ping_pong: whether the video also runs back to its beginning.
+            report: called as (stage name, steps done, steps in all) when a stage begins and after each of its steps.
+
+        Raises:
+            StoppedError: the visitor cancelled the job or left.
+            TypeError, ValueError: an argument or a photo is not what it may be; raised before any model runs.
+            RuntimeError: the work failed.
+        """
+        self._pipe.check_inputs(**preparing, **rendering)
+        check_fps(fps, "video.mp4")
+        check_hold(hold)
+        with self._job(report):
+            work = []
+            if not self.has_prepared(photos, preparing):
+                self._prepared = self._prepare(photos, preparing)
+                work.append("prepared")
+            key = f"{self._prepared.key} {sorted(rendering.items())}"
+            rendered = self._finished and self._finished.rendered
+            if rendered is None or rendered.key != key:
+                rendered = self._render(key, rendering)
+                work.append("rendered")
+            return self._write(rendered, fps, hold, ping_pong, (*work, "written"))
+
+    def moment(self, time: float, rendering: Mapping[str, object], report: ProgressListener) -> Path:
+        """Make a single frame of the prepared pair, at a δ of the visitor's choice, and return its file.
+
+        Args:
+            time: the frame's δ, in (0, 1).
+            rendering: arguments of `DreamMoverPipeline.render` but for the pair; "times" and "easing" are ignored.
+            report: called as (stage name, steps done, steps in all) when a stage begins and after each of its steps.
+
+        Raises:
+            StoppedError: the visitor cancelled the job or left.
+            TypeError, ValueError: no pair is prepared yet, or an argument is not what it may be; raised before any
+                model runs.
+            RuntimeError: the work failed.
+        """
+        if self._prepared is None:
+            raise ValueError("make a video first; then single frames of it can be made at any time")
+        settings = {**rendering, "times": [time], "easing": "linear"}
+        self._pipe.check_inputs(**settings)
+        with self._job(report):
+            ((frame,),) = self._pipe.render(self._prepared.pair, **settings).frames
+            return self._show("moment", {"moment": frame})[0]
+
+    def mark(self, photos: Sequence[Path | None], spots: Sequence[Sequence[Spot]]) -> list[Path | None]:
+        """Draw numbered spots on the photos, and return the files of the two pictures.
+
+        Args:
+            photos: the files of the first and of the last photo; None for a photo that is not chosen yet.
+            spots: the spots of the first photo and those of the last one, (x, y) in pixels of the returned pictures.
+
+        Returns:
+            The two files; None for a photo that is not chosen yet.
+
+        Raises:
+            ValueError: a photo cannot be read.
+        """
+        marked = {
+            which: marked_photo(photo, places)
+            for which, photo, places in zip(WHICH, self._photos.get(photos), spots, strict=True)
+            if photo is not None
+        }
+        paths = dict(zip(marked, self._show("marks", marked), strict=True))
+        return [paths.get(which) for which in WHICH]
+
+    @contextmanager
+    def _job(self, report: ProgressListener) -> Iterator[None]:
+        """Have the pipeline for this session alone; its steps are reported, and it stops where the visitor wants."""
+
+        def step(stage: str, done: int, total: int) -> None:
+            if self._cancelled.is_set() or self._closed:
+                raise StoppedError
+            report(stage, done, total)
+
+        with self._job_lock:
+            self._cancelled.clear()
+            with self._pipeline_lock, self._pipe.listening(step):
+                step("Starting", 0, 1)
+                try:
+                    yield
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    raise RuntimeError(f"{error} Try smaller photos.") from error
+                finally:
+                    self._pipe.maybe_free_model_hooks()
+                    free_cache(self._pipe.device)
+                    self.used = time.monotonic()
+
+    def _prepare(self, photos: Sequence[Path], preparing: Mapping[str, object]) -> PreparedPhotos:
+        pictures = self._photos.get(photos)
+        arguments = dict(preparing)
+        generator = torch.Generator("cpu").manual_seed(arguments.pop("seed"))
+        arguments["points"] = points_of_spots(arguments.pop("spots"), pictures)
+        pair = self._pipe.prepare(*pictures, **arguments, generator=generator)
+        return PreparedPhotos(_key(photos, preparing), pair)
+
+    def _render(self, key: str, rendering: Mapping[str, object]) -> RenderedFrames:
+        pair = self._prepared.pair
+        output = self._pipe.render(pair, **rendering, include_inputs=True)
+        (frames,), (times,) = output.frames, output.times
+        folder = self._new_folder()
+        write_video(frames, folder / "frames", fps=1)
+        pictures = explaining_pictures(pair, frames, times)
+        paths = {name: folder / f"{name}.png" for name in pictures}
+        for name, picture in pictures.items():
+            write_picture(picture, paths[name])
+        files = tuple(sorted((folder / "frames").iterdir()))
+        flagged = sum(output.nsfw_content_detected[0]) if output.nsfw_content_detected else 0
+        return RenderedFrames(key, folder, files, times, paths, flagged)
+
+    def _write(
+        self, rendered: RenderedFrames, fps: float, hold: float, ping_pong: bool, work: tuple[str, ...]
+    ) -> FinishedVideo:
+        """Write the video and the comparison, and remove the files of the video that they replace."""
+        frames = [Image.open(path).convert("RGB") for path in rendered.files]
+        faded = crossfade(frames[0], frames[-1], rendered.times)
+        folder = self._new_folder()
+        finished = FinishedVideo(rendered, folder / "dreammover.mp4", folder / "beside_a_crossfade.mp4", work)
+        write_video(play(frames, fps, hold, ping_pong), finished.video, fps)
+        beside = comparison({"DreamMover": frames, "cross-fade": faded})
+        write_video(play(beside, fps, hold, ping_pong), finished.comparison, fps)
+        before, self._finished = self._finished, finished
+        if before is not None:
+            shutil.rmtree(before.video.parent, ignore_errors=True)
+            if before.rendered is not rendered:
+                shutil.rmtree(before.rendered.folder, ignore_errors=True)
+        return finished
+
+    def _show(self, kind: str, pictures: Mapping[str, Image.Image]) -> list[Path]:
+        """Write pictures to files of these names, and remove the pictures of this kind that were shown before."""
+        folder = self._new_folder()
+        for name, picture in pictures.items():
+            write_picture(picture, folder / f"{name}.png")
+        with self._shown_lock:
+            before, self._shown[kind] = self._shown.get(kind), folder
+        if before is not None:
+            shutil.rmtree(before, ignore_errors=True)
+        return [folder / f"{name}.png" for name in pictures]
+
+    def _new_folder(self) -> Path:
+        """A new folder with a random name: a browser must not take new files for old ones, and nobody may guess it."""
+        if self._closed:
+            raise StoppedError
+        folder = self.folder / secrets.token_hex(16)
+        folder.mkdir(parents=True)
+        return folder
+
+
+def _key(photos: Sequence[Path], preparing: Mapping[str, object]) -> str:
+    """A text that is equal only for photos of the same content, prepared with the same settings."""
+    digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in photos]
+    return f"{digests} {sorted(preparing.items())}"
