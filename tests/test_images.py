@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dreammover_pipeline.images import MAX_PIXELS, fit, fit_to_output, is_batch, load_images, plan_canvas, unfit
+from dreammover_pipeline.framing import fit, fit_to_output, plan_canvas, unfit
+from dreammover_pipeline.images import MAX_PIXELS, is_batch, load_images
 from dreammover_pipeline.records import Canvas
 
 

@@ -21,7 +21,8 @@ from dreammover_pipeline.cli.main import main
 from dreammover_pipeline.evaluation.metrics import endpoint_errors
 from dreammover_pipeline.fields import cell_grid, pixel_flow
 from dreammover_pipeline.flow import agreement, match_features, neighbourhood_mean, smooth_flow
-from dreammover_pipeline.images import fit, fit_points, load_masks
+from dreammover_pipeline.framing import fit, fit_points
+from dreammover_pipeline.images import load_masks
 from dreammover_pipeline.inputs import point_pairs
 from dreammover_pipeline.records import Canvas
 from dreammover_pipeline.steering import (

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .images import Photo, decode_images, fit, fit_points, fit_to_output, is_batch, load_masks, plan_canvas, rgb
+from .framing import fit, fit_points, fit_to_output, plan_canvas
+from .images import Photo, decode_images, is_batch, load_masks, rgb
 from .prompts import NegativeText, PairText, pair_negatives, pair_texts
 from .records import Canvas
 from .settings import Content, NegativeContent

@@ -38,8 +38,9 @@ from .denoiser import Denoiser
 from .features import up_block_features  # noqa: F401, named for the loader
 from .fields import cell_grid  # noqa: F401, named for the loader
 from .flow import match_features  # noqa: F401, named for the loader
+from .framing import fit  # noqa: F401, named for the loader
 from .fusion import fuse_high_level  # noqa: F401, named for the loader
-from .images import fit  # noqa: F401, named for the loader
+from .images import rgb  # noqa: F401, named for the loader
 from .inputs import check_choice, check_integer
 from .kept_gaps import KeptGaps, kept_gaps
 from .lora import check_pair_lora
@@ -625,8 +626,8 @@ class DreamMoverPipeline(
     def check_inputs(self, **arguments) -> None:
         """Raise TypeError or ValueError unless these arguments of `__call__` are what they may be.
 
-        What is left out has its default. Photos, texts, points and masks are looked at where they are used, and anything
-        that is no argument of the method is left alone.
+        What is left out has its default. Photos, texts, points and masks are looked at where they are used; what is no
+        argument of the method is left alone.
         """
         groups = (PrepareSettings, RenderSettings, Delivery)
         self._check_model_fits(*(group.of(arguments) for group in groups))

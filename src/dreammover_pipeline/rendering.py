@@ -12,6 +12,7 @@ import torch
 from .autoencoder import Autoencoder
 from .conditioning import Conditions
 from .ddim import predict_clean, recompose
+from .framing import unfit
 from .fusion import (
     agreement_importance,
     fuse_direct,
@@ -20,7 +21,6 @@ from .fusion import (
     photometric_importance,
     select_unwarped,
 )
-from .images import unfit
 from .inputs import frame_times
 from .outputs import DreamMoverPipelineOutput, as_output
 from .preparing import Models, require_finite

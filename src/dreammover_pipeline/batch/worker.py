@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from ..arguments import taken
-from ..images import decode_images, fit, rgb
+from ..framing import fit
+from ..images import decode_images, rgb
 from ..media.files import move_over, write_video
 from ..pipeline import DreamMoverPipeline
 from ..records import PreparedPair

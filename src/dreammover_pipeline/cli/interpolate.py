@@ -166,7 +166,8 @@ def _crossfades(
     decoded: Sequence[torch.Tensor], canvas: Canvas, times: Sequence[Sequence[float]]
 ) -> list[Image.Image]:
     """What the video would be if each gap were a cross-fade, at the same times."""
-    from ..images import fit_to_output, rgb
+    from ..framing import fit_to_output
+    from ..images import rgb
 
     ends = [picture_of(fit_to_output(rgb(photo), canvas)) for photo in decoded]
     return [frame for both, gap in zip(pairwise(ends), times, strict=True) for frame in crossfade(*both, gap)]

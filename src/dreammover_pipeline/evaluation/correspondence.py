@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..features import up_block_features
 from ..fields import pixel_flow, upsampled_flow
 from ..flow import distance_bias, join_features, match_features, smooth_flow
-from ..images import unfit
+from ..framing import unfit
 from ..pipeline import DreamMoverPipeline
 from ..records import BidirectionalFlow, Inversion
 from .methods import Job

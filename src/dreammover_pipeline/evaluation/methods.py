@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from ..fields import flow_at_cell_centres, upsampled_flow
+from ..framing import fit, fit_to_output, unfit
 from ..fusion import agreement_importance, fuse_high_level, photometric_importance
-from ..images import fit, fit_to_output, unfit
 from ..pipeline import DreamMoverPipeline
 from ..records import BidirectionalFlow, Canvas, PreparedPair
 from ..settings import PRESETS

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from ..inputs import ENDPOINTS
+from ..settings import ENDPOINTS
 from ..timing import CURVES, EVEN
 
 INTRO = """
