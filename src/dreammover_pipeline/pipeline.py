@@ -185,7 +185,7 @@ class DreamMoverPipeline(
         distance_penalty: float = 0.1,
         flow_smoothing: int = 3,
         points: Sequence | None = None,
-        mask=None,
+        mask: object = None,
         attention_blocks: Sequence[int] = (2, 3),
         fusion: str = "two_level",
         importance: str = "agreement",
@@ -205,7 +205,7 @@ class DreamMoverPipeline(
         return_dict: bool = True,
         cross_attention_kwargs: dict | None = None,
         clip_skip: int | None = None,
-        callback_on_step_end: Callable[[DreamMoverPipeline, int, int, dict], dict] | None = None,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> DreamMoverPipelineOutput | tuple:
         """Make the frames between two photos of one scene.
@@ -217,56 +217,64 @@ class DreamMoverPipeline(
         Args:
             img0: the first image, at δ = 0; its size and aspect ratio decide those of the frames.
             img1: the last image, at δ = 1; fitted to the first one's frame without distortion, what overhangs is cut.
-            prompt: what the images show; two strings are one per image, and frames then get interpolated embeddings.
-            height: pixels of frames to work at and to return. Default: work at the checkpoint's native area at
-                `img0`'s aspect ratio, and return frames at `img0`'s own size.
-            width: likewise; with only one of the two, the other follows from `img0`'s aspect ratio.
-            n_frames: number of in-between frames, n; frame i is at δ = i/(n+1).
-            times: the δ of the frames instead, each in (0, 1).
-            easing: where the `n_frames` stand: "linear", "ease-in-out", "ease-in", "ease-out", a rising function of δ
-                from 0 at 0 to 1 at 1, or "even" for neighbours that differ equally, as far as warping alone tells.
-            num_inference_steps: N, steps of the whole DDIM schedule.
-            inversion_steps: T, how many of them the images are inverted and the frames denoised; fewer keep closer to
-                the photos, more let the model redraw what warping breaks.
-            feature_step: the step whose features are matched.
-            feature_block: the up block whose features are matched, or several whose similarities are averaged; the
-                paper matches 1 alone.
-            distance_penalty: cosine similarity that a match loses for each shorter side of the image it lies away, so
-                that of places that look alike the nearer one is matched; 0 for the paper's.
-            flow_smoothing: passes that carry the flow from cells whose match agrees both ways to their neighbours; 0
-                for the paper's bare argmax.
-            points: ((x0, y0), (x1, y1)) of each place that is in both images, in pixels of `img0` and of `img1`, EXIF
-                orientation applied; (0, 0) is the centre of the top left pixel. They pull the flow around them. For a
-                batch of pairs, a list with the points of each, None for a pair without.
-            mask: what may move, bright on dark; the rest stays where it is. One image of `img0`'s size, for both, or
-                two, each of its image's size. For a batch of pairs, a list with the masks of each, None for a pair
-                without.
-            attention_blocks: up blocks whose self-attention looks at the two images; none to switch that off.
-            fusion: "two_level" (the paper's), "two_level_unwarped" (the released code's noise selection), "direct"
-                (no levels; the paper's ablation).
-            importance: what decides between cells that land on one place: "agreement" of the two flows, or
-                "photometric", the paper's brightness constancy.
-            guidance_scale: above 1, classifier-free guidance of the frames; the paper uses none.
-            negative_prompt: what guidance leads away from.
-            lora_steps: steps of the pair's LoRA fit; 0 for none.
-            lora_rank: its rank.
-            lora_learning_rate: of its AdamW.
-            lora_scale: weight of the fitted LoRA wherever the UNet runs.
-            frame_batch_size: frames denoised at once, at most; halved where memory runs out; the result is the same
-                up to rounding. Default: what fits the free memory.
-            include_inputs: put the two inputs at the ends.
-            endpoints: as what: "original", at the output size and otherwise untouched, with the tone that the VAE
-                takes from them faded out over the frames beside them; or "reconstructed", as the VAE brings them back.
-            generator: decides the LoRA fit (nothing else is random); a list holds one per pair.
-            prompt_embeds: text embeddings (B, L, D) instead of `prompt`, or (2·B, L, D) with one per image.
-            negative_prompt_embeds: text embeddings (B, L, D) instead of `negative_prompt`.
-            output_type: "pil", "np", "pt" or "latent".
-            return_dict: return a `DreamMoverPipelineOutput` rather than a tuple of its fields.
-            cross_attention_kwargs: passed on to the attention processors; "scale" scales all LoRAs.
-            clip_skip: layers of the text encoder to leave out at its end.
-            callback_on_step_end: called as (pipeline, i, timestep, tensors) after every denoising step of every pair;
-                the tensors it returns replace the pipeline's.
-            callback_on_step_end_tensor_inputs: which of `_callback_tensor_inputs` it gets.
+            prompt: What the photos show: one text for both, or two, one for each photo.
+            height: Height in pixels to work at and to return. By default the model's native area is worked at, in the
+                first photo's aspect ratio, and frames come back at the first photo's own size.
+            width: Width in pixels to work at and to return. Where only one of `height` and `width` is given, the other
+                one follows from the first photo's aspect ratio.
+            n_frames: Number n of in-between frames; frame i is at δ = i/(n+1). Time grows with it, memory does not.
+            times: The δ of the frames, each in (0, 1), instead of `n_frames`.
+            easing: How the frames are spread over time: "linear", "ease-in-out", "ease-in", "ease-out", a rising
+                function of δ from 0 at 0 to 1 at 1, or "even" for neighbours that differ equally, as far as warping
+                alone tells.
+            num_inference_steps: Steps N of the whole DDIM schedule. More are finer and take longer.
+            inversion_steps: How many of the steps the photos are inverted and the frames denoised, T. Fewer keep
+                closer to the warped photos, more redraw what warping breaks: fewer ghosts, less likeness.
+            feature_step: The step whose features are matched. A later one matches noisier, coarser features.
+            feature_block: The UNet's up block whose features are matched, or several whose similarities are averaged.
+                The paper matches 1 alone, by meaning; a later block matches more finely and less by meaning.
+            distance_penalty: Cosine similarity that a match loses for each shorter side of the image it lies away, so
+                that of places that look alike the nearer one is matched. Too much holds back what moves far; 0 is the
+                paper's.
+            flow_smoothing: Passes that carry the flow from cells whose match agrees both ways to their neighbours.
+                More make the flow smoother and lose finer motion; 0 is the paper's bare argmax.
+            points: Places that are in both photos, ((x0, y0), (x1, y1)) each, in pixels of the first and of the last
+                photo with (0, 0) the centre of the top left pixel. They pull the flow around them. A batch has a list
+                with the points of each pair, None for a pair without.
+            mask: What may move, bright on dark; the rest stays where it is. One picture of the first photo's size is
+                for both photos, two are one for each photo. A batch has a list with the masks of each pair, None for a
+                pair without.
+            attention_blocks: Up blocks whose self-attention looks at the two photos. More copy more from the photos;
+                none switches it off.
+            fusion: How the pair is fused: "two_level" is the paper's, "two_level_unwarped" selects noise as the
+                released code does, "direct" has no levels and blurs, which is the paper's ablation.
+            importance: What decides between cells that land on one place: "agreement" of the two flows, or
+                "photometric", the paper's brightness constancy, by which what looks alike in both photos wins.
+            guidance_scale: Classifier-free guidance of the frames. Above 1 they follow the prompt more, at twice the
+                cost; the paper uses none.
+            negative_prompt: What guidance leads away from; it acts where `guidance_scale` is above 1.
+            lora_steps: Training steps of the pair's LoRA. More keep identity better, move less freely and take longer;
+                0 skips the fit.
+            lora_rank: Rank of the pair's LoRA. A higher one can hold more detail.
+            lora_learning_rate: Learning rate of the pair's LoRA fit. A higher one learns faster and overfits sooner.
+            lora_scale: Weight of the pair's LoRA wherever the UNet runs; below 1 softens it.
+            frame_batch_size: Frames denoised at once, at most; halved where memory runs out. The frames are the same
+                up to rounding. By default it is what fits the free memory.
+            include_inputs: Put the two photos at the ends.
+            endpoints: What stands at the ends: "original", the photos at the output size and otherwise untouched, with
+                the tone that the VAE takes from them faded out over the frames beside them; or "reconstructed", the
+                photos as the VAE brings them back, for a video of one cast.
+            generator: Decides the LoRA fit, and nothing else is random. A list holds one generator for each pair.
+            prompt_embeds: Text embeddings (B, L, D) to use instead of `prompt`, or (2·B, L, D) with one for each
+                photo.
+            negative_prompt_embeds: Text embeddings (B, L, D) to use instead of `negative_prompt`.
+            output_type: Form of the frames: "pil", "np", "pt" or "latent".
+            return_dict: Return a `DreamMoverPipelineOutput` rather than a tuple of its fields.
+            cross_attention_kwargs: Keyword arguments for the attention processors; "scale" scales every LoRA.
+            clip_skip: Number of layers to leave out at the end of the text encoder; none by default.
+            callback_on_step_end: Called as (pipeline, i, timestep, tensors) after every denoising step of every pair;
+                the tensors that it returns replace the pipeline's.
+            callback_on_step_end_tensor_inputs: Which of the pipeline's `_callback_tensor_inputs` the callback gets.
 
         Returns:
             `DreamMoverPipelineOutput`, or the tuple of its fields.
@@ -307,12 +315,12 @@ class DreamMoverPipeline(
         distance_penalty: float = 0.1,
         flow_smoothing: int = 3,
         points: Sequence | None = None,
-        mask=None,
+        mask: object = None,
         lora_steps: int = 80,
         lora_rank: int = 16,
         lora_learning_rate: float = 5e-4,
         lora_scale: float = 1.0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         cross_attention_kwargs: dict | None = None,
         clip_skip: int | None = None,
@@ -353,7 +361,7 @@ class DreamMoverPipeline(
         fusion: str = "two_level",
         importance: str = "agreement",
         guidance_scale: float = 1.0,
-        negative_prompt: str | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         frame_batch_size: int | None = None,
         include_inputs: bool = False,
         endpoints: str = "original",
@@ -361,7 +369,7 @@ class DreamMoverPipeline(
         output_type: str = "pil",
         return_dict: bool = True,
         cross_attention_kwargs: dict | None = None,
-        callback_on_step_end: Callable[[DreamMoverPipeline, int, int, dict], dict] | None = None,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> DreamMoverPipelineOutput | tuple:
         """Make frames of a prepared pair: fuse, denoise with reference attention, decode.
@@ -427,9 +435,9 @@ class DreamMoverPipeline(
         self,
         images,
         prompt: str | Sequence[str] | None = "",
-        n_frames: int | Sequence[int] = 32,
+        n_frames: int = 32,
         lora: str = "gap",
-        include_inputs: bool = True,
+        include_inputs: bool = False,
         return_dict: bool = True,
         keep: str | os.PathLike | None = None,
         **arguments,
@@ -507,7 +515,7 @@ class DreamMoverPipeline(
         lora_steps: int = 80,
         lora_rank: int = 16,
         lora_learning_rate: float = 5e-4,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         cross_attention_kwargs: dict | None = None,
         clip_skip: int | None = None,
@@ -544,7 +552,7 @@ class DreamMoverPipeline(
         lora_steps: int = 80,
         lora_rank: int = 16,
         lora_learning_rate: float = 5e-4,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         cross_attention_kwargs: dict | None = None,
         clip_skip: int | None = None,

@@ -199,16 +199,16 @@ class VideoSettings(SharedSettings):
     easing: str | Callable[[float], float] = argument(
         "linear",
         Plain(),
-        "How the frames are spread over time: linear, ease-in-out, ease-in, ease-out, a rising function of δ from 0 "
-        "at 0 to 1 at 1, or even for neighbours that differ equally, as far as warping alone tells.",
+        'How the frames are spread over time: "linear", "ease-in-out", "ease-in", "ease-out", a rising function of δ '
+        'from 0 at 0 to 1 at 1, or "even" for neighbours that differ equally, as far as warping alone tells.',
     )
     include_inputs: bool = argument(False, Plain(), "Put the two photos at the ends.", option=ASK_PYTHON)
     endpoints: str = argument(
         "original",
         Choice(ENDPOINTS),
-        "The photos at the ends: original, at the output size and otherwise untouched, with the tone that the VAE "
-        "takes from them faded out over the frames beside them; or reconstructed, as the VAE brings them back, for a "
-        "video of one cast.",
+        'What stands at the ends: "original", the photos at the output size and otherwise untouched, with the tone '
+        'that the VAE takes from them faded out over the frames beside them; or "reconstructed", the photos as the '
+        "VAE brings them back, for a video of one cast.",
     )
 
     def __post_init__(self):
@@ -229,14 +229,14 @@ class RenderSettings(VideoSettings):
     fusion: str = argument(
         "two_level",
         Choice(FUSIONS),
-        "How the pair is fused: two_level is the paper's, two_level_unwarped selects noise as the released code does, "
-        "direct has no levels and blurs, which is the paper's ablation.",
+        'How the pair is fused: "two_level" is the paper\'s, "two_level_unwarped" selects noise as the released code '
+        'does, "direct" has no levels and blurs, which is the paper\'s ablation.',
     )
     importance: str = argument(
         "agreement",
         Choice(IMPORTANCES),
-        "What decides between cells that land on one place: agreement of the two flows, or photometric, the paper's "
-        "brightness constancy, by which what looks alike in both photos wins.",
+        'What decides between cells that land on one place: "agreement" of the two flows, or "photometric", the '
+        "paper's brightness constancy, by which what looks alike in both photos wins.",
         paper="photometric",
     )
     guidance_scale: float = argument(
@@ -258,7 +258,7 @@ class RenderSettings(VideoSettings):
 class Delivery(Settings):
     """How the frames reach the program that asked for them."""
 
-    output_type: str = argument("pil", Choice(OUTPUT_TYPES), "Form of the frames: pil, np, pt or latent.")
+    output_type: str = argument("pil", Choice(OUTPUT_TYPES), 'Form of the frames: "pil", "np", "pt" or "latent".')
     return_dict: bool = argument(
         True, Values(), "Return a `DreamMoverPipelineOutput` rather than a tuple of its fields."
     )

@@ -21,10 +21,10 @@ class StageMethods:
         device: torch.device,
         num_images_per_prompt: int = 1,
         do_classifier_free_guidance: bool = False,
-        negative_prompt: str | list[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
-        lora_scale: float | None = None,
+        lora_scale: float = 1.0,
         clip_skip: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Text embeddings, as every Stable Diffusion pipeline gives them.
