@@ -28,7 +28,7 @@ WORK = {
 }
 
 # Events that need the model run one at a time, and show on the status line how far they are.
-ONE_AT_A_TIME = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "machine"}
+ONE_AT_A_TIME = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "pipeline"}
 # Events that only look something up do not wait in the queue.
 UNQUEUED = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
 # Events that draw something small wait in the queue, but not for each other.
