@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `dreammover export-hub`, which writes the pipeline's code for people who have only diffusers.
+"""Writes the pipeline's code for people who have only diffusers: the work of the command `dreammover export-hub`.
 
-It writes a folder, which is a Hub repository without weights: `pipeline.py`, the modules that it needs, the model card
-and the licence. Or it writes a single file, which is a community pipeline as those in diffusers' examples/community,
-with the section that it needs in the README there.
+The result is a folder or a single file. The folder is a Hub repository without weights: `pipeline.py`, the modules
+that it needs, the model card and the licence. The file is a community pipeline like those in diffusers'
+examples/community, with the section that it needs in the README there.
 """
 
 from __future__ import annotations
@@ -80,15 +80,9 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("export-hub", help="write the code for the Hub or for diffusers", description=text)
     parser.set_defaults(run=_export)
     add = parser.add_argument
-    add(
-        "folder", metavar="DIR", nargs="?", help="a new folder for the Hub repository: code and model card, no weights"
-    )
-    add(
-        "--single-file",
-        metavar="PATH",
-        help="a file NAME.py for examples/community; NAME_README.md is written beside it",
-    )
-    add("--repo", metavar=REPOSITORY, help="the Hub repository that DIR is for; the model card's example names it")
+    add("folder", metavar="DIR", nargs="?", help="a new folder: the code-only Hub repository, with its model card")
+    add("--single-file", metavar="PATH", help="NAME.py, for examples/community; NAME_README.md goes beside it")
+    add("--repo", metavar=REPOSITORY, help="where DIR will be uploaded, for the model card's example")
 
 
 def write_hub_folder(folder: Path, repository: str | None) -> list[str]:
