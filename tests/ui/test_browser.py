@@ -114,7 +114,7 @@ def test_upload_run_play_and_render_again(page):
     says(page, "s: wrote the video. The photos were known already.")
 
 
-def test_cancel_frees_the_machine(page):
+def test_cancel_frees_the_pipeline(page):
     choose(page, *ROBOT)
     page.get_by_role("button", name="More").click()
     type_in(page, "lora-steps", 300)

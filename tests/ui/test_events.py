@@ -104,7 +104,7 @@ def test_what_goes_wrong_is_said_in_sentences(handlers, uploads, warnings, capsy
     elsewhere.parent.mkdir()
     Image.new("RGB", (8, 8)).save(elsewhere)
     status, *_ = handlers.make(values(handlers, [str(elsewhere), uploads[1]]), REQUEST, progress)
-    assert status == "A photo is no longer there; upload it again."
+    assert status == "A photo is no longer there; upload the photo again."
     status, answer = handlers.moment(0.5, REQUEST, progress)
     assert status == "Make a video first; then single frames of it can be made at any time."
     assert skipped(answer)
@@ -136,7 +136,7 @@ def test_spots_are_added_in_pairs_and_taken_back(handlers, uploads, warnings):
     spots, *_ = handlers.point_in_last(spots, *uploads, click(5, 6), REQUEST)
     assert spots == [[(3, 4)], [(5, 6)]]
     assert skipped(*handlers.point_in_last(spots, *uploads, click(7, 8), REQUEST))
-    assert warnings == ["Click a spot in the first photo before that in the last one."]
+    assert warnings == ["Click a spot in the first photo before the same spot in the last one."]
     assert handlers.undo(spots, *uploads, REQUEST)[0] == [[], []]
     waiting = [[(3, 4), (9, 9)], [(5, 6)]]
     assert handlers.undo(waiting, *uploads, REQUEST)[0] == spots

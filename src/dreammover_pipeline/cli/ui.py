@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `dreammover ui`.
 
-torch, diffusers and gradio take seconds to import, so that happens after the arguments parsed.
+torch, diffusers and gradio take seconds to import, so they are imported only once the arguments have been parsed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,20 @@ HOST, PORT, MAX_UPLOAD_MB = "127.0.0.1", 7860, 20.0
 
 def add_ui(commands: argparse._SubParsersAction) -> None:
     """Register the command."""
-    text = "Serve a web page that makes videos, until Ctrl-C; its files are removed then. Needs the extra 'demo'."
+    text = (
+        "Serve a web page that makes videos, until Ctrl-C. All uploads and videos are removed then. "
+        "This needs the extra 'demo'."
+    )
     parser = commands.add_parser("ui", help="make videos on a web page", description=text)
     parser.set_defaults(run=_ui)
     add = parser.add_argument
-    add("--host", default=HOST, metavar="ADDRESS", help="0.0.0.0: whoever reaches this machine (default: %(default)s)")
-    add("--port", type=_port, default=PORT, metavar="N", help="default: %(default)s")
+    add(
+        "--host",
+        default=HOST,
+        metavar="ADDRESS",
+        help="address to listen on; 0.0.0.0 lets other machines in (default: %(default)s)",
+    )
+    add("--port", type=_port, default=PORT, metavar="N", help="port to listen on (default: %(default)s)")
     add(
         "--max-upload-mb",
         type=_megabytes,
@@ -48,18 +56,18 @@ def serve(
     """Serve the page until the process is interrupted or terminated.
 
     Args:
-        model: as for `loading.load_pipeline`, like the next two.
-        dtype: the precision; None for float16 on cuda and float32 elsewhere.
-        device: None for the first of cuda, mps and cpu that is there.
+        model: "sd15", "tiny", a Hub id, a folder in diffusers layout, or a single file.
+        dtype: the precision, "float32", "float16" or "bfloat16"; None for float16 on cuda and float32 elsewhere.
+        device: where the model runs; None for the first of cuda, mps and cpu that this machine has.
         host: the address to listen on.
-        port: the port.
-        max_upload_mb: megabytes an uploaded file may have.
-        allow_pickle: as for `loading.load_pipeline`.
+        port: the port to listen on.
+        max_upload_mb: how many megabytes an uploaded file may have.
+        allow_pickle: whether weights may come from other files than safetensors.
 
     Raises:
         ValueError: there is no such model or device.
-        RuntimeError: Gradio is not installed, or the model cannot be had.
-        OSError: the port is taken.
+        RuntimeError: Gradio is not installed, or the model cannot be loaded.
+        OSError: another program uses the port.
     """
     if find_spec("gradio") is None:
         raise RuntimeError("the web page needs gradio; install it with: pip install 'dreammover-pipeline[demo]'")
@@ -75,7 +83,7 @@ def serve(
 
 @contextmanager
 def _until_stopped() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, which are how a server is meant to end."""
+    """An event that Ctrl-C and SIGTERM set, since a server is ended by these two."""
     stopped = threading.Event()
     previous = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

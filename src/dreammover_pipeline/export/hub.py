@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `dreammover export-hub`: the pipeline in the two forms in which diffusers loads code from elsewhere.
+"""Writes the pipeline's code for people who have only diffusers: the work of the command `dreammover export-hub`.
 
-A folder is a Hub repository without weights: `pipeline.py`, the modules it needs, the model card, the licence. A
-single file is a community pipeline, as in diffusers' examples/community, with its section for the README there.
+The result is a folder or a single file. The folder is a Hub repository without weights: `pipeline.py`, the modules
+that it needs, the model card and the licence. The file is a community pipeline like those in diffusers'
+examples/community, with the section that it needs in the README there.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from .single_file import join_modules, read_core
 
 PACKAGE = Path(__file__).parent.parent
 CARD, LICENCE = "model_card.md", "LICENSE"
-CARD_LINK = re.compile(r"\]\((?!https?:|#)([^)]+)\)")
-REPOSITORY = "OWNER/NAME"  # what the model card calls the repository it is in
+CARD_LINK = re.compile(r"\]\((?!https?:|#)([^)]+)\)")  # a link of the model card to a file beside it
+REPOSITORY = "OWNER/NAME"  # stands in the model card for the name of its repository
 
 HEAD = """\
 # SPDX-License-Identifier: Apache-2.0
@@ -30,7 +31,8 @@ HEAD = """\
 #
 # Joined from the modules of dreammover-pipeline {version} by `dreammover export-hub --single-file`.
 """
-# In the docstring's example, which loads the pipeline from the installed package.
+# The docstring of `DreamMoverPipeline.__call__` has an example for the installed package. In a single file these parts
+# of the example are replaced, so that it loads the file.
 EXAMPLE = {
     "from dreammover_pipeline import DreamMoverPipeline": "from diffusers import DiffusionPipeline",
     "DreamMoverPipeline.from_pretrained(": "DiffusionPipeline.from_pretrained(",
@@ -72,24 +74,25 @@ docstring of `DreamMoverPipeline.__call__`.
 
 
 def write_hub_folder(folder: Path, repository: str | None) -> list[str]:
-    """Write the repository.
+    """Write the Hub repository to a folder.
 
     Args:
-        folder: new, or empty but for hidden files.
-        repository: "owner/name" on the Hub, for the example in the model card; None leaves a placeholder.
+        folder: a folder that is not there yet, or that holds hidden files only.
+        repository: the repository's name on the Hub, "owner/name", for the model card's example; None leaves a
+            placeholder there.
 
     Returns:
-        Names of the files written, relative to the folder.
+        The paths of the files written, relative to the folder.
 
     Raises:
-        ValueError: there is something in the folder, or the name is none.
-        OSError: it cannot be written.
+        ValueError: there are files in the folder, or `repository` is no name of a repository.
+        OSError: a file cannot be written.
     """
     if repository is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository):
         raise ValueError(f"--repo takes OWNER/NAME, not '{repository}'")
     if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):
         raise ValueError(
-            f"'{folder}' is not empty; choose a new folder, what is there might not be meant to be replaced"
+            f"'{folder}' is not empty, and what it holds might not be meant to be replaced; choose a new folder"
         )
     card = project_file(CARD).read_text(encoding="utf-8")
     files = {f"{name}.py": text.encode() for name, text in read_core(PACKAGE).items()}
@@ -104,27 +107,28 @@ def write_hub_folder(folder: Path, repository: str | None) -> list[str]:
 
 
 def write_single_file(path: Path) -> Path:
-    """Write the community pipeline, and beside it the section for the README of examples/community.
+    """Write the pipeline as a single file, and beside it the section for the README of diffusers' examples/community.
 
     Args:
-        path: of the module, `name.py`; diffusers users will write `custom_pipeline="name"`.
+        path: the file to write, `name.py`; users of diffusers will load it by `custom_pipeline="name"`.
 
     Returns:
-        The section's path, `name_README.md`.
+        The path of the section, `name_README.md`.
 
     Raises:
-        ValueError: the path is no module's, or inside this package.
-        OSError: it cannot be written.
+        ValueError: the path is not that of a Python module, or lies inside this package.
+        RuntimeError: the example in the pipeline's docstring does not have a part that is to be replaced.
+        OSError: a file cannot be written.
     """
     check_file_path(path, [".py"])
     if not path.stem.isidentifier():
-        raise ValueError(f"'{path.name}' cannot be imported; a module's name has letters, digits and _ only")
+        raise ValueError(f"'{path.name}' cannot be imported; a module's name may have letters, digits and _ only")
     if path.resolve().is_relative_to(PACKAGE):
-        raise ValueError(f"'{path}' is in this program's own folder; choose another")
+        raise ValueError(f"'{path}' is in this program's own folder; choose another folder")
     texts = read_core(PACKAGE)
     for old, new in EXAMPLE.items():
         if texts["pipeline"].count(old) != 1:
-            raise RuntimeError(f"pipeline.py's example was to say `{old}`, once")
+            raise RuntimeError(f"the example in pipeline.py should hold `{old}` exactly once")
         texts["pipeline"] = texts["pipeline"].replace(old, new.format(name=path.stem))
     text = HEAD.format(version=__version__) + join_modules(texts)
     section = path.with_name(f"{path.stem}_README.md")
@@ -134,6 +138,10 @@ def write_single_file(path: Path) -> Path:
 
 
 def project_file(name: str) -> Path:
-    """A file that is no code, by its path in the project: at the root of a checkout, in `share` of an installation."""
+    """The path of a file that is no code: in a checkout below its root, in an installed package below `share`.
+
+    Args:
+        name: the file's path relative to the root of the project.
+    """
     shared = PACKAGE / "share"
     return (shared if shared.is_dir() else PACKAGE.parent.parent) / name

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The core's modules as one: what diffusers keeps in examples/community is a single file.
+"""Joins the pipeline's modules into a single file, which is what diffusers keeps in examples/community.
 
-The texts are joined, not generated anew, so comments and layout stay. In one file every module sees the names of all
-others; a name that would mean two things there is an error here.
+The modules' texts are joined as they are, so comments and layout stay. In a single file every module sees the names of
+all other modules, so a name that two modules use for different things is an error.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 WIDTH = 119
-Import = tuple[str | None, str, str | None]  # from this module, this name, as that: (None, "torch", None)
-# A logger is named after its module, which is one here: the only definition that modules may have in common.
+# The module that a name comes from, the name, and its alias: `import torch` is (None, "torch", None).
+Import = tuple[str | None, str, str | None]
+# A logger is named after its module, and all modules become one, so this definition is the only one that several of
+# them may have.
 LOGGER = "logger = logging.get_logger(__name__)"
 
 
 def read_core(folder: Path) -> dict[str, str]:
-    """The texts of `pipeline.py` and of every module it needs, however indirectly.
+    """Read `pipeline.py` and every module that it needs, however indirectly.
 
     Args:
-        folder: where they are.
+        folder: the folder that holds the modules.
 
     Returns:
-        Module name → text; every module after all that it imports, so `pipeline` is the last.
+        The texts by the modules' names. A module comes after all modules that it imports, so `pipeline` comes last.
     """
     texts, arrows, waiting = {}, {}, ["pipeline"]
     while waiting:
@@ -43,14 +45,16 @@ def read_core(folder: Path) -> dict[str, str]:
 
 
 def join_modules(texts: Mapping[str, str]) -> str:
-    """One module out of several that import names from each other.
+    """Join modules that import names from each other into one module.
 
     Args:
-        texts: module name → text, every module after all that it imports. The last one's docstring becomes that of
-            the whole; the others' stand as comments at the head of their sections.
+        texts: the modules' texts by their names; every module must come after all modules that it imports. The
+            docstring of the last module becomes that of the whole. The docstrings of all other modules become comments
+            at the head of their sections.
 
     Returns:
-        The docstring, all imports merged and sorted, then every module's own text under a head; no licence line.
+        The docstring, all imports merged and sorted, then the rest of every module under a head of its own, without
+        any licence line.
 
     Raises:
         RuntimeError: a module imports another one in a way that cannot be joined, or a name would mean two things.
@@ -87,7 +91,7 @@ def _check_relative_imports(module: str, tree: ast.Module) -> None:
 
 
 def _absolute_imports(tree: ast.Module) -> list[Import]:
-    """What a module imports at its top from elsewhere, one by one."""
+    """What a module imports at its top level from outside the package, name by name."""
     found = []
     for node in tree.body:
         if isinstance(node, ast.Import):
@@ -98,13 +102,16 @@ def _absolute_imports(tree: ast.Module) -> list[Import]:
 
 
 def _meanings(module: str, text: str, imports: Iterable[Import]) -> dict[str, str]:
-    """Every name bound at the top of a module → what it means: equal for names that may become one."""
+    """What every name means that a module binds at its top level.
+
+    Two modules may bind the same name only if its meanings, as texts, are equal.
+    """
     table = symtable.symtable(text, f"{module}.py", "exec")
     siblings = {alias.name for node in _relative_imports(ast.parse(text)) for alias in node.names}
     bound = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
     meanings = dict.fromkeys(bound - siblings, f"{module}.py")
     for source, name, other in imports:
-        if source is None and other is None:  # `import a.b` binds a, as `import a` does
+        if source is None and other is None:  # `import a.b` binds the name a
             name = name.partition(".")[0]
         meanings[other or name] = f"{source}.{name}" if source else name
     if LOGGER in text.splitlines():
@@ -118,15 +125,17 @@ def _check_names(meanings: Mapping[str, Mapping[str, str]]) -> None:
         for name, meaning in names.items():
             if name in vars(builtins):
                 raise RuntimeError(
-                    f"{module}.py hides Python's own `{name}`, in a single file from all modules; rename it"
+                    f"{module}.py hides Python's own `{name}`, which in a single file no module could use; rename it"
                 )
             other, known = first.setdefault(name, (module, meaning))
             if known != meaning:
-                raise RuntimeError(f"`{name}` is one thing in {other}.py and another in {module}.py; rename one")
+                raise RuntimeError(
+                    f"`{name}` means one thing in {other}.py and another in {module}.py; rename it in one of them"
+                )
 
 
 def _merged(imports: Iterable[list[Import]]) -> str:
-    """All imports, each once, in isort's order: the language's own, the standard library's, others'."""
+    """All imports, each once, in isort's order: `__future__`, then the standard library, then other packages."""
     plain, named = set(), defaultdict(set)
     for source, name, other in (entry for entries in imports for entry in entries):
         alias = f"{name} as {other}" if other else name
@@ -148,7 +157,7 @@ def _group(module: str) -> int:
 
 
 def _import_from(source: str, aliases: Iterable[str]) -> str:
-    # constants, then classes, then the rest
+    # isort puts constants first, then classes, then all other names
     ordered = sorted(aliases, key=lambda a: (0 if a.split()[0].isupper() else 1 if a[0].isupper() else 2, a.lower()))
     line = f"from {source} import {', '.join(ordered)}"
     if len(line) <= WIDTH:
@@ -168,7 +177,7 @@ def _section_head(module: str, about: str) -> str:
 
 
 def _body(text: str, tree: ast.Module) -> str:
-    """A module's text without what the whole has once: licence line, docstring, imports, logger."""
+    """A module's text without its licence line, docstring, imports and logger, which the single file has only once."""
     lines = text.split("\n")
     gone = {0} if lines[0].startswith("# SPDX") else set()
     for node in tree.body:

@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The web page: `dreammover ui`. It needs the extra `demo` (Gradio); nothing else in the package imports from here."""
+"""The web page that `dreammover ui` serves. It needs the extra `demo`, which brings Gradio.
+
+Outside this folder only the command `dreammover ui` imports it, so the rest of the package works without Gradio.
+"""

@@ -28,7 +28,7 @@ WORK = {
 }
 
 # Events that need the model run one at a time, and show on the status line how far they are.
-ONE_AT_A_TIME = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "machine"}
+ONE_AT_A_TIME = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "pipeline"}
 # Events that only look something up do not wait in the queue.
 UNQUEUED = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
 # Events that draw something small wait in the queue, but not for each other.
@@ -117,7 +117,7 @@ class EventHandlers:
         """Add the partner of the first photo's newest spot to the last photo."""
         in_first, in_last = spots
         if len(in_last) == len(in_first):
-            gr.Warning("Click a spot in the first photo before that in the last one.")
+            gr.Warning("Click a spot in the first photo before the same spot in the last one.")
             return gr.skip(), gr.skip(), gr.skip()
         return self._show_spots([in_first, [*in_last, tuple(event.index)]], first, last, request)
 
@@ -143,7 +143,7 @@ class EventHandlers:
     def _photo(self, request: gr.Request, path: str) -> Path:
         """The file of a photo that the page names, if this visitor may see it."""
         if not self.studio.visitors.may_see(_cookie(request), path) or not Path(path).is_file():
-            raise ValueError("a photo is no longer there; upload it again.")
+            raise ValueError("a photo is no longer there; upload the photo again")
         return Path(path)
 
     def _wanted(self, values: dict, request: gr.Request) -> dict[str, object]:
@@ -230,7 +230,7 @@ def errors_on_page() -> Iterator[list[str]]:
 def _cookie(request: gr.Request) -> str:
     cookie = request.cookies.get(COOKIE)
     if cookie is None:
-        raise ValueError("This page tells visitors apart by a cookie; allow it one and load it again.")
+        raise ValueError("This page needs a cookie to tell visitors apart; allow the cookie and load the page again.")
     return cookie
 
 

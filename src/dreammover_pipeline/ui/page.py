@@ -22,9 +22,9 @@ to know the two photos; after that, moving a slider for frames, timing or δ mak
 """
 POINTS_HELP = """
 Where the video mixes up what belongs together, click a spot in the first photo and then the same spot in the last one.
-A few are enough. Then make the video again.
+A few spots are enough. Then make the video again.
 """
-PICTURES = ("flow", "matches", "confidence", "occlusion", "sheet")  # names of pictures that bear headlines themselves
+PICTURES = ("flow", "matches", "confidence", "occlusion", "sheet")  # by name; each picture has its headline in itself
 PICTURE_VIEW = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
 CSS = """
 footer {display: none !important}
@@ -155,7 +155,7 @@ def _more_settings(defaults: Mapping[str, object]) -> dict[str, Component]:
             step=1,
             label="LoRA steps",
             elem_id="lora-steps",
-            info="More keep the photos' identity better, and take longer.",
+            info="More steps keep the photos' identity better, and take longer.",
         )
         inversion_steps = gr.Slider(
             2,
@@ -164,7 +164,7 @@ def _more_settings(defaults: Mapping[str, object]) -> dict[str, Component]:
             step=1,
             label="Inversion steps",
             elem_id="inversion-steps",
-            info="Fewer stay closer to the photos, more let the model redraw what warping breaks.",
+            info="Fewer steps stay closer to the photos, more steps let the model redraw what warping breaks.",
         )
         hold = gr.Slider(0, 3, 0, step=0.1, label="Both ends stand still, in seconds", elem_id="hold")
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53, elem_id="seed")
@@ -172,7 +172,7 @@ def _more_settings(defaults: Mapping[str, object]) -> dict[str, Component]:
             list(ENDPOINTS),
             value=defaults["endpoints"],
             label="Ends",
-            info="The photos themselves, or as the model brings them back.",
+            info="The photos themselves at both ends, or the photos as the model brings them back.",
         )
     return {
         "lora_steps": lora_steps,
@@ -188,10 +188,10 @@ def _spot_marking() -> SpotMarking:
         gr.Markdown(POINTS_HELP)
         with gr.Row():
             clickable = {"interactive": False, "buttons": [], "height": 260}
-            first = gr.Image(label="1. Click here", elem_id="spots-first", **clickable)
-            last = gr.Image(label="2. and here", elem_id="spots-last", **clickable)
+            first = gr.Image(label="1. Click a spot here", elem_id="spots-first", **clickable)
+            last = gr.Image(label="2. Click the same spot here", elem_id="spots-last", **clickable)
         with gr.Row():
-            undo, clear = gr.Button("Take the last one back", size="sm"), gr.Button("Clear", size="sm")
+            undo, clear = gr.Button("Take the last spot back", size="sm"), gr.Button("Remove all spots", size="sm")
     return SpotMarking(first, last, undo, clear)
 
 

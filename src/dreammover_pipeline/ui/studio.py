@@ -13,7 +13,7 @@ from ..pipeline import DreamMoverPipeline
 from .session import Session
 from .visitors import Visitors
 
-IDLE = 12 * 3600  # seconds without a request after which a session is closed, although its page never said goodbye
+IDLE = 12 * 3600  # seconds without a request after which a session is closed, although its page was never closed
 
 
 class Studio:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who may see which file: every visitor, known by a random cookie, has a folder that is served to no one else.
 
-Gradio serves whatever lies in its folder to whoever knows the path, and puts equal uploads of different people in one
-place. `Doorkeeper` stands before it: it moves each upload into its visitor's folder and refuses all other files.
+Gradio by itself serves every file in its folder to anybody who knows the path, and keeps equal uploads of different
+people as one file. `Doorkeeper` handles requests before Gradio does: it moves every upload into the folder of its
+visitor, and refuses a request for any file that the visitor may not see.
 """
 
 from __future__ import annotations
@@ -26,17 +27,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 COOKIE = "dreammover_visitor"
 API = "/gradio_api"
-# What this page has use for, of what Gradio offers. The rest fetches from other servers, or keeps states for others.
-OPEN = re.compile(
+# The addresses of Gradio's interface that the page uses. All others are refused, since some of them fetch files from
+# other servers, or keep the state of one visitor's session for other visitors.
+ALLOWED = re.compile(
     rf"{API}/(file=.*|upload|upload_progress|queue/(join|data)|run/predict|cancel|reset/?|heartbeat/\w+|startup-events|info"
     r"|login_check/?|app_id/?|user/?|token/?|theme\.css)",
     re.DOTALL,
 )
-FORM_OVERHEAD = 2**14  # bytes of an upload that are not the file's
+FORM_OVERHEAD = 2**14  # bytes that an upload may have beyond those of its file
 
 
 class Visitors:
-    """The visitors' folders, all inside `root`, which is the folder that Gradio serves files from."""
+    """The folders of all visitors.
+
+    Args:
+        root: the folder from which Gradio serves files; the visitors' folders lie inside it.
+    """
 
     def __init__(self, root: Path):
         self.root = root.resolve()
@@ -44,12 +50,12 @@ class Visitors:
         self.folders.mkdir()
 
     def folder(self, cookie: str) -> Path:
-        """The folder of whoever brings this cookie; its name does not give the cookie away."""
+        """The folder of the visitor with this cookie; the folder's name does not give the cookie away."""
         return self.folders / hashlib.sha256(cookie.encode()).hexdigest()[:32]
 
     def may_see(self, cookie: str | None, path: str | os.PathLike) -> bool:
         """Whether a file is the visitor's own, or one of the examples that everyone sees."""
-        resolved = Path(os.path.abspath(path)).resolve()  # dots first, as Gradio does it
+        resolved = Path(os.path.abspath(path)).resolve()  # ".." is resolved before links are, as Gradio does
         if not resolved.is_relative_to(self.root):
             return False
         if not resolved.is_relative_to(self.folders):
@@ -57,26 +63,35 @@ class Visitors:
         return cookie is not None and resolved.is_relative_to(self.folder(cookie))
 
     def remove_strays(self, present: Set[Path], age: float) -> None:
-        """Remove the folders of visitors who are not present and have added nothing for `age` seconds."""
+        """Remove the folders of visitors who have no session and have added nothing for some time.
+
+        Args:
+            present: the folders of the visitors who have a session.
+            age: the number of seconds for which nothing was added.
+        """
         for folder in self.folders.iterdir():
-            with suppress(FileNotFoundError):  # removed by another thread
+            with suppress(FileNotFoundError):  # another thread may have removed the folder
                 if folder not in present and time.time() - folder.stat().st_mtime > age:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def take(self, cookie: str, upload: str) -> str:
-        """Move a file that Gradio has just stored to a place of its own in the visitor's folder.
+        """Move a file that Gradio has just stored into a new folder inside the visitor's folder.
+
+        Args:
+            cookie: the cookie of the visitor who uploaded the file.
+            upload: the path at which Gradio has stored the file.
 
         Returns:
-            Its new path.
+            The new path of the file.
 
         Raises:
-            ValueError: it is no image; then it is gone.
+            ValueError: the file is no image; it has been removed.
         """
         source = Path(upload)
         try:
             with Image.open(source):
                 pass
-        except Exception as error:  # Pillow raises nearly anything on a broken file
+        except Exception as error:  # which exception Pillow raises depends on how the file is broken
             source.unlink()
             raise ValueError(f"{source.name} cannot be read as an image.") from error
         target = self.folder(cookie) / "uploads" / secrets.token_hex(16) / source.name
@@ -88,7 +103,7 @@ class Visitors:
 
 
 def visitor_cookie(cookie_header: str | None) -> str | None:
-    """The visitor's cookie of a request's `Cookie` header."""
+    """The visitor's cookie in a request's `Cookie` header; None where the header does not hold one."""
     try:
         cookies = SimpleCookie(cookie_header or "")
     except CookieError:
@@ -97,12 +112,12 @@ def visitor_cookie(cookie_header: str | None) -> str | None:
 
 
 class Doorkeeper:
-    """ASGI middleware that gives every visitor a cookie, files uploads under it and serves files by it.
+    """ASGI middleware that gives every visitor a cookie, and lets the cookie decide who sees which upload.
 
     Args:
-        app: what comes after it.
-        visitors: their folders.
-        max_upload: bytes an uploaded file may have.
+        app: the application that handles what is not refused.
+        visitors: the folders of all visitors.
+        max_upload: how many bytes an uploaded file may have.
     """
 
     def __init__(self, app: ASGIApp, visitors: Visitors, max_upload: int):
@@ -124,8 +139,11 @@ class Doorkeeper:
         return await self.app(scope, receive, send)
 
     def _refusal(self, path: str, headers: Headers, cookie: str) -> PlainTextResponse | None:
+        """The answer to a request that this visitor may not make; None where the request is allowed."""
         file = path.partition(f"{API}/file=")[2]
-        if (path.startswith(API) and not OPEN.fullmatch(path)) or (file and not self.visitors.may_see(cookie, file)):
+        if (path.startswith(API) and not ALLOWED.fullmatch(path)) or (
+            file and not self.visitors.may_see(cookie, file)
+        ):
             return PlainTextResponse("There is nothing here for you.", status_code=404)
         if path == f"{API}/upload":
             length = headers.get("content-length", "")
@@ -136,7 +154,7 @@ class Doorkeeper:
         return None
 
     def _taking(self, send: Send, cookie: str) -> Send:
-        """Replace the paths in the answer to an upload by those in the visitor's folder."""
+        """A `send` that moves the uploads named in Gradio's answer, and answers with their new paths instead."""
         start, body = {}, b""
 
         async def taking(message: Message) -> None:
@@ -160,7 +178,8 @@ class Doorkeeper:
 
 
 def _with_cookie(send: Send, cookie: str, secure: bool) -> Send:
-    # A Hugging Face Space is a frame in another site's page, where only a cookie that says so is kept.
+    """A `send` that adds the visitor's cookie to the answer."""
+    # A Hugging Face Space is shown inside a page of another site, where browsers keep partitioned cookies only.
     rules = "Secure; SameSite=None; Partitioned" if secure else "SameSite=Strict"
 
     async def sending(message: Message) -> None:
