@@ -97,13 +97,13 @@ def test_a_group_offloaded_pair_lora_is_gone_after_a_failure(pipe, photos, fast,
 def test_weights_that_model_offloading_has_yet_to_bring_are_reckoned_with(pipe):
     """On a device that is not there: what counts is only where the weights are not."""
     latents = torch.zeros(2, 4, 8, 8)
-    assert pipe._footprint(latents)[-1] == 0
+    assert pipe._models().denoiser.footprint(latents)[-1] == 0
     pipe.enable_model_cpu_offload(device="cpu")
-    assert pipe._footprint(latents)[-1] == 0
+    assert pipe._models().denoiser.footprint(latents)[-1] == 0
     pipe._offload_device = torch.device("meta")
     for hook in pipe._all_hooks:
         hook.hook.execution_device = torch.device("meta")
-    assert pipe._footprint(latents)[-1] == sum(weight.nbytes for weight in pipe.unet.parameters())
+    assert pipe._models().denoiser.footprint(latents)[-1] == sum(weight.nbytes for weight in pipe.unet.parameters())
 
 
 def test_sequential_offloading_works_with_a_lora_that_was_fitted_before(pipe, photos, fast):

@@ -215,6 +215,18 @@ def model(session_components, tmp_path_factory):
 
 
 @pytest.fixture
+def loaded(model):
+    """The pipeline that the command loads.
+
+    It is not `pipe`, which has the same weights: from a safetensors file they lie at other addresses, and on some
+    processors the products with a matrix that is not aligned are rounded otherwise.
+    """
+    pipe = DreamMoverPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
 def chain(model, album, tmp_path, monkeypatch, restored_logging):
     """In a folder with three photos: what `interpolate` is to be given."""
     monkeypatch.chdir(tmp_path)
@@ -232,19 +244,19 @@ def expected(pipe, album, fast, **arguments):
     return through(pipe, album, {**fast, "lora_steps": 2, "output_type": "pil"}, **arguments).frames[0]
 
 
-def test_the_command_makes_what_python_makes(chain, pipe, album, fast, capsys):
+def test_the_command_makes_what_python_makes(chain, loaded, album, fast, capsys):
     assert main([*chain, "--duration", "0.5,0.25", "--fps", "8", "-o", "out", "--sheet", "sheet.png", "--quiet"]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith("out: 7 frames in ")
     assert captured.err == ""
-    np.testing.assert_array_equal(frames_in("out"), expected(pipe, album, fast, n_frames=[3, 1]))
+    np.testing.assert_array_equal(frames_in("out"), expected(loaded, album, fast, n_frames=[3, 1]))
     assert sorted(os.listdir()) == ["a.png", "b.png", "c.png", "out", "sheet.png"]
 
 
-def test_one_lora_a_size_and_a_length(chain, pipe, album, fast):
+def test_one_lora_a_size_and_a_length(chain, loaded, album, fast):
     options = ["--one-lora", "--size", "64x48", "--duration", "1", "--fps", "7", "--compare", "beside"]
     assert main([*chain, *options, "-o", "out", "--quiet"]) == 0
-    frames = expected(pipe, album, fast, lora="shared", width=64, height=48, n_frames=[2, 2])
+    frames = expected(loaded, album, fast, lora="shared", width=64, height=48, n_frames=[2, 2])
     np.testing.assert_array_equal(frames_in("out"), frames)
     assert len(frames_in("beside")) == 7
 
@@ -259,12 +271,11 @@ def interruptible():
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("other", "lora", "missing"), [([], "gap", 1), (["--one-lora"], "shared", 2)])
-def test_after_a_kill_the_command_makes_what_is_missing(chain, pipe, album, fast, capsys, other, lora, missing):
-    first = Path("out.parts") / "gap_0001.json"
+def test_after_a_kill_the_command_makes_what_is_missing(chain, loaded, album, fast, capsys, other, lora, missing):
 
     def kill():
         deadline = time.monotonic() + 60
-        while not first.exists() and time.monotonic() < deadline:
+        while not list(Path("out.parts").glob("gap_0001_*")) and time.monotonic() < deadline:
             time.sleep(0.005)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -274,11 +285,11 @@ def test_after_a_kill_the_command_makes_what_is_missing(chain, pipe, album, fast
     assert main(command) == 130
     watcher.join()
     assert not Path("out").exists()
-    assert not Path("out.parts", "gap_0002").exists()
+    assert not list(Path("out.parts").glob("gap_0002_*"))
     capsys.readouterr()
     assert main([*command, *other]) == 0
     assert capsys.readouterr().err.count("Denoising:   0%") == missing  # 100% may be drawn twice
-    np.testing.assert_array_equal(frames_in("out"), expected(pipe, album, fast, lora=lora))
+    np.testing.assert_array_equal(frames_in("out"), expected(loaded, album, fast, lora=lora))
     assert not Path("out.parts").exists()
 
 
@@ -297,7 +308,7 @@ def test_after_a_kill_the_command_makes_what_is_missing(chain, pipe, album, fast
         ("--points [[[1,2],[3,4]]]", "--points is about one pair"),
         ("--save-pair pair.safetensors", "--save-pair is about one pair"),
         ("missing.png", "photo 4"),
-        ("--frames 3,0,1 c.png", "gap 2 ('b.png' to 'c.png'): `n_frames` must be at least 1"),
+        ("--frames 3,0,1 c.png", "`n_frames[1]` must be at least 1"),
         ("--fusion none", "two_level"),
         ("--size 8x8", "each side must have"),
     ],

@@ -23,7 +23,6 @@ from dreammover_pipeline.fields import cell_grid, pixel_flow
 from dreammover_pipeline.flow import agreement, match_features, neighbourhood_mean, smooth_flow
 from dreammover_pipeline.framing import fit, fit_points
 from dreammover_pipeline.images import load_masks
-from dreammover_pipeline.inputs import point_pairs
 from dreammover_pipeline.records import Canvas
 from dreammover_pipeline.steering import (
     BRIGHT_SHARE,
@@ -35,6 +34,7 @@ from dreammover_pipeline.steering import (
     cells_that_move,
     expected_places,
     match_bias,
+    point_pairs,
     steered_flow,
 )
 from dreammover_pipeline.storage import read_pair
@@ -359,20 +359,6 @@ def test_wrong_arguments_are_refused_before_any_model_runs(pipe, photos, fast, a
         pipe(*photos, **fast, **arguments)
     with pytest.raises(error, match=reason):
         pipe.prepare(*photos, lora_steps=0, **arguments)
-    if arguments.get("points") is not None and error is TypeError:
-        with pytest.raises(error, match=reason):
-            pipe.check_inputs(
-                **{name: fast.get(name, 1) for name in ("num_inference_steps", "inversion_steps", "feature_step")},
-                **{
-                    "feature_block": 1,
-                    "distance_penalty": 0,
-                    "flow_smoothing": 0,
-                    "lora_steps": 0,
-                    "lora_rank": 1,
-                    "clip_skip": None,
-                },
-                **{"lora_learning_rate": 1.0, "lora_scale": 1.0, **arguments},
-            )
     assert not ran
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from dreammover_pipeline.inputs import frame_times
-from dreammover_pipeline.timing import CURVES, POOLED, check_easing, eased_times, even_times
+from dreammover_pipeline.spacing import POOLED, even_times
+from dreammover_pipeline.timing import CURVES, check_easing, eased_times
 from dreammover_pipeline.tone import FADE, fade_weights, tone_difference, with_tone
 
 SMALL = {"num_inference_steps": 6, "inversion_steps": 4, "feature_step": 2, "lora_steps": 0}

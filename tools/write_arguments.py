@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write what is written of the pipeline's arguments in other places than `settings.py`, from their declarations there.
 
-That is, in `pipeline.py` and `stages.py`, the type and the default of every declared argument in a signature, the lines
-of `DreamMoverPipeline.__call__`'s docstring, and README's table. Run `python tools/write_arguments.py` after a change
-of `settings.py`; a test fails until that is done.
+That is, in `pipeline.py` and `stages.py`, the type and the default of every declared argument in a signature, what the
+docstring of `DreamMoverPipeline.__call__` says of it, and README's table. Run `python tools/write_arguments.py` after
+a change of `settings.py`; a test fails until that is done.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ from dreammover_pipeline.settings import (
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "dreammover_pipeline"
 WIDTH = 119
-# What a method of the pipeline must take, besides what its signature takes already.
+# The methods whose declared arguments are written, and the groups that a new argument is put into a method from.
 TAKEN = {"__call__": GROUPS, "prepare": PREPARING, "render": RENDERING, "fit_lora": (FitSettings,)}
-TAKEN["fit_shared_lora"] = TAKEN["fit_lora"]
-OPTIONAL_PARAMETERS = {"self"}
+TAKEN |= {"fit_shared_lora": (FitSettings,), "place_frames": (), "preview": (), "fuse": ()}
 TABLE = re.compile(r"(<!-- arguments -->\n).*?(<!-- /arguments -->)", re.DOTALL)
 
 
@@ -54,7 +53,7 @@ def with_signatures(source: str) -> str:
     """A module's text with the declared arguments in its methods' signatures as they are declared."""
     declared = arguments()
     edits = []  # (start, end, text) in the source
-    for method in _methods(source):
+    for method in (method for method in _methods(source) if method.name in TAKEN):
         known = [argument.arg for argument in method.args.args if argument.arg in declared]
         start = len(method.args.args) - len(method.args.defaults)
         for argument, default in zip(method.args.args[start:], method.args.defaults, strict=True):
@@ -62,7 +61,7 @@ def with_signatures(source: str) -> str:
                 place = (_offset(source, argument.lineno, argument.col_offset), _offset(source, *_end(default)))
                 edits.append((*place, parameter(declared[argument.arg])))
         before = None
-        for name in arguments_of(*TAKEN.get(method.name, ())):
+        for name in arguments_of(*TAKEN[method.name]):
             if name in known:
                 before = next(edit for edit in edits[::-1] if edit[2].startswith(f"{name}:"))
             elif before is not None:
@@ -75,15 +74,15 @@ def with_signatures(source: str) -> str:
 def with_docstring(source: str) -> str:
     """`pipeline.py`'s text with what `__call__`'s docstring says of every declared argument as it is declared."""
     (call,) = (method for method in _methods(source) if method.name == "__call__")
-    head, rest = source.split('"""Make the frames between two photos of one scene.', 1)
-    args, returns = rest.split("\n        Returns:\n", 1)
-    before, lines = args.split("        Args:\n", 1)
+    begin = _offset(source, call.body[0].lineno, 0)
+    before, rest = source[begin:].split("        Args:\n", 1)
+    lines, after = rest.split("\n        Returns:\n", 1)
     entries = re.findall(r"^ {12}(\w+): (.*?)(?=\n {12}\w|\n*\Z)", lines, re.MULTILINE | re.DOTALL)
     own = {name: " ".join(text.split()) for name, text in entries}
     written = {name: declared.about for name, declared in arguments().items()}
-    names = [argument.arg for argument in call.args.args if argument.arg not in OPTIONAL_PARAMETERS]
+    names = [argument.arg for argument in call.args.args if argument.arg != "self"]
     body = "".join(_entry(name, written.get(name) or own[name]) for name in names)
-    return f'{head}"""Make the frames between two photos of one scene.{before}        Args:\n{body}\n        Returns:\n{returns}'
+    return f"{source[:begin]}{before}        Args:\n{body}\n        Returns:\n{after}"
 
 
 def with_table(text: str) -> str:

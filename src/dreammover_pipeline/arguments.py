@@ -23,7 +23,7 @@ class Values:
 
 
 @dataclass(frozen=True)
-class Whole(Values):
+class WholeNumbers(Values):
     """Whole numbers of at least `least`."""
 
     least: int
@@ -35,7 +35,7 @@ class Whole(Values):
 
 
 @dataclass(frozen=True)
-class Real(Values):
+class Numbers(Values):
     """Finite numbers of at least `least`, or above it where `inclusive` is false."""
 
     least: float

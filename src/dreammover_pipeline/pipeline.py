@@ -61,7 +61,7 @@ from .spacing import even_times  # noqa: F401, named for the loader
 from .splatting import softmax_splat  # noqa: F401, named for the loader
 from .stages import StageMethods
 from .steering import steered_flow  # noqa: F401, named for the loader
-from .storage import check_same_models, fingerprint, read_pair, write_pair
+from .storage import check_same_models, fingerprint, fingerprints, read_pair, write_pair
 from .text import embed_text  # noqa: F401, named for the loader
 from .timing import CURVES  # noqa: F401, named for the loader
 from .tone import with_tone  # noqa: F401, named for the loader
@@ -435,16 +435,14 @@ class DreamMoverPipeline(
         self,
         images,
         prompt: str | Sequence[str] | None = "",
-        n_frames: int = 32,
+        n_frames: int | Sequence[int] = 32,
         lora: str = "gap",
-        include_inputs: bool = False,
+        include_inputs: bool = True,
         return_dict: bool = True,
         keep: str | os.PathLike | None = None,
         **arguments,
     ) -> DreamMoverPipelineOutput | tuple:
-        """Make one video that leads through several photos, in their order.
-
-        Every gap between two neighbours is made as `__call__` makes a pair, on the canvas of the first photo of all.
+        """Make one video that leads through several photos, on the canvas of the first of them.
 
         Args:
             images: at least two, each as `__call__` takes it; the first one's size and aspect ratio decide those of
@@ -468,8 +466,7 @@ class DreamMoverPipeline(
 
         Raises:
             TypeError, ValueError: an argument is not what it may be; raised before any model runs.
-            Exception: a gap could not be made. If there were any before it, the error's `output` is what would have
-                been returned for those.
+            Exception: a gap could not be made; the error's `output` is what would be returned for those before it.
         """
         check_choice("lora", lora, LORAS)
         check_arguments_of_a_sequence(arguments)
@@ -489,19 +486,15 @@ class DreamMoverPipeline(
         if keep is not None:
             model = f"{self.fingerprint()} {self.unet.dtype}"
             kept = kept_gaps(keep, gaps, preparing, rendering, shared, model, self._execution_device)
-        weights = None
-        if shared and preparing.lora_steps:
-            weights = kept.lora(0)
-            if weights is None:
-                models = self._models(preparing.cross_attention_kwargs)
-                weights = fit_lora_of_gaps(models, gaps, preparing, self._stage)
-                kept.keep_lora(0, weights)
+        models = self._models(preparing.cross_attention_kwargs)
+        fits_once = shared and preparing.lora_steps > 0
         stages = GapStages(
+            (lambda: fit_lora_of_gaps(models, gaps, preparing, self._stage)) if fits_once else None,
             lambda gap, own: self._prepare(gap, preparing, own),
             lambda k, pair: self._render_latents(pair, rendering[k], gaps[k].negative, delivery),
             lambda k, frames: self._finish(frames, rendering[k], delivery),
         )
-        output = make_gaps(gaps, stages, kept, weights, lambda: self.interrupt, include_inputs)
+        output = make_gaps(gaps, stages, kept, lambda: self.interrupt, include_inputs)
         self.maybe_free_model_hooks()
         return returned(output, return_dict)
 
@@ -608,7 +601,7 @@ class DreamMoverPipeline(
             pair: what `prepare` returned.
             path: the file; one that is there is replaced.
         """
-        write_pair(pair, path, self._fingerprints())
+        write_pair(pair, path, fingerprints(self._fingerprinted))
 
     def load_pair(self, path: str | os.PathLike) -> PreparedPair:
         """Read a pair that `save_pair` wrote, for `render` on this pipeline's device; frames come out the same.
@@ -625,10 +618,7 @@ class DreamMoverPipeline(
                 the VAE are other ones.
         """
         pair, saved = read_pair(path, self._execution_device)
-        present = self._fingerprints()
-        check_same_models(path, saved, {name: present[name] for name in ("unet", "vae")})
-        if "text_encoder" in present and saved.get("text_encoder") != present["text_encoder"]:
-            logger.warning(f"'{path}' was saved with another text encoder; negative prompts will be read by this one.")
+        check_same_models(path, saved, fingerprints(self._fingerprinted))
         return replace(pair, prompt_embeds=pair.prompt_embeds.to(self.unet.dtype))
 
     def check_inputs(self, **arguments) -> None:
@@ -692,10 +682,6 @@ class DreamMoverPipeline(
     def _fingerprinted(self) -> dict[str, torch.nn.Module]:
         models = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
         return {name: model for name, model in models.items() if model is not None}
-
-    def _fingerprints(self) -> dict[str, str]:
-        """The fingerprint of each model by itself."""
-        return {name: fingerprint({name: model}) for name, model in self._fingerprinted.items()}
 
     @contextmanager
     def _stage(self, name: str, total: int) -> Iterator[Callable[[], object]]:

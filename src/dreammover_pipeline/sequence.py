@@ -29,8 +29,12 @@ OWN_ARGUMENTS = ("prompt", "n_frames", "include_inputs", "return_dict")  # named
 
 @dataclass(frozen=True)
 class GapStages:
-    """What the pipeline does with one gap: from input and LoRA to a prepared pair, to latents, to frames."""
+    """What the pipeline does with gaps: it fits one LoRA for all, and makes of each a prepared pair, latents, frames.
 
+    `fit_shared` is None where every gap has a LoRA of its own, or none has any.
+    """
+
+    fit_shared: Callable[[], dict[str, torch.Tensor]] | None
     prepare: Callable[[PairInput, dict[str, torch.Tensor] | None], PreparedPair]
     render: Callable[[int, PreparedPair], DenoisedFrames]
     finish: Callable[[int, DenoisedFrames], DreamMoverPipelineOutput]
@@ -40,7 +44,6 @@ def make_gaps(
     gaps: Sequence[PairInput],
     stages: GapStages,
     kept: KeptGaps,
-    shared_lora: dict[str, torch.Tensor] | None,
     interrupted: Callable[[], bool],
     photos_included: bool,
 ) -> DreamMoverPipelineOutput:
@@ -50,19 +53,19 @@ def make_gaps(
         gaps: In their order.
         stages: What is done with each of them.
         kept: What earlier calls have done and this one does.
-        shared_lora: Weights to use in every gap instead of fitting some.
         interrupted: Asked after every gap; where it says yes the rest is left out.
         photos_included: Whether the frames of a gap begin and end with its photos.
 
     Raises:
         Exception: A gap could not be made. If there were any before it, the error's `output` holds their frames.
     """
+    shared = None if stages.fit_shared is None else _kept_or_fitted(kept, stages.fit_shared)
     outputs = []
     try:
         for k, gap in enumerate(gaps):
             frames = kept.frames(k, gap)
             if frames is None:
-                lora = kept.lora(k) if shared_lora is None else shared_lora
+                lora = kept.lora(k) if shared is None else shared
                 pair = stages.prepare(gap, lora)
                 if lora is None:
                     kept.keep_lora(k, pair.lora)
@@ -79,6 +82,15 @@ def make_gaps(
             error.add_note("The gaps before this one are not lost: this error's `output` holds their frames.")
         raise
     return in_a_row(outputs, photos_included)
+
+
+def _kept_or_fitted(kept: KeptGaps, fit: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The LoRA that all gaps share, which is kept under the key of the first."""
+    weights = kept.lora(0)
+    if weights is None:
+        weights = fit()
+        kept.keep_lora(0, weights)
+    return weights
 
 
 def checked_gaps(

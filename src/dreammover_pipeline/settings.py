@@ -20,13 +20,13 @@ from .arguments import (
     Argument,
     Blocks,
     Choice,
+    Numbers,
     Pictures,
     Plain,
-    Real,
     Settings,
     Text,
     Values,
-    Whole,
+    WholeNumbers,
     argument,
     arguments_of,
 )
@@ -109,19 +109,19 @@ class FitSettings(SharedSettings):
 
     lora_steps: int = argument(
         80,
-        Whole(0),
+        WholeNumbers(0),
         "Training steps of the pair's LoRA. More keep identity better, move less freely and take longer; 0 skips the "
         "fit.",
         slider=(0, 300),
     )
-    lora_rank: int = argument(16, Whole(1), "Rank of the pair's LoRA. A higher one can hold more detail.")
+    lora_rank: int = argument(16, WholeNumbers(1), "Rank of the pair's LoRA. A higher one can hold more detail.")
     lora_learning_rate: float = argument(
         5e-4,
-        Real(0, inclusive=False),
+        Numbers(0, inclusive=False),
         "Learning rate of the pair's LoRA fit. A higher one learns faster and overfits sooner.",
     )
     clip_skip: int | None = argument(
-        None, Whole(0), "Number of layers to leave out at the end of the text encoder; none by default."
+        None, WholeNumbers(0), "Number of layers to leave out at the end of the text encoder; none by default."
     )
 
 
@@ -130,17 +130,17 @@ class PrepareSettings(FitSettings):
     """How a pair is inverted and matched. Source: DreamMover §3.1, §3.2 and §4.1."""
 
     num_inference_steps: int = argument(
-        50, Whole(1), "Steps N of the whole DDIM schedule. More are finer and take longer.", option="--steps"
+        50, WholeNumbers(1), "Steps N of the whole DDIM schedule. More are finer and take longer.", option="--steps"
     )
     inversion_steps: int = argument(
         30,
-        Whole(1),
+        WholeNumbers(1),
         "How many of the steps the photos are inverted and the frames denoised, T. Fewer keep closer to the warped "
         "photos, more redraw what warping breaks: fewer ghosts, less likeness.",
         slider=(2, 50),
     )
     feature_step: int = argument(
-        14, Whole(1), "The step whose features are matched. A later one matches noisier, coarser features."
+        14, WholeNumbers(1), "The step whose features are matched. A later one matches noisier, coarser features."
     )
     feature_block: int | Sequence[int] = argument(
         (1, 2),
@@ -151,19 +151,21 @@ class PrepareSettings(FitSettings):
     )
     distance_penalty: float = argument(
         0.1,
-        Real(0),
+        Numbers(0),
         "Cosine similarity that a match loses for each shorter side of the image it lies away, so that of places that "
         "look alike the nearer one is matched. Too much holds back what moves far; 0 is the paper's.",
         paper=0,
     )
     flow_smoothing: int = argument(
         3,
-        Whole(0),
+        WholeNumbers(0),
         "Passes that carry the flow from cells whose match agrees both ways to their neighbours. More make the flow "
         "smoother and lose finer motion; 0 is the paper's bare argmax.",
         paper=0,
     )
-    lora_scale: float = argument(1.0, Real(0), "Weight of the pair's LoRA wherever the UNet runs; below 1 softens it.")
+    lora_scale: float = argument(
+        1.0, Numbers(0), "Weight of the pair's LoRA wherever the UNet runs; below 1 softens it."
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -188,7 +190,7 @@ class VideoSettings(SharedSettings):
 
     n_frames: int = argument(
         32,
-        Whole(1),
+        WholeNumbers(1),
         "Number n of in-between frames; frame i is at δ = i/(n+1). Time grows with it, memory does not.",
         option="--frames",
         slider=(1, 64),
@@ -241,13 +243,13 @@ class RenderSettings(VideoSettings):
     )
     guidance_scale: float = argument(
         1.0,
-        Real(0),
+        Numbers(0),
         "Classifier-free guidance of the frames. Above 1 they follow the prompt more, at twice the cost; the paper "
         "uses none.",
     )
     frame_batch_size: int | None = argument(
         None,
-        Whole(1),
+        WholeNumbers(1),
         "Frames denoised at once, at most; halved where memory runs out. The frames are the same up to rounding. By "
         "default it is what fits the free memory.",
         decides=False,
@@ -258,18 +260,27 @@ class RenderSettings(VideoSettings):
 class Delivery(Settings):
     """How the frames reach the program that asked for them."""
 
-    output_type: str = argument("pil", Choice(OUTPUT_TYPES), 'Form of the frames: "pil", "np", "pt" or "latent".')
+    output_type: str = argument(
+        "pil", Choice(OUTPUT_TYPES), 'Form of the frames: "pil", "np", "pt" or "latent".', option=ASK_PYTHON
+    )
     return_dict: bool = argument(
-        True, Values(), "Return a `DreamMoverPipelineOutput` rather than a tuple of its fields."
+        True,
+        Values(),
+        "Return a `DreamMoverPipelineOutput` rather than a tuple of its fields.",
+        option=ASK_PYTHON,
     )
     callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = argument(
         None,
         Values(),
         "Called as (pipeline, i, timestep, tensors) after every denoising step of every pair; the tensors that it "
         "returns replace the pipeline's.",
+        option=ASK_PYTHON,
     )
     callback_on_step_end_tensor_inputs: Sequence[str] = argument(
-        ("latents",), Values(), "Which of the pipeline's `_callback_tensor_inputs` the callback gets."
+        ("latents",),
+        Values(),
+        "Which of the pipeline's `_callback_tensor_inputs` the callback gets.",
+        option=ASK_PYTHON,
     )
 
 

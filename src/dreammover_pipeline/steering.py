@@ -45,7 +45,7 @@ class Steering:
             raise ValueError(f"moves must be (2, 1, h, w) bool, not {tuple(self.moves.shape)} {self.moves.dtype}")
 
 
-def point_pairs(points, name: str = "points") -> torch.Tensor:
+def point_pairs(points: object, name: str = "points") -> torch.Tensor:
     """The `points` argument of one pair as (k, 2, 2): k correspondences, in the first and the last image, x and y.
 
     Raises:

@@ -20,11 +20,14 @@ from pathlib import Path
 import diffusers
 import torch
 import torch.nn.functional as F
+from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .adapters import acting_tensors
 from .records import BidirectionalFlow, Canvas, Inversion, PreparedPair, Schedule
+
+logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
 HEADER = "dreammover_pair"
@@ -58,6 +61,11 @@ def fingerprint(modules: Mapping[str, torch.nn.Module]) -> str:
         for name, tensor, weight in acting_tensors(module)
     ]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def fingerprints(modules: Mapping[str, torch.nn.Module]) -> dict[str, str]:
+    """The fingerprint of each model by itself, by its name."""
+    return {name: fingerprint({name: module}) for name, module in modules.items()}
 
 
 def _checksum(tensor: torch.Tensor) -> int:
@@ -200,22 +208,27 @@ def read_pair(path: str | os.PathLike, device: str | torch.device) -> tuple[Prep
 
 
 def check_same_models(path: str | os.PathLike, saved: Mapping[str, str], present: Mapping[str, str]) -> None:
-    """Raise unless two sets of fingerprints agree.
+    """Refuse a pair that belongs to another UNet or VAE, and warn of one that belongs to another text encoder.
+
+    Only negative prompts still need the text encoder when a prepared pair is rendered.
 
     Args:
-        path: of the pair, for the message.
-        saved: the fingerprints in its file.
-        present: those of the models that are to render it.
+        path: Of the pair, for the message.
+        saved: The fingerprints in its file, by the models' names.
+        present: The fingerprints of the models that are to render it, by the models' names.
 
     Raises:
-        ValueError: naming the models that differ.
+        ValueError: Naming the models that differ.
     """
-    differing = [name for name in present if saved.get(name) != present[name]]
-    if differing:
+    differing = [name for name, digest in present.items() if saved.get(name) != digest]
+    decisive = [name for name in differing if name != "text_encoder"]
+    if decisive:
         raise ValueError(
-            f"'{path}' was prepared with another {' and '.join(differing)}: load the checkpoint it was saved with, "
+            f"'{path}' was prepared with another {' and '.join(decisive)}: load the checkpoint it was saved with, "
             "in the same precision and with the same LoRAs active, or prepare the pair anew"
         )
+    if differing:
+        logger.warning(f"'{path}' was saved with another text encoder; negative prompts will be read by this one.")
 
 
 def _assembled(header: dict, tensors: dict[str, torch.Tensor], device: str | torch.device) -> PreparedPair:

@@ -16,14 +16,13 @@ import torch
 from PIL import Image
 
 from dreammover_pipeline import DreamMoverPipeline
+from dreammover_pipeline.batch.jobs import find_photos
 from dreammover_pipeline.batch.journal import Journal
 from dreammover_pipeline.batch.lora_cache import LoraCache, lora_key
-from dreammover_pipeline.batch.maker import Maker
 from dreammover_pipeline.batch.manifest import (
     PARAMETERS,
-    check_outputs,
+    check_job_outputs,
     check_values,
-    find_photos,
     read_manifest,
     read_sidecars,
 )
@@ -37,6 +36,7 @@ from dreammover_pipeline.batch.sidecar import (
     stack_of,
     work_path,
 )
+from dreammover_pipeline.batch.worker import Worker
 
 SHORT = {"n_frames": 2, "num_inference_steps": 4, "inversion_steps": 2, "feature_step": 1, "lora_steps": 0}
 DEFAULTS = {**SHORT, "seed": 0, "fps": 16}
@@ -63,14 +63,14 @@ def plan(album, *rows, **defaults):
     manifest = album / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     jobs = read_manifest(manifest, album.parent / "out", {**DEFAULTS, **defaults})
-    check_outputs(jobs)
+    check_job_outputs(jobs)
     return jobs
 
 
 def work(pipe, jobs, process=0, processes=1, failures=None):
     """A run of jobs that are in one folder of outputs; how each ended, by name."""
-    maker = Maker(pipe, "random", jobs[0].output.parent)
-    outcomes = run(maker, jobs, read_failures(jobs) if failures is None else failures, process, processes, quiet=True)
+    worker = Worker(pipe, "random", jobs[0].output.parent)
+    outcomes = run(worker, jobs, read_failures(jobs) if failures is None else failures, process, processes, quiet=True)
     return {outcome.job.name: outcome for outcome in outcomes}
 
 
@@ -157,7 +157,7 @@ def test_bad_manifests_are_refused_by_line(album, text, reason):
     (out / "taken.mp4").mkdir(parents=True)
     (out / "link").symlink_to(album)
     with pytest.raises(ValueError, match=r"\w") as refusal:
-        check_outputs(read_manifest(manifest, out, DEFAULTS))
+        check_job_outputs(read_manifest(manifest, out, DEFAULTS))
     assert reason in str(refusal.value)
     assert not (album / "a.mp4").exists()
 
@@ -276,7 +276,7 @@ def test_a_sidecar_makes_the_same_bytes_again(pipe, album):
     shutil.move(album.parent / "out", album.parent / "moved")  # not too deep: the way to the photos is relative
     sidecars = sorted((album.parent / "moved").glob("*.json"))
     again = read_sidecars(sidecars, album.parent / "again")
-    check_outputs(again)
+    check_job_outputs(again)
     check_values(pipe, pipe.fingerprint(), again)
     outcomes = work(pipe, again)
     assert statuses(outcomes) == {"a": "done", "b.mp4": "done", "c.gif": "done"}
@@ -295,7 +295,7 @@ def test_a_sidecar_says_when_it_cannot_be_repeated(pipe, album):
     record["stack"]["versions"]["torch"] = "1.0"
     changed.write_text(json.dumps(record))
     again = read_sidecars([sidecar, changed], album.parent / "again")
-    check_outputs(again)
+    check_job_outputs(again)
     outcomes = work(pipe, again)
     assert statuses(outcomes) == {"a": "failed", "b": "done"}
     assert "a0.png' is not the one of" in outcomes["a"].note
@@ -464,7 +464,7 @@ def test_a_full_disk_stops_the_run_and_leaves_nothing_half_written(pipe, album, 
     rows = [pair("a"), pair("noise", n_frames=1, output=f"big{ending}"), pair("c")]
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     jobs = read_manifest(manifest, small_disk, DEFAULTS)
-    check_outputs(jobs)
+    check_job_outputs(jobs)
     with pytest.raises(RuntimeError, match=f"no space left on a disk while making 'big{ending}'"):
         work(pipe, jobs)
     assert held(small_disk) == ["a", "a.json", f"big{ending}.error.json"]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line on the embedded checkpoint: as a process where the process matters, in process for the rest."""
 
-import inspect
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dreammover_pipeline import DreamMoverPipeline, __version__
+from dreammover_pipeline import __version__
 from dreammover_pipeline.cli.main import main
 from dreammover_pipeline.tiny import CHECKPOINT
 
@@ -253,30 +252,6 @@ def test_ctrl_c_ends_in_one_line_and_keeps_the_old_video(tmp_path):
     assert err.decode().splitlines()[-1] == "dreammover: error: interrupted"
     assert b"Traceback" not in err
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"finished"]
-
-
-def test_help_shows_the_defaults_of_the_signature(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["interpolate", "--help"])
-    text = " ".join(capsys.readouterr().out.partition("\nmethod:\n")[2].split())
-    names = {"frames": "n_frames", "steps": "num_inference_steps"}
-    parameters = inspect.signature(DreamMoverPipeline.__call__).parameters
-    shown = set()
-    for option, description in re.findall(r"--([a-z-]+) (.*?)(?= --|$)", text):
-        name = names.get(option, option.replace("-", "_"))
-        if name == "preset":  # no argument of its own
-            continue
-        default, shows = parameters[name].default, re.search(r"\(default: (.*)\)", description)
-        if default is None:
-            assert shows is None
-        elif isinstance(default, tuple):
-            assert tuple(map(int, shows[1].split())) == default
-        else:
-            assert type(default)(shows[1].replace("empty", "")) == default
-        shown.add(name)
-    unavailable = {name for name in parameters if re.search(r"self|img|embeds|height|width|times|include|gener", name)}
-    unavailable |= {name for name in parameters if re.search(r"output_type|return|kwargs|clip_skip|callback", name)}
-    assert shown == set(parameters) - unavailable
 
 
 def test_version_and_a_missing_command(capsys):

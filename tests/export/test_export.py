@@ -148,7 +148,8 @@ def test_the_single_file_is_complete_and_readable(shared):
 
 
 def test_the_single_file_is_as_tidy_as_the_modules(shared):
-    for command in (["check"], ["format", "--check"]):
+    # RUF009 is off for settings.py too, whose fields are declared by a function.
+    for command in (["check", "--ignore", "RUF009"], ["format", "--check"]):
         ruff = [sys.executable, "-m", "ruff", *command, "--config", ROOT / "pyproject.toml", shared / "dreammover.py"]
         done = subprocess.run(ruff, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr

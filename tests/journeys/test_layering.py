@@ -87,6 +87,43 @@ def test_no_line_of_a_docstring_looks_like_an_import(name):
     assert not [line for text in texts for line in re.findall(r"^\s*(?:from|import)\s+\..*", text, re.MULTILINE)]
 
 
+def test_the_root_is_the_custom_pipeline():
+    """What the loader ships lies at the root of the package, and what it does not ship has a folder."""
+    root = {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "__main__"}
+    assert sorted(root) == SHIPPED
+
+
+def test_only_the_command_line_parses_arguments():
+    users = [path for path in FOLDER.rglob("*.py") if re.search(r"\bargparse\b|sys\.argv", path.read_text("utf-8"))]
+    assert {path.parent.name for path in users} == {"cli"}
+
+
+def all_arrows():
+    """The imports of every module of the package from the package, those for type checkers included."""
+    modules = {}
+    for path in FOLDER.rglob("*.py"):
+        parts = path.relative_to(FOLDER).with_suffix("").parts
+        modules[parts[:-1] if parts[-1] == "__init__" else parts] = path
+    arrows = {}
+    for module, path in modules.items():
+        package = module if path.stem == "__init__" else module[:-1]
+        arrows[module] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = package[: len(package) - node.level + 1] + tuple(
+                    (node.module or "").split(".") * bool(node.module)
+                )
+                found = {(*base, alias.name) for alias in node.names} & modules.keys()
+                arrows[module] |= found or ({base} & modules.keys())
+    return arrows
+
+
+def test_the_package_has_no_import_circles():
+    arrows = all_arrows()
+    arrows[()] = set()  # the package itself imports the pipeline on first use only
+    list(TopologicalSorter(arrows).static_order())  # which raises CycleError
+
+
 def test_import_arrows_have_no_cycles():
     order = list(TopologicalSorter(arrows()).static_order())
     assert order[-1] == "pipeline"

@@ -10,12 +10,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ..arguments import Real, arguments_of
+from ..arguments import Numbers, arguments_of
 from ..inputs import check_integer, check_number
 from ..media.files import check_fps, check_video_path
 from ..pipeline import DreamMoverPipeline
 from ..prompts import pair_negatives, pair_texts
 from ..settings import PREPARING, NegativeContent, RenderSettings
+from ..steering import point_pairs
 from .jobs import Job
 from .sidecar import PRIVATE, read_sidecar
 
@@ -118,6 +119,7 @@ def check_values(pipe: DreamMoverPipeline, fingerprint: str, jobs: Sequence[Job]
         settings = job.settings
         try:
             pipe.check_inputs(**settings)
+            point_pairs(settings["points"])
             pair_texts(settings["prompt"], None, 1, False, width)
             pair_negatives(settings["negative_prompt"], None, 1, width)
             for side in ("height", "width"):
@@ -197,7 +199,7 @@ def settings_of(defaults: Mapping[str, object], given: Mapping[str, object], whe
     values = {name: declared.default for name, declared in PARAMETERS.items()}
     values = json.loads(json.dumps({**values, "include_inputs": True, **defaults, **given}))
     for name, value in values.items():
-        if type(value) is int and name in PARAMETERS and isinstance(PARAMETERS[name].values, Real):
+        if type(value) is int and name in PARAMETERS and isinstance(PARAMETERS[name].values, Numbers):
             values[name] = float(value)  # so that 1 and 1.0 are the same request
     try:
         check_integer("seed", values["seed"], 0)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ..arguments import ASK_PYTHON, Argument, Blocks, Pictures, Real, Text, Whole, arguments_of, taken
+from ..arguments import ASK_PYTHON, Argument, Blocks, Numbers, Pictures, Text, WholeNumbers, arguments_of, taken
 from ..settings import GROUPS, PRESETS, RENDERING, arguments
 
 # Arguments that only make sense for one pair.
@@ -61,9 +61,9 @@ def _parsing(declared: Argument, gaps: bool) -> dict[str, object]:
     if gaps and declared.name == "n_frames":
         several = " With commas it is one number for each gap between two photos."
         return {"type": for_each_gap(int), "metavar": "N[,N...]", "help": text + several}
-    if isinstance(values, Whole):
+    if isinstance(values, WholeNumbers):
         return {"type": int, "metavar": "N", "help": text}
-    if isinstance(values, Real):
+    if isinstance(values, Numbers):
         return {"type": float, "metavar": "X", "help": text}
     if isinstance(values, Blocks):
         return {"type": int, "nargs": "+" if values.least else "*", "metavar": "N", "help": text}

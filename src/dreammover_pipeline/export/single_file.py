@@ -13,7 +13,7 @@ import symtable
 import sys
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -90,15 +90,27 @@ def _check_relative_imports(module: str, tree: ast.Module) -> None:
             )
 
 
+def _at_top(tree: ast.Module) -> Iterator[ast.stmt]:
+    """The statements at a module's top; those that only type checkers see are at its top in one file too."""
+    for node in tree.body:
+        if _is_for_type_checkers(node):
+            yield from node.body
+        yield node
+
+
+def _is_for_type_checkers(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
 def _absolute_imports(tree: ast.Module) -> list[Import]:
     """What a module imports at its top level from outside the package, name by name."""
     found = []
-    for node in tree.body:
+    for node in _at_top(tree):
         if isinstance(node, ast.Import):
             found += [(None, alias.name, alias.asname) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level:
             found += [(node.module, alias.name, alias.asname) for alias in node.names]
-    return found
+    return [one for one in found if one[:2] != ("typing", "TYPE_CHECKING")]  # its blocks are gone
 
 
 def _meanings(module: str, text: str, imports: Iterable[Import]) -> dict[str, str]:
@@ -182,6 +194,7 @@ def _body(text: str, tree: ast.Module) -> str:
     gone = {0} if lines[0].startswith("# SPDX") else set()
     for node in tree.body:
         docstring = node is tree.body[0] and ast.get_docstring(tree) is not None
-        if docstring or isinstance(node, (ast.Import, ast.ImportFrom)) or lines[node.lineno - 1] == LOGGER:
+        imports = isinstance(node, (ast.Import, ast.ImportFrom)) or _is_for_type_checkers(node)
+        if docstring or imports or lines[node.lineno - 1] == LOGGER:
             gone |= set(range(node.lineno - 1, node.end_lineno))
     return "\n".join(line for i, line in enumerate(lines) if i not in gone).strip("\n")

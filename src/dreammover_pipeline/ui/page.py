@@ -12,7 +12,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from ..settings import ENDPOINTS
+from ..settings import ENDPOINTS, arguments
 from ..timing import CURVES, EVEN
 
 INTRO = """
@@ -138,7 +138,7 @@ def _buttons() -> Buttons:
 
 def _frames(defaults: Mapping[str, object]) -> dict[str, Component]:
     with gr.Row():
-        frames = gr.Slider(1, 64, defaults["n_frames"], step=1, label="Frames in between", elem_id="frames")
+        frames = _slider("n_frames", defaults, label="Frames in between", elem_id="frames")
         fps = gr.Slider(1, 60, 16, step=1, label="Frames per second", elem_id="fps")
     with gr.Row():
         easing = gr.Dropdown([*CURVES, EVEN], value="linear", label="Timing", elem_id="easing")
@@ -146,25 +146,18 @@ def _frames(defaults: Mapping[str, object]) -> dict[str, Component]:
     return {"n_frames": frames, "fps": fps, "easing": easing, "ping_pong": ping_pong}
 
 
+def _slider(name: str, defaults: Mapping[str, object], explained: bool = False, **settings) -> gr.Slider:
+    """The slider of an argument of the pipeline, over the range that is declared for it."""
+    declared = arguments()[name]
+    info = declared.about if explained else None
+    return gr.Slider(*declared.slider, defaults[name], step=1, info=info, **settings)
+
+
 def _more_settings(defaults: Mapping[str, object]) -> dict[str, Component]:
     with gr.Accordion("More", open=False):
-        lora_steps = gr.Slider(
-            0,
-            300,
-            defaults["lora_steps"],
-            step=1,
-            label="LoRA steps",
-            elem_id="lora-steps",
-            info="More steps keep the photos' identity better, and take longer.",
-        )
-        inversion_steps = gr.Slider(
-            2,
-            50,
-            defaults["inversion_steps"],
-            step=1,
-            label="Inversion steps",
-            elem_id="inversion-steps",
-            info="Fewer steps stay closer to the photos, more steps let the model redraw what warping breaks.",
+        lora_steps = _slider("lora_steps", defaults, label="LoRA steps", elem_id="lora-steps", explained=True)
+        inversion_steps = _slider(
+            "inversion_steps", defaults, label="Inversion steps", elem_id="inversion-steps", explained=True
         )
         hold = gr.Slider(0, 3, 0, step=0.1, label="Both ends stand still, in seconds", elem_id="hold")
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53, elem_id="seed")
