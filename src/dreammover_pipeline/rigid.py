@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Motion that is locally a similarity: a shift, a turn and a scaling, fitted robustly to the matches around each cell.
+
+The mean of the vectors around a cell is right for what is shifted and wrong for what turns or grows, since the mean of
+a turning neighbourhood is not its middle. A similarity has four numbers and knows all of it. Lengths are in cells; the
+constants hold for a grid of `UNIT_GRID` cells along its shorter side and grow with the grid.
+
+Source of all of it: ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .fields import cell_grid
+from .splatting import winner_splat
+
+UNIT_GRID = 32
+SIGMA = 3.0  # cells; of the Gaussian by which matches count that lie away from a cell
+REACH = 8  # cells; how far from a cell a match counts at all
+# Cells; standard deviation of how far from the fit a match may lie, for each time that the fit is made anew.
+TOLERANCES = (6.0, 3.0, 2.0, 1.5, 1.5)
+STIFFNESS = 0.5  # squared cells; how strongly turn and scaling are held back where matches lie close together
+LEAST = 1e-6  # of its weight without the fit, what a match keeps that the fit does not explain
+TINY = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class Similarity:
+    """A similarity for every cell: a cell u away goes to its own place plus `shift` + `turn`·u.
+
+    `shift` and `turn` are (B, 2, h, w). `turn` is a complex number less one, as real and imaginary part: (0, 0) neither
+    turns nor scales. `residual` (B, 1, h, w) is how far the cell's own vector lies from the fit, squared.
+    """
+
+    shift: torch.Tensor
+    turn: torch.Tensor
+    residual: torch.Tensor
+
+
+def grid_unit(h: int, w: int) -> float:
+    """How many cells of this grid make one of a grid of `UNIT_GRID` cells."""
+    return min(h, w) / UNIT_GRID
+
+
+def fit_similarities(
+    flow: torch.Tensor,
+    weight: torch.Tensor,
+    both_ways: bool = True,
+    sigma: float = SIGMA,
+    tolerances: Sequence[float] = TOLERANCES,
+) -> Similarity:
+    """Fit a similarity to the matches around every cell, by iteratively reweighted least squares.
+
+    A match weighs by a Gaussian of its distance from the cell, by its own weight, and, from the second time on, by a
+    Gaussian of how far it lies from the fit before; so neighbours that move otherwise drop out.
+
+    Args:
+        flow: (2, 2, h, w), of the first and of the second image.
+        weight: (2, 1, h, w), ≥ 0, how sure each vector is.
+        both_ways: Whether the matches of the other image count too: if a cell q of it came from p, p goes to q.
+        sigma: Of the Gaussian of the distance, in cells of the unit grid.
+        tolerances: Of the Gaussians of the distance from the fit, in cells of the unit grid.
+
+    Returns:
+        The similarities of the cells of both images.
+    """
+    h, w = flow.shape[-2:]
+    unit = grid_unit(h, w)
+    stride = max(1, round(unit))
+    place, vector, given = _matches_around(flow, weight, both_ways, stride)
+    near = given * (-place.square().sum(1) / (2 * (sigma * unit) ** 2)).exp()
+    weights = near
+    for tolerance in tolerances:
+        mean_place, mean_vector, turn = _least_squares(place, vector, weights, STIFFNESS * unit**2)
+        off = vector - mean_vector - _times(turn, place - mean_place)
+        explained = (-off.square().sum(1) / (2 * (tolerance * unit) ** 2)).exp()
+        weights = near * (explained + LEAST)
+    shift = (mean_vector - _times(turn, mean_place))[:, :, 0].unflatten(2, (h, w))
+    turn = turn[:, :, 0].unflatten(2, (h, w))
+    return Similarity(shift, turn, (flow - shift).square().sum(1, keepdim=True))
+
+
+def similarity_flow(flow: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The flow that `fit_similarities` gives at every cell, in the place of the cell's own vector.
+
+    Args:
+        flow: (2, 2, h, w), of the first and of the second image.
+        weight: (2, 1, h, w), ≥ 0, how sure each vector is.
+
+    Returns:
+        (2, 2, h, w).
+    """
+    return fit_similarities(flow, weight).shift
+
+
+def _matches_around(
+    flow: torch.Tensor, weight: torch.Tensor, both_ways: bool, stride: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The matches in the window around every cell: where they start from the cell, where they lead, how sure they are.
+
+    Returns:
+        (2, 2, k, h·w), (2, 2, k, h·w) and (2, k, h·w), for k matches.
+    """
+    fields = [torch.cat([torch.zeros_like(flow), flow, weight], 1)]
+    if both_ways:
+        fields.append(_matches_of_the_other(flow, weight))
+    side = 2 * REACH + 1
+    offsets = (cell_grid(side, side, flow).flatten(2) - REACH) * stride  # (1, 2, side²)
+    places, vectors, weights = [], [], []
+    for field in fields:
+        windows = F.unfold(field, side, dilation=stride, padding=REACH * stride).unflatten(1, (5, side * side))
+        places.append(windows[:, :2] + offsets[..., None])
+        vectors.append(windows[:, 2:4])
+        weights.append(windows[:, 4])  # zero off the grid
+    return torch.cat(places, 2), torch.cat(vectors, 2), torch.cat(weights, 1)
+
+
+def _matches_of_the_other(flow: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The other image's matches turned round, each at the cell nearest to its start; of several the surest stays.
+
+    Returns:
+        (2, 5, h, w): how far from the cell a match starts, where it leads, how sure it is; zeros where there is none.
+    """
+    other, sure = flow.flip(0), weight.flip(0)
+    start = cell_grid(*flow.shape[-2:], flow) + other
+    landed, found = winner_splat(torch.cat([start, -other], 1), other, sure)
+    beside = landed[:, :2] - cell_grid(*flow.shape[-2:], flow)
+    there = found > 0
+    return torch.cat([torch.where(there, beside, 0), torch.where(there, landed[:, 2:], 0), found], 1)
+
+
+def _least_squares(
+    place: torch.Tensor, vector: torch.Tensor, weights: torch.Tensor, stiffness: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weighted means (2, 2, 1, n) of places and vectors, and the turn (2, 2, 1, n) that explains the vectors best."""
+    weights = weights[:, None]
+    total = weights.sum(2, keepdim=True) + TINY
+    mean_place, mean_vector = ((weights * x).sum(2, keepdim=True) / total for x in (place, vector))
+    arm, moved = place - mean_place, vector - mean_vector
+    spread = (weights * arm.square().sum(1, keepdim=True)).sum(2, keepdim=True)
+    along = (weights * (arm * moved).sum(1, keepdim=True)).sum(2, keepdim=True)
+    across = (weights * (arm[:, :1] * moved[:, 1:] - arm[:, 1:] * moved[:, :1])).sum(2, keepdim=True)
+    return mean_place, mean_vector, torch.cat([along, across], 1) / (spread + stiffness * total)
+
+
+def _times(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The product of two fields of complex numbers, real and imaginary part along axis 1."""
+    (a, b), (x, y) = first.split(1, 1), second.split(1, 1)
+    return torch.cat([a * x - b * y, a * y + b * x], 1)
