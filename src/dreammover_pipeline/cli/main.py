@@ -24,6 +24,7 @@ from .loading import add_model_options, check_model
 from .options import add_method_options, call_arguments, seed, size, steering_files
 from .render import add_output_options, add_render, check_outputs, make_video, settle_length
 from .sequence import check_gaps, make_sequence
+from .train import add_train
 from .ui import add_ui
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add_render(commands)
     add_batch(commands)
     add_evaluation(commands)
+    add_train(commands)
     add_export(commands)
     add_ui(commands)
     return parser
