@@ -43,7 +43,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("evaluate", help="measure the method, its parts and its rivals", description=text)
     parser.set_defaults(run=_evaluate)
     add = parser.add_argument
-    add("-o", "--output", metavar="FOLDER", required=True, help="folder for run.jsonl, report.md, sheets and frames")
+    add("-o", "--output", metavar="FOLDER", required=True, help="for run.jsonl, report.md, sheets and frames")
     add(
         "--quick",
         action="store_true",
@@ -78,17 +78,11 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_correspondence(commands: argparse._SubParsersAction) -> None:
-    text = (
-        "Measure which features give the best flow: of every up block, at several noise steps, matched and smoothed."
-    )
-    parser = commands.add_parser(
-        "correspondence", help="measure the flow that each kind of features gives", description=text
-    )
+    text = "Measure the flow that features give: of every up block, at several noise steps, matched and smoothed."
+    parser = commands.add_parser("correspondence", help="measure the flow of all features", description=text)
     parser.set_defaults(run=_correspondence)
     add = parser.add_argument
-    add(
-        "-o", "--output", metavar="FOLDER", required=True, help="folder for correspondence.jsonl and correspondence.md"
-    )
+    add("-o", "--output", metavar="FOLDER", required=True, help="for correspondence.jsonl and correspondence.md")
     add(
         "--suites",
         nargs="+",
