@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a job costs: counted, measured against its own bare calls, derived. `python benchmarks/run.py` prints it."""
+"""What a run of the pipeline costs, as tables that `python benchmarks/run.py` prints.
+
+Costs are counted, measured beside bare calls of the models, or derived from both.
+"""
 
 from dreammover_pipeline.cli.loading import pipeline_class
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row 7: torch.compile of the UNet, on and off. Graphs are counted; time says something under inductor only."""
+"""Benchmark row "compile": torch.compile of the UNet, on and off.
+
+Graphs are counted with any backend. Time is only meaningful with the backend "inductor".
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,21 @@ from collections.abc import Callable
 
 import torch
 
-from .counting import Job
+from dreammover_pipeline.records import PreparedPair
+
+from .counting import Workload
 from .profiles import Bench
 from .report import Table, ratio, spread
 from .timing import alternate, clock, clock_name
 
-STEPS = 3  # T; graphs do not depend on it
+STEPS = 3  # inversion steps T, on which graphs do not depend
 
 
 class CountingBackend:
-    """A backend of torch.compile that counts the graphs it compiles and how often they run.
+    """A backend of torch.compile that counts the graphs that it compiles and how often they run.
 
-    Past its limit of recompilations torch.compile goes on without a word, uncompiled: then graphs run less often than
-    the UNet is called.
+    Beyond a limit of recompilations torch.compile silently runs uncompiled code. Graphs then run less often than the
+    UNet is called.
     """
 
     def __init__(self, name: str):
@@ -38,60 +43,88 @@ class CountingBackend:
 
 
 def tables(bench: Bench) -> list[Table]:
-    """Compile, render with batches of one and of two sizes and with a LoRA, all again, and against eager."""
-    profile, pipe, unit = bench.profile, bench.pipe, clock_name(bench.device)
-    eager, now = pipe.unet, clock(bench.device)
+    """Two tables: graphs compiled and run in several renderings, and the time of a rendering against eager mode."""
+    profile, eager = bench.profile, bench.pipe.unet
     pair = bench.prepare(steps=STEPS)
     with_lora = bench.prepare(lora_steps=1, steps=STEPS)
     expected = bench.render(pair)
     torch._dynamo.reset()
     backend = CountingBackend(profile.compiler)
     compiled = torch.compile(eager, backend=backend)
-    more = profile.frames + 1
+    try:
+        bench.pipe.unet = compiled
+        rows = _count_graphs(bench, backend, pair, with_lora)
+        difference = (bench.render(pair) - expected).abs().max().item()
+        seconds = _time_render(bench, pair, eager, compiled)
+    finally:
+        bench.pipe.unet = eager
+        torch._dynamo.reset()
+    return [_graphs_table(bench, rows, difference), _seconds_table(bench, seconds)]
+
+
+def _count_graphs(bench: Bench, backend: CountingBackend, pair: PreparedPair, with_lora: PreparedPair) -> list[tuple]:
+    """Rows of the table of graphs: each kind of call three times, so that recompilations show.
+
+    Args:
+        bench: the pipeline, whose UNet is compiled, and the profile.
+        backend: the backend that it is compiled with.
+        pair: a prepared pair without a LoRA.
+        with_lora: a prepared pair with a LoRA.
+    """
+    frames, now = bench.profile.frames, clock(bench.device)
+    more = frames + 1
     parts = {
-        # the features' forward runs eagerly: the hook that reads them would not fire
+        # T + 1 calls, because the call that features are read from runs eagerly: its hook would not fire otherwise
         "prepare": (lambda: bench.prepare(steps=STEPS), STEPS + 1),
-        f"render {profile.frames} frames": (lambda: bench.render(pair), _calls(bench, profile.frames)),
+        f"render {frames} frames": (lambda: bench.render(pair), _calls(bench, frames)),
         f"render {more} frames": (lambda: bench.render(pair, more), _calls(bench, more)),
-        f"render {profile.frames} frames with LoRA": (lambda: bench.render(with_lora), _calls(bench, profile.frames)),
+        f"render {frames} frames with LoRA": (lambda: bench.render(with_lora), _calls(bench, frames)),
     }
     rows = []
-    try:
-        pipe.unet = compiled
-        for time in ("first", "again", "and again"):
-            for name, (run, calls) in parts.items():
-                graphs, runs, start = backend.graphs, backend.runs, now()
-                run()
-                rows.append((name, time, now() - start, backend.graphs - graphs, f"{backend.runs - runs} / {calls}"))
-        difference = (bench.render(pair) - expected).abs().max().item()
+    for time in ("first", "again", "and again"):
+        for name, (run, calls) in parts.items():
+            graphs, runs, start = backend.graphs, backend.runs, now()
+            run()
+            rows.append((name, time, now() - start, backend.graphs - graphs, f"{backend.runs - runs} / {calls}"))
+    return rows
 
-        def render_with(unet):
-            pipe.unet = unet
-            bench.render(pair)
 
-        arms = {"off": lambda: render_with(eager), "on": lambda: render_with(compiled)}
-        seconds = alternate(arms, profile.few, bench.device)
-    finally:
-        pipe.unet = eager
-        torch._dynamo.reset()
-    return [
-        Table(
-            f"torch.compile(pipe.unet), backend {profile.compiler}, model {profile.model}",
-            "counted",
-            ("run", "time", unit, "new graphs", "graph runs / UNet calls"),
-            rows,
-            f"{profile.chunk} frames a call at most. Largest difference of a pixel from eager: {difference:.3g}.",
-        ),
-        Table(
-            f"Compiled against eager, render of {profile.frames} frames, {profile.few} rounds",
-            "measured",
-            (f"off, {unit}", f"on, {unit}", "off / on"),
-            [(spread(seconds["off"]), spread(seconds["on"]), ratio(*seconds.values()))],
-            "" if profile.compiler == "inductor" else "This backend only traces: the ratio is what guards cost.",
-        ),
-    ]
+def _time_render(
+    bench: Bench, pair: PreparedPair, eager: torch.nn.Module, compiled: torch.nn.Module
+) -> dict[str, list[float]]:
+    """Seconds of rendering with the UNet as it is ("off") and compiled ("on")."""
+
+    def render_with(unet):
+        bench.pipe.unet = unet
+        bench.render(pair)
+
+    arms = {"off": lambda: render_with(eager), "on": lambda: render_with(compiled)}
+    return alternate(arms, bench.profile.few, bench.device)
+
+
+def _graphs_table(bench: Bench, rows: list[tuple], difference: float) -> Table:
+    profile = bench.profile
+    return Table(
+        f"torch.compile(pipe.unet), backend {profile.compiler}, model {profile.model}",
+        "counted",
+        ("run", "time", clock_name(bench.device), "new graphs", "graph runs / UNet calls"),
+        rows,
+        f"{profile.chunk} frames a call at most. Largest difference of a pixel from eager: {difference:.3g}.",
+    )
+
+
+def _seconds_table(bench: Bench, seconds: dict[str, list[float]]) -> Table:
+    profile, unit = bench.profile, clock_name(bench.device)
+    return Table(
+        f"Compiled against eager, render of {profile.frames} frames, {profile.few} rounds",
+        "measured",
+        (f"off, {unit}", f"on, {unit}", "off / on"),
+        [(spread(seconds["off"]), spread(seconds["on"]), ratio(*seconds.values()))],
+        "" if profile.compiler == "inductor" else "This backend only traces: the ratio is what guards cost.",
+    )
 
 
 def _calls(bench: Bench, frames: int) -> int:
-    job = Job(frames, STEPS, bench.profile.chunk)
-    return job.steps * (1 + job.chunks)
+    """Number of UNet calls that rendering so many frames takes."""
+    workload = Workload(frames, STEPS, bench.profile.chunk)
+    return workload.steps * (1 + workload.chunks)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact counts: calls, FLOPs (a multiply-add is 2) and peak bytes of live tensors. Nothing here is timed."""
+"""Exact counts of calls, of FLOPs (a multiply-add is 2) and of peak bytes of live tensors. Nothing here is timed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from dreammover_pipeline.attention import reference_attention
 
 aten = torch.ops.aten
-# torch counts the fused attention of every device but the CPU.
+# FLOPs of the CPU's fused attention, which torch does not count; it counts that of other devices.
 CPU_ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -26,63 +26,66 @@ CPU_ATTENTION = {
 
 
 @dataclass(frozen=True)
-class Job:
-    """F frames over T steps, at most `chunk` at once, after L steps of the LoRA fit. Source: docs/method.md §7."""
+class Workload:
+    """How much a run of the pipeline has to do, and the number of UNet calls that this takes by docs/method.md §7."""
 
-    frames: int
-    steps: int
-    chunk: int
-    lora_steps: int = 0
+    frames: int  # F, in-between frames
+    steps: int  # T, inversion steps
+    chunk: int  # largest number of frames in one UNet call
+    lora_steps: int = 0  # L, steps of the LoRA fit
 
     @property
     def chunks(self) -> int:
-        """UNet calls a step takes for the frames."""
+        """Number of UNet calls that a step takes for all frames."""
         return -(-self.frames // self.chunk)
 
     @property
     def pair_calls(self) -> int:
-        """UNet calls on the two inputs outside the fit: inversion and ε at its end, features, references."""
+        """Number of UNet calls on the two inputs outside the LoRA fit.
+
+        They are T for the inversion, one for ε at its end, one for the features, and T for the references.
+        """
         return self.steps + 1 + 1 + self.steps
 
     @property
     def unet_calls(self) -> int:
-        """UNet calls of any size."""
+        """Number of all UNet calls, whatever their batch size."""
         return self.lora_steps + self.pair_calls + self.steps * self.chunks
 
     @property
     def unet_samples(self) -> int:
-        """UNet forwards of one sample: 2L + 2(T+1) + 2 + 2T + F·T."""
+        """Number of samples that the UNet processes: 2L + 2(T+1) + 2 + 2T + F·T."""
         return 2 * self.lora_steps + 2 * self.pair_calls + self.frames * self.steps
 
 
 @dataclass(frozen=True)
 class Units:
-    """FLOPs of bare calls of the models."""
+    """FLOPs of bare calls of the models, of which the FLOPs of any workload are made up."""
 
-    sample: int  # UNet, one sample
-    frame: int  # UNet, one more in-between frame in a call, looking at the references
-    frames_call: int  # the references' keys and values, projected once for all frames of a call
-    encode: int
-    decode: int
-    text: int
-    lora_step: int  # forward and backward of both inputs, the base frozen
+    sample: int  # one UNet call on one sample
+    frame: int  # one more in-between frame in a UNet call with reference attention
+    frames_call: int  # keys and values of the references, projected once for all frames of a UNet call
+    encode: int  # one image encoded by the VAE
+    decode: int  # one image decoded by the VAE
+    text: int  # one prompt encoded
+    lora_step: int  # forward and backward pass of both inputs, with gradients for the LoRA alone
 
-    def inference(self, job: Job) -> int:
-        """FLOPs of a job without its LoRA fit."""
-        unet = 2 * job.pair_calls * self.sample + job.steps * self.frames(job.frames, job.chunks)
-        return unet + 2 * self.encode + job.frames * self.decode + self.text
+    def inference(self, workload: Workload) -> int:
+        """FLOPs of a workload without its LoRA fit."""
+        unet = 2 * workload.pair_calls * self.sample + workload.steps * self.frames(workload.frames, workload.chunks)
+        return unet + 2 * self.encode + workload.frames * self.decode + self.text
 
     def frames(self, frames: int, calls: int) -> int:
-        """FLOPs of one step of the frames."""
+        """FLOPs of one step of so many frames in so many UNet calls."""
         return frames * self.frame + calls * self.frames_call
 
-    def whole(self, job: Job) -> int:
-        """FLOPs of a job."""
-        return self.inference(job) + job.lora_steps * self.lora_step
+    def whole(self, workload: Workload) -> int:
+        """FLOPs of a workload with its LoRA fit."""
+        return self.inference(workload) + workload.lora_steps * self.lora_step
 
 
 def count_flops(run: Callable[[], object]) -> int:
-    """FLOPs of whatever `run` does: matrix products, convolutions and attention."""
+    """FLOPs of the matrix products, convolutions and attention that `run` computes."""
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         run()
     return counter.get_total_flops()
@@ -96,11 +99,13 @@ def attention_kernels(run: Callable[[], object]) -> list[str]:
 
 
 class BareCalls:
-    """The models alone, asked about random inputs of one size, on real or on fake tensors alike.
+    """Calls of the models alone, on random inputs of one size; the models' tensors may be real or fake.
 
     Args:
-        unet, vae, text_encoder: the models.
-        side: pixels.
+        unet: the noise predictor.
+        vae: the autoencoder.
+        text_encoder: the encoder of prompts.
+        side: side of the images in pixels.
     """
 
     def __init__(self, unet, vae, text_encoder, side: int):
@@ -112,49 +117,49 @@ class BareCalls:
         return torch.randn(shape, dtype=self.unet.dtype, device=self.unet.device)
 
     def latents(self, batch: int) -> torch.Tensor:
-        """(B, C, h, w)."""
+        """Random latents, (B, C, h, w)."""
         return self._random(batch, self.unet.config.in_channels, self.cells, self.cells)
 
     def call_unet(self, batch: int) -> torch.Tensor:
-        """One UNet call."""
+        """Call the UNet once, on random latents and a random prompt."""
         text = self._random(batch, self.tokens, self.unet.config.cross_attention_dim)
         timesteps = torch.full((batch,), 500, device=self.unet.device)
         return self.unet(self.latents(batch), timesteps, text, return_dict=False)[0]
 
     @contextmanager
     def referring(self, blocks: tuple[int, ...] = (2, 3)) -> Iterator[None]:
-        """Inside, UNet calls are of in-between frames that look at two inputs."""
+        """While the context lasts, samples of UNet calls attend to two recorded inputs, as in-between frames do."""
         with reference_attention(self.unet, blocks) as references:
             with references.record():
                 self.call_unet(2)
             yield
 
     def encode(self):
-        """One image into latents."""
+        """Encode one random image."""
         return self.vae.encode(self._random(1, 3, self.side, self.side))
 
     def decode(self):
-        """One frame out of latents."""
+        """Decode one random latent."""
         return self.vae.decode(self.latents(1))
 
     def embed(self):
-        """One text."""
+        """Encode one prompt."""
         return self.text_encoder(torch.zeros(1, self.tokens, dtype=torch.long, device=self.unet.device))
 
     def fit_step(self) -> None:
-        """Forward and backward of the LoRA fit; the UNet carries an adapter."""
+        """One forward and backward pass, as in the LoRA fit; the UNet must carry an adapter."""
         with torch.enable_grad():
             self.call_unet(2).float().square().mean().backward()
 
 
 @torch.no_grad()
 def count_units(bare: BareCalls, fitted: BareCalls, blocks: tuple[int, ...] = (2, 3)) -> Units:
-    """Count every bare call.
+    """Count the FLOPs of every bare call.
 
     Args:
-        bare: the models as they are.
-        fitted: the same with an adapter to be fitted.
-        blocks: up blocks in which frames look at the inputs.
+        bare: calls of the models as they are.
+        fitted: calls of the same models, whose UNet carries an adapter.
+        blocks: indices of the up blocks in which frames attend to the inputs.
     """
     sample = count_flops(lambda: bare.call_unet(1))
     with bare.referring(blocks):
@@ -164,7 +169,10 @@ def count_units(bare: BareCalls, fitted: BareCalls, blocks: tuple[int, ...] = (2
 
 
 class PeakBytes(TorchDispatchMode):
-    """Largest sum of the bytes of all tensors alive at once that were made inside; scratch of kernels is not seen."""
+    """A context that measures the peak of the bytes of all live tensors that are made inside.
+
+    Memory that kernels use for themselves is not counted.
+    """
 
     def __init__(self):
         super().__init__()
@@ -172,7 +180,7 @@ class PeakBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def ignore(self, module: torch.nn.Module) -> PeakBytes:
-        """Leave a model's weights out, whose views calls make."""
+        """Leave out the weights of a model, of which calls make views."""
         self._known |= {parameter.untyped_storage()._cdata for parameter in module.parameters()}
         return self
 
@@ -197,7 +205,7 @@ class PeakBytes(TorchDispatchMode):
 
 
 def count_peak(module: torch.nn.Module, run: Callable[[], object]) -> int:
-    """Peak bytes of what `run` makes, a model's weights aside."""
+    """Peak bytes of the tensors that `run` makes, without the weights of `module`."""
     with PeakBytes().ignore(module) as peak:
         run()
     return peak.peak

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row 1: exact counts. What a run calls, against the formula; and the formula on Stable Diffusion 1.5."""
+"""Benchmark row "counts": what runs call, against the formula, and the formula for Stable Diffusion 1.5."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from functools import cache
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .counting import BareCalls, Job, Units, count_flops, count_units
+from .counting import BareCalls, Units, Workload, count_flops, count_units
 from .models import add_adapter, fake_models
 from .profiles import Bench, Profile
 from .record import recorded
 from .report import Table
 
-DEFAULT = Job(frames=32, steps=30, chunk=8, lora_steps=80)
+# The workload of the pipeline's defaults, in chunks of 8.
+DEFAULT = Workload(frames=32, steps=30, chunk=8, lora_steps=80)
 
 
 def tables(bench: Bench) -> list[Table]:
-    """Calls and FLOPs of whole runs, then units and jobs of the counted model."""
-    return [runs(bench), units_table(bench.profile), jobs_table(bench.profile)]
+    """Tables of the calls and FLOPs of whole runs, of bare calls, and of workloads by the formula."""
+    return [runs(bench), units_table(bench.profile), workloads_table(bench.profile)]
 
 
 def runs(bench: Bench) -> Table:
-    """Every job of the profile, run for real."""
+    """A table of the calls and FLOPs of each of the profile's workloads, which is run to count them."""
     pipe = bench.pipe
     canvas = bench.prepare(steps=1).canvas
     models = (pipe.vae, pipe.text_encoder, canvas.height)
@@ -32,9 +33,9 @@ def runs(bench: Bench) -> Table:
     add_adapter(fitted)
     units = count_units(BareCalls(pipe.unet, *models), BareCalls(fitted, *models))
     rows = []
-    for job in bench.profile.counted_jobs:
+    for workload in bench.profile.counted_workloads:
         with recorded(pipe) as calls:
-            flops = count_flops(lambda job=job: run_job(bench, job))
+            flops = count_flops(lambda workload=workload: run_workload(bench, workload))
         sizes = {
             function: [len(call.args[0]) for call in calls if call.function == function]
             for function in (pipe.unet, pipe.vae.encode, pipe.vae.decode)
@@ -42,10 +43,10 @@ def runs(bench: Bench) -> Table:
         unet, encoded, decoded = sizes.values()
         rows.append(
             (
-                *(job.frames, job.steps, job.chunk, job.lora_steps),
-                *(f"{len(unet)} / {job.unet_calls}", f"{sum(unet)} / {job.unet_samples}"),
-                *(f"{sum(encoded)} / 2", f"{sum(decoded)} / {job.frames}"),
-                *(flops / 1e9, flops / units.whole(job)),
+                *(workload.frames, workload.steps, workload.chunk, workload.lora_steps),
+                *(f"{len(unet)} / {workload.unet_calls}", f"{sum(unet)} / {workload.unet_samples}"),
+                *(f"{sum(encoded)} / 2", f"{sum(decoded)} / {workload.frames}"),
+                *(flops / 1e9, flops / units.whole(workload)),
             )
         )
     columns = ("F", "T", "chunk", "L", "UNet calls", "UNet samples", "encodes", "decodes", "GFLOP", "over formula")
@@ -59,15 +60,15 @@ def runs(bench: Bench) -> Table:
     )
 
 
-def run_job(bench: Bench, job: Job) -> torch.Tensor:
-    """A job from images to frames."""
-    pair = bench.prepare(job.lora_steps, steps=job.steps)
-    return bench.render(pair, job.frames, job.chunk)
+def run_workload(bench: Bench, workload: Workload) -> torch.Tensor:
+    """Run the pipeline on a workload, from images to frames."""
+    pair = bench.prepare(workload.lora_steps, steps=workload.steps)
+    return bench.render(pair, workload.frames, workload.chunk)
 
 
 @cache
 def counted_units(name: str, side: int) -> Units:
-    """Units of one of `UNETS` at `side` pixels, without computing anything."""
+    """FLOPs of bare calls of the models called `name` at `side` pixels, counted on fake tensors."""
     mode = FakeTensorMode()
     plain = fake_models(name, torch.float32, mode)
     fitted = fake_models(name, torch.float32, mode, adapter=True)
@@ -76,7 +77,7 @@ def counted_units(name: str, side: int) -> Units:
 
 
 def units_table(profile: Profile) -> Table:
-    """What one bare call costs."""
+    """A table of what each bare call costs, at every size of the profile."""
     rows = []
     for side in profile.counted_sides:
         units = counted_units(profile.counted, side)
@@ -93,19 +94,19 @@ def units_table(profile: Profile) -> Table:
     )
 
 
-def jobs_table(profile: Profile) -> Table:
-    """Whole jobs, one thing changed at a time."""
+def workloads_table(profile: Profile) -> Table:
+    """A table of the FLOPs of workloads by the formula, which differ from the default one in one thing each."""
     side, *other_sides = profile.counted_sides
-    jobs = [(side, Job(n, DEFAULT.steps, DEFAULT.chunk, DEFAULT.lora_steps)) for n in (8, 16, 32, 64)]
-    jobs += [(other, DEFAULT) for other in other_sides]
-    jobs += [(side, Job(DEFAULT.frames, 15, DEFAULT.chunk, DEFAULT.lora_steps))]
+    workloads = [(side, Workload(n, DEFAULT.steps, DEFAULT.chunk, DEFAULT.lora_steps)) for n in (8, 16, 32, 64)]
+    workloads += [(other, DEFAULT) for other in other_sides]
+    workloads += [(side, Workload(DEFAULT.frames, 15, DEFAULT.chunk, DEFAULT.lora_steps))]
     rows = []
-    for side, job in jobs:
+    for side, workload in workloads:
         units = counted_units(profile.counted, side)
-        inference, fit = units.inference(job), job.lora_steps * units.lora_step
-        frames = job.steps * units.frames(job.frames, job.chunks)
+        inference, fit = units.inference(workload), workload.lora_steps * units.lora_step
+        frames = workload.steps * units.frames(workload.frames, workload.chunks)
         shares = (100 * frames / inference, (inference + fit) / inference)
-        rows.append((f"{side}²", job.frames, job.steps, inference / 1e12, fit / 1e12, *shares))
+        rows.append((f"{side}²", workload.frames, workload.steps, inference / 1e12, fit / 1e12, *shares))
     return Table(
         f"Whole jobs by the formula, model {profile.counted}",
         "counted",

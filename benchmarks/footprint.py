@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row 5: peak memory against the number of frames and against the batch, measured; and the same counted."""
+"""Benchmark row "memory": peak memory against the number of frames and against the batch, measured and counted."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from .profiles import ROOT, Bench, Profile
 from .report import Table
 from .timing import fit_line
 
-MIB = 2**20
-STEPS = 2  # peaks do not depend on T
-RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}  # glibc keeps it otherwise
-BETWEEN = (4, 8)  # frames at once between which the counted slope is taken
+MIB = 2**20  # bytes
+STEPS = 2  # inversion steps, on which peaks do not depend
+# Environment variables that make glibc return freed memory to the system at once.
+RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+BETWEEN = (4, 8)  # numbers of frames at once between which the counted slope is taken
 
-Points = list[tuple[int, int, str]]  # frames, how many of them at once, type of output
+Points = list[tuple[int, int, str]]  # (number of frames, number of frames at once, output type)
 
 
 def tables(bench: Bench) -> list[Table]:
-    """Measured peaks on the model at hand, then what the counted one needs."""
+    """Tables of the peaks measured on the profile's model, then one of what the counted model needs."""
     return [*measured(bench), counted(bench.profile)]
 
 
 def measured(bench: Bench) -> list[Table]:
-    """Flat in frames, linear in the batch."""
+    """Tables of measured peaks against the number of frames, and against the number of frames at once."""
     profile, on_cpu = bench.profile, bench.device.type == "cpu"
     peaks_of = in_a_process if on_cpu else on_device
     smallest = profile.memory_chunks[0]
@@ -62,7 +63,10 @@ def measured(bench: Bench) -> list[Table]:
 
 
 def in_a_process(bench: Bench, points: Points) -> list[float]:
-    """MiB of the peaks of one process that renders the points in turn; what they need must ascend."""
+    """Peaks in MiB, measured in a new process that renders one point after the other.
+
+    Each point must need more memory than the one before it, since a process only knows its peak so far.
+    """
     command = [sys.executable, "-m", "benchmarks.footprint", bench.name, json.dumps(points)]
     environment = {**os.environ, **RETURN_FREED}
     done = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
@@ -70,11 +74,11 @@ def in_a_process(bench: Bench, points: Points) -> list[float]:
 
 
 def render_points(name: str, points: Points) -> list[float]:
-    """MiB of this process's peak resident set after each point."""
+    """This process's peak resident set in MiB after each point."""
     bench = Bench(name)
     torch.set_num_threads(1)
     pair = bench.prepare(steps=STEPS, side=bench.profile.memory_side)
-    unit = MIB if sys.platform == "darwin" else 1024  # of ru_maxrss in a MiB
+    unit = MIB if sys.platform == "darwin" else 1024  # number of ru_maxrss units in a MiB
     peaks = []
     for frames, chunk, output in points:
         bench.render(pair, frames, chunk, output_type=output)
@@ -83,7 +87,7 @@ def render_points(name: str, points: Points) -> list[float]:
 
 
 def on_device(bench: Bench, points: Points) -> list[float]:
-    """MiB of torch's peak on the GPU during each point."""
+    """Torch's peak of allocated GPU memory in MiB during each point."""
     pair = bench.prepare(steps=STEPS, side=bench.profile.memory_side)
     peaks = []
     for frames, chunk, output in points:
@@ -95,7 +99,7 @@ def on_device(bench: Bench, points: Points) -> list[float]:
 
 @cache
 def counted_slope(model: str, dtype: torch.dtype, side: int) -> float:
-    """MiB that one more frame in a batch takes at the peak of a UNet call."""
+    """How many MiB one more frame in a batch adds to the peak of a UNet call, counted on fake tensors."""
     mode = FakeTensorMode()
     calls = BareCalls(*fake_models(model, dtype, mode), side)
     with mode, torch.no_grad(), calls.referring():
@@ -104,7 +108,7 @@ def counted_slope(model: str, dtype: torch.dtype, side: int) -> float:
 
 
 def counted(profile: Profile) -> Table:
-    """Live tensors of the counted model in float16: weights, a frame, a decoded image, a step of the fit."""
+    """A table of counted MiB in float16: weights, a frame in a batch, a decoded image, a step of the LoRA fit."""
     rows = []
     for side in profile.counted_sides:
         mode = FakeTensorMode()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What figures were measured on."""
+"""The machine that figures were measured on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("dreammover-pipeline", "torch", "diffusers", "transformers", "peft",
 
 
 def describe(device: torch.device) -> dict:
-    """The device, how busy the machine is, and versions; nothing that names a host or a person."""
+    """The device, how busy the machine is, and the versions of packages; nothing that names a host or a person."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),

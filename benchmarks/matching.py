@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row 4, c: matching by a Python loop over cells, as the released code does it, against one matrix product."""
+"""Benchmark row "matching": a Python loop over cells, as in the authors' released code, against one matrix product."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .timing import alternate, clock_name
 
 
 def tables(bench: Bench) -> list[Table]:
-    """Time some cells of the loop each way, extrapolate to all, and compare every match it made."""
+    """A table of the time of both, and of how many matches agree; the loop's time is extrapolated from some cells."""
     profile, unit = bench.profile, clock_name(bench.device)
     channels, coarse, side = profile.matching
     features = random_features(channels, coarse, bench.device)
@@ -49,20 +49,20 @@ def tables(bench: Bench) -> list[Table]:
 
 
 def random_features(channels: int, side: int, device: torch.device) -> torch.Tensor:
-    """(2, C', h', w'), float32; how long matching takes does not depend on the values."""
+    """Random features, (2, C', h', w') float32; how long matching takes does not depend on their values."""
     return torch.randn(2, channels, side, side, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def match_by_loop(source: torch.Tensor, target: torch.Tensor, cells: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The most similar target cell of some source cells, one after the other.
+    """Find the most similar target cell of some source cells, one after the other.
 
     Args:
-        source: (C, h, w).
-        target: likewise.
-        cells: (row, column) in the source.
+        source: features of the cells to match, (C, h, w).
+        target: features of the cells to match with, (C, h, w).
+        cells: row and column in the source of each cell to match.
 
     Returns:
-        (row, column) in the target of each.
+        Row and column in the target of each match.
     """
     width = target.shape[-1]
     matches = []

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models that are measured: the embedded checkpoint, and random weights in two configurations.
+"""The models that are measured: the embedded checkpoint, and two configurations with random weights.
 
-Time, memory and FLOPs do not depend on the weights, so nothing is downloaded.
+Time, memory and FLOPs do not depend on the weights, so nothing needs to be downloaded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.adapters import TARGETS
 from dreammover_pipeline.tiny import CHECKPOINT
 
-# Stable Diffusion 1.5's configurations, and the smallest that run every line.
+# Stable Diffusion 1.5's configurations ("sd15"), and the smallest ones that run every line of code ("micro").
 UNETS = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
     "micro": {
@@ -55,7 +55,7 @@ TEXT_ENCODERS = {
 
 
 def random_models(name: str) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
-    """UNet, VAE and text encoder in a configuration, with random weights."""
+    """UNet, VAE and text encoder with random weights, in the configuration "sd15", "micro" or "tiny"."""
     torch.manual_seed(0)
     if name == "tiny":
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(CHECKPOINT, subfolder="unet"))
@@ -74,7 +74,7 @@ def random_models(name: str) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPT
 
 
 def add_adapter(unet: UNet2DConditionModel, rank: int = 16) -> list[torch.nn.Parameter]:
-    """Put a LoRA such as the pair's on a UNet and freeze everything else; returns what is to be fitted, float32."""
+    """Put a LoRA on a UNet like that of a pair, freeze everything else, and return the LoRA's parameters, float32."""
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS))
     cast_training_params(unet)
@@ -82,7 +82,7 @@ def add_adapter(unet: UNet2DConditionModel, rank: int = 16) -> list[torch.nn.Par
 
 
 def fake_models(name: str, dtype: torch.dtype, mode: FakeTensorMode, adapter: bool = False) -> list[torch.nn.Module]:
-    """`random_models` with fake tensors for weights: inside `mode` they compute nothing, by the CPU's code paths."""
+    """Models like those of `random_models`, with fake weights: in `mode` they compute nothing, by code for the CPU."""
     with torch.device("meta"):
         models = [model.to(dtype) for model in random_models(name)]
         if adapter:
@@ -98,7 +98,7 @@ def fake_models(name: str, dtype: torch.dtype, mode: FakeTensorMode, adapter: bo
 
 
 def load_pipeline(name: str, device: torch.device, dtype: torch.dtype) -> DreamMoverPipeline:
-    """The embedded checkpoint ("tiny") or random weights in one of `UNETS`, as a quiet pipeline."""
+    """A pipeline without progress bars, of the embedded checkpoint ("tiny") or of random weights in one of `UNETS`."""
     if name == "tiny":
         pipe = DreamMoverPipeline.from_pretrained(CHECKPOINT)
     else:

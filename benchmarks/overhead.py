@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows 2 and 3: what the pipeline costs over a replay of its own UNet and VAE calls, on any device."""
+"""Benchmark row "overhead": what the pipeline costs beside a replay of its own UNet and VAE calls, on any device."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .record import Call, recorded, replay
 from .report import Table, ratio, spread
 from .timing import alternate, clock_name
 
-BLOCKS = (2, 3)
-RANK, RATE = 16, 5e-4
+BLOCKS = (2, 3)  # the pipeline's default `attention_blocks`
+RANK, RATE = 16, 5e-4  # rank and learning rate of the LoRA fit
 
 
 def tables(bench: Bench) -> list[Table]:
-    """Inference without a LoRA, the fit, and what the fitted LoRA adds to the frames."""
+    """Tables of the overhead of inference and of the LoRA fit, and of the time to put a LoRA on and take it off."""
     profile, unit = bench.profile, clock_name(bench.device)
     seconds = inference(bench)
     arms = [
@@ -58,7 +58,7 @@ def tables(bench: Bench) -> list[Table]:
 
 
 def inference(bench: Bench) -> dict[str, list[float]]:
-    """Seconds of `prepare` and `render`, and of the calls that they made once before, each by itself."""
+    """Seconds of `prepare` and of `render`, and of a replay of the model calls that each of them makes."""
     unet = bench.pipe.unet
     with recorded(bench.pipe) as preparing:
         pair = bench.prepare()
@@ -74,7 +74,7 @@ def inference(bench: Bench) -> dict[str, list[float]]:
 
 
 def fit(bench: Bench) -> dict[str, list[float]]:
-    """Seconds of the LoRA fit, and of the training steps alone on a UNet that carries the adapter already."""
+    """Seconds of the LoRA fit, and of its training steps alone on a UNet that carries the adapter already."""
     pipe, pair, steps = bench.pipe, bench.prepare(steps=1), bench.profile.lora_steps
     clean, alphas = pair.inversion.path[0], pipe.scheduler.alphas_cumprod
 
@@ -88,7 +88,7 @@ def fit(bench: Bench) -> dict[str, list[float]]:
 
 
 class BareFit:
-    """Training steps on recorded inputs and nothing else, on a copy of the UNet."""
+    """Training steps on recorded inputs and nothing else, on a copy of the UNet with an adapter."""
 
     def __init__(self, unet: torch.nn.Module, calls: list[Call]):
         self.unet, self.calls = copy.deepcopy(unet), calls
@@ -104,7 +104,7 @@ class BareFit:
 
 
 def lora_switch(bench: Bench) -> dict[str, list[float]]:
-    """Seconds of putting the pair's LoRA on and taking it off again, as every render does once, and of a render."""
+    """Seconds of putting the pair's LoRA on and off, as every render does once, and of a render without a LoRA."""
     unet, pair = bench.pipe.unet, bench.prepare(lora_steps=1)
 
     def switch():

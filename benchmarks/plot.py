@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-WIDTH, HEIGHT = 560, 400  # pixels of a panel
-LEFT, RIGHT, TOP, BOTTOM = 76, 24, 48, 56
+WIDTH, HEIGHT = 560, 400  # size of a panel in pixels
+LEFT, RIGHT, TOP, BOTTOM = 76, 24, 48, 56  # margins of a panel in pixels
 COLOURS = ("#1f4e79", "#c0504d", "#4f8a3c", "#7f6000")
 FONT, TITLE = ImageFont.load_default(14), ImageFont.load_default(16)
 
@@ -19,17 +19,17 @@ Series = dict[str, list[tuple[float, float]]]
 
 @dataclass(frozen=True)
 class Panel:
-    """Named points and named lines over one pair of axes, both from 0."""
+    """Named points and named lines over one pair of axes, both of which start at 0."""
 
     title: str
-    x: str
-    y: str
+    x: str  # label of the horizontal axis
+    y: str  # label of the vertical axis
     points: Series
     lines: Series
 
 
 def draw(file: Path, panels: list[Panel]) -> None:
-    """Write panels side by side as a PNG."""
+    """Draw panels side by side and write them as a PNG."""
     canvas = Image.new("RGB", (WIDTH * len(panels), HEIGHT), "white")
     for i, panel in enumerate(panels):
         canvas.paste(_drawn(panel), (i * WIDTH, 0))
@@ -77,7 +77,7 @@ def _legend(pen: ImageDraw.ImageDraw, row: int, name: str, colour: str) -> None:
 
 
 def _ticks(largest: float) -> list[float]:
-    """Round numbers from 0 to at least `largest`, about five."""
+    """About five round numbers, from 0 to at least `largest`."""
     raw = largest / 4
     power = 10 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of what is measured: minutes on one core, ten minutes on one GPU, or seconds to see that it runs."""
+"""Profiles: what is measured how often, in minutes on one core, in ten minutes on one GPU, or in seconds as a test."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.records import PreparedPair
 
-from .counting import Job
+from .counting import Workload
 from .models import load_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,31 +23,31 @@ PROMPT = "a robot"
 
 @dataclass(frozen=True)
 class Profile:
-    """What `run.py` does. `model` is measured; `counted` is only counted, on fake tensors."""
+    """What `run.py` measures and counts."""
 
-    model: str
-    device: str
-    dtype: torch.dtype
-    other_dtype: torch.dtype  # the other arm of the precision row
-    rows: tuple[str, ...]
-    rounds: int  # of the overhead ratios
-    few: int  # rounds of everything else
-    frames: int
-    chunk: int  # frames at once
-    steps: int  # T, of a schedule of 50
-    lora_steps: int
-    counted: str
-    counted_sides: tuple[int, ...]  # pixels
-    counted_jobs: tuple[Job, ...]  # run and counted on `model`
-    scaling_frames: tuple[int, ...]
-    scaling_sides: tuple[int, ...]  # pixels
-    scaling_steps: int  # T of the rows on scaling
-    memory_frames: tuple[int, ...]  # ascending, at `memory_chunks[0]`
-    memory_chunks: tuple[int, ...]  # ascending
-    memory_side: int  # pixels
-    loop_cells: int  # timed cells of the double loop
-    matching: tuple[int, int, int]  # channels, side of the features, side of the grid
-    compiler: str  # backend of torch.compile
+    model: str  # name of the model that is run and measured
+    device: str  # device that it is run on
+    dtype: torch.dtype  # precision that it is run in
+    other_dtype: torch.dtype  # precision that the row "precision" compares with
+    rows: tuple[str, ...]  # names of the rows that are run by default
+    rounds: int  # rounds of the rows "overhead" and "precision"
+    few: int  # rounds of all other timings
+    frames: int  # in-between frames of a run
+    chunk: int  # largest number of frames in one UNet call
+    steps: int  # inversion steps T, of a schedule of 50
+    lora_steps: int  # steps of the LoRA fit
+    counted: str  # name of the model that is only counted, on fake tensors
+    counted_sides: tuple[int, ...]  # sides in pixels at which it is counted
+    counted_workloads: tuple[Workload, ...]  # workloads that are run and counted on `model`
+    scaling_frames: tuple[int, ...]  # numbers of frames of the row "scaling"
+    scaling_sides: tuple[int, ...]  # sides in pixels of the row "scaling"
+    scaling_steps: int  # inversion steps T of the row "scaling"
+    memory_frames: tuple[int, ...]  # numbers of frames of the row "memory", ascending, in chunks of `memory_chunks[0]`
+    memory_chunks: tuple[int, ...]  # numbers of frames at once of the row "memory", ascending
+    memory_side: int  # side in pixels of the row "memory"
+    loop_cells: int  # number of cells that the row "matching" times in a Python loop
+    matching: tuple[int, int, int]  # row "matching": number of channels, side of the features, side of the grid
+    compiler: str  # backend of torch.compile in the row "compile"
 
 
 ROWS = (
@@ -74,13 +74,13 @@ PROFILES = {
         rows=ON_CPU,
         rounds=15,
         few=3,
-        frames=8,  # few, and few steps: what a job does once is divided by the least work
+        frames=8,  # few frames and few steps, so that what a run does only once weighs as much as it ever does
         chunk=8,
         steps=10,
         lora_steps=10,
         counted="sd15",
         counted_sides=(512, 768, 1024),
-        counted_jobs=(Job(32, 6, 8), Job(8, 12, 8), Job(5, 6, 2), Job(8, 6, 8, 10)),
+        counted_workloads=(Workload(32, 6, 8), Workload(8, 12, 8), Workload(5, 6, 2), Workload(8, 6, 8, 10)),
         scaling_frames=(8, 16, 32, 64),
         scaling_sides=(128, 192, 256),
         scaling_steps=5,
@@ -105,7 +105,7 @@ PROFILES = {
         lora_steps=80,
         counted="sd15",
         counted_sides=(512, 768, 1024),
-        counted_jobs=(),
+        counted_workloads=(),
         scaling_frames=(8, 16, 32, 64),
         scaling_sides=(512, 768, 1024),
         scaling_steps=30,
@@ -121,7 +121,7 @@ PROFILES = {
         device="cpu",
         dtype=torch.float32,
         other_dtype=torch.bfloat16,
-        rows=tuple(name for name in ROWS if name != "compile"),  # which takes a minute
+        rows=tuple(name for name in ROWS if name != "compile"),  # the row "compile" would take a minute
         rounds=1,
         few=1,
         frames=3,
@@ -130,7 +130,7 @@ PROFILES = {
         lora_steps=1,
         counted="micro",
         counted_sides=(64,),
-        counted_jobs=(Job(3, 1, 2, 1),),
+        counted_workloads=(Workload(3, 1, 2, 1),),
         scaling_frames=(1, 3),
         scaling_sides=(64,),
         scaling_steps=1,
@@ -142,36 +142,45 @@ PROFILES = {
         compiler="eager",
     ),
 }
-# a job as long as the defaults make it, for what the few frames and steps of "cpu" make too much of
+# Runs as long as the pipeline's defaults make them, since what is done only once weighs too much in the runs of "cpu".
 PROFILES["whole"] = replace(PROFILES["cpu"], rows=("overhead",), rounds=3, frames=32, steps=30, lora_steps=40)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A profile, and its pipeline, loaded when it is first needed."""
+    """A profile with its pipeline, which is loaded when it is first needed."""
 
-    name: str
+    name: str  # the profile's name in PROFILES
 
     @property
     def profile(self) -> Profile:
+        """The profile of this name."""
         return PROFILES[self.name]
 
     @property
     def device(self) -> torch.device:
+        """The device that everything runs on."""
         return torch.device(self.profile.device)
 
     @cached_property
     def pipe(self) -> DreamMoverPipeline:
+        """The pipeline of the profile's model."""
         return load_pipeline(self.profile.model, self.device, self.profile.dtype)
 
     @cached_property
     def images(self) -> list[Image.Image]:
-        """The example pair at the model's own size."""
+        """The example pair, at the size that the model was made for."""
         side = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
         return [Image.open(PHOTOS / f"{i}.png").convert("RGB").resize((side, side)) for i in (0, 1)]
 
     def prepare(self, lora_steps: int = 0, side: int | None = None, steps: int | None = None) -> PreparedPair:
-        """The example pair, prepared; `side` in pixels, by default the model's own, `steps` the profile's."""
+        """Prepare the example pair.
+
+        Args:
+            lora_steps: steps of the LoRA fit; 0 fits none.
+            side: side of the images in pixels; None takes the size that the model was made for.
+            steps: inversion steps; None takes the profile's.
+        """
         steps = steps or self.profile.steps
         return self.pipe.prepare(
             *self.images,
@@ -185,7 +194,14 @@ class Bench:
         )
 
     def render(self, pair: PreparedPair, frames: int | None = None, chunk: int | None = None, **options):
-        """Its frames, as a tensor."""
+        """Render frames of a prepared pair.
+
+        Args:
+            pair: the prepared pair.
+            frames: number of frames; None takes the profile's.
+            chunk: largest number of frames in one UNet call; None takes the profile's.
+            options: other arguments of the pipeline's `render`; without an `output_type` frames are a tensor.
+        """
         return self.pipe.render(
             pair,
             n_frames=frames or self.profile.frames,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models' calls of a run, recorded, and the same calls again with nothing around them."""
+"""Recording the model calls of a run, and making the same calls again with nothing around them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from dreammover_pipeline.attention import reference_attention
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a model. `references` says that its tokens are what later calls attend to."""
+    """One call of a model."""
 
     function: Callable
     args: tuple
     kwargs: dict
-    references: bool
+    references: bool  # whether later calls attend to the tokens of this one
 
 
 @contextmanager
 def recorded(pipe: DreamMoverPipeline) -> Iterator[list[Call]]:
-    """Collect the calls of the UNet and of the VAE's two halves while the context lasts."""
+    """While the context lasts, collect all calls of the UNet and of the VAE's encoder and decoder."""
     calls: list[Call] = []
     unet, vae = pipe.unet, pipe.vae
     tapped = [(unet, "forward", unet), (vae, "encode", vae.encode), (vae, "decode", vae.decode)]
@@ -44,22 +44,23 @@ def recorded(pipe: DreamMoverPipeline) -> Iterator[list[Call]]:
         yield calls
     finally:
         for module, name, _ in tapped:
-            delattr(module, name)  # the class's own shows again
+            delattr(module, name)  # so that the method of the class is visible again
 
 
 def _recording_references(unet: torch.nn.Module) -> bool:
+    """Whether reference attention is recording the tokens of the UNet's current call."""
     shared = [getattr(processor, "references", None) for processor in unet.attn_processors.values()]
     return any(references is not None and references.recording for references in shared)
 
 
 @torch.no_grad()
 def replay(unet: torch.nn.Module, calls: Sequence[Call], blocks: Sequence[int] = ()) -> None:
-    """Make recorded calls again, their results thrown away.
+    """Make recorded calls again, and throw their results away.
 
     Args:
-        unet: the UNet they were made on.
-        calls: as `recorded` collected them.
-        blocks: up blocks whose self-attention looked at the references.
+        unet: the UNet that the calls were made on.
+        calls: the calls that `recorded` collected.
+        blocks: indices of the up blocks whose self-attention looked at the references.
     """
     with reference_attention(unet, blocks) as references:
         for call in calls:
@@ -68,5 +69,5 @@ def replay(unet: torch.nn.Module, calls: Sequence[Call], blocks: Sequence[int] =
 
 
 def latents_of(call: Call) -> torch.Tensor:
-    """What a UNet call was asked about, (B, C, h, w)."""
+    """The latents that a UNet call was given, (B, C, h, w)."""
     return call.args[0]

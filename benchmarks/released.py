@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row 4, a and b: the schedule of the authors' released code, on our modules, as the other arm.
+"""Benchmark row "released": the schedule of the authors' released code, compared with ours on our own modules.
 
-Only what is done how often is theirs (docs/method.md says where it differs); none of their code is here.
+Only the order and number of calls are theirs (docs/method.md says where they differ from ours); none of their code is
+here.
 """
 
 from __future__ import annotations
@@ -17,51 +18,59 @@ from dreammover_pipeline.flow import match_features
 from dreammover_pipeline.records import Inversion, PreparedPair, Schedule
 from dreammover_pipeline.sampling import denoise, invert
 
-from .counting import Job
+from .counting import Workload
 from .counts import DEFAULT, counted_units
 from .overhead import BLOCKS, BareFit
 from .profiles import Bench, Profile
 from .record import recorded
-from .report import Table, ratio, spread
+from .report import Spread, Table, ratio, spread
 from .timing import alternate, clock_name
 
-FEATURE_STEP = 14
-BATCHES = 2
+FEATURE_STEP = 14  # the step whose features the released code matches
+BATCHES = 2  # number of batches that the released code splits the frames into
 
 
 def tables(bench: Bench) -> list[Table]:
-    """Schedule counted and timed, LoRA latents counted and timed; never merged into one figure."""
+    """Tables of the schedule, counted and timed, and of the latents of the LoRA fit."""
     return [schedule_counted(bench.profile), schedule_timed(bench), latents(bench)]
 
 
-def released_samples(job: Job, feature_step: int, inputs_per_batch: bool) -> tuple[int, int]:
-    """UNet samples outside the fit: of the pair, and of the frames.
+def released_samples(workload: Workload, feature_step: int, inputs_per_batch: bool) -> tuple[int, int]:
+    """Numbers of UNet samples of the released schedule outside the LoRA fit.
 
-    Three inversions (to the feature step, with one call for the features, and twice to step T); then the inputs are
-    denoised along, and noise is predicted once more, on the mix that they start from.
+    It inverts three times: to the feature step, with one call for the features, and twice to step T. Then it denoises
+    the inputs together with the frames, after one more prediction of noise, on the mix that the frames start from.
+
+    Args:
+        workload: the frames and steps.
+        feature_step: the step whose features are matched.
+        inputs_per_batch: whether each batch of frames holds the inputs, too, instead of only one batch.
+
+    Returns:
+        The number of samples of the pair, and the number of samples of frames.
     """
-    inversions = 2 * (feature_step + 1 + 2 * job.steps)
-    inputs = 2 * (job.steps + 1) * (BATCHES if inputs_per_batch else 1)
-    return inversions + inputs, job.frames * (job.steps + 1)
+    inversions = 2 * (feature_step + 1 + 2 * workload.steps)
+    inputs = 2 * (workload.steps + 1) * (BATCHES if inputs_per_batch else 1)
+    return inversions + inputs, workload.frames * (workload.steps + 1)
 
 
 def schedule_counted(profile: Profile) -> Table:
-    """UNet samples and FLOPs at equal precision, without any fit."""
+    """A table of the UNet samples and FLOPs of both schedules, without a LoRA."""
     units = counted_units(profile.counted, profile.counted_sides[0])
-    job = dataclasses.replace(DEFAULT, chunk=DEFAULT.frames // BATCHES)
-    vae = 2 * units.encode + job.frames * units.decode + units.text
+    workload = dataclasses.replace(DEFAULT, chunk=DEFAULT.frames // BATCHES)
+    vae = 2 * units.encode + workload.frames * units.decode + units.text
     schedules = {
-        "ours": (2 * job.pair_calls, job.frames * job.steps),
-        "released": released_samples(job, FEATURE_STEP, False),
-        "released, if every batch holds the inputs": released_samples(job, FEATURE_STEP, True),
+        "ours": (2 * workload.pair_calls, workload.frames * workload.steps),
+        "released": released_samples(workload, FEATURE_STEP, False),
+        "released, if every batch holds the inputs": released_samples(workload, FEATURE_STEP, True),
     }
     rows = []
     for name, (pair, frames) in schedules.items():
-        steps = frames // job.frames
-        flops = pair * units.sample + steps * units.frames(job.frames, BATCHES) + vae
-        rows.append((name, pair, frames, pair + frames, flops / 1e12, flops / units.inference(job)))
+        steps = frames // workload.frames
+        flops = pair * units.sample + steps * units.frames(workload.frames, BATCHES) + vae
+        rows.append((name, pair, frames, pair + frames, flops / 1e12, flops / units.inference(workload)))
     return Table(
-        f"Schedule, {job.frames} frames in {BATCHES} batches, model {profile.counted}, no LoRA",
+        f"Schedule, {workload.frames} frames in {BATCHES} batches, model {profile.counted}, no LoRA",
         "counted",
         ("schedule", "samples of the pair", "samples of frames", "in all", "TFLOP", "over ours"),
         rows,
@@ -69,13 +78,16 @@ def schedule_counted(profile: Profile) -> Table:
 
 
 def schedule_timed(bench: Bench) -> Table:
-    """Both schedules from images to frames, on the same modules."""
+    """A table of the seconds of both schedules, from images to frames, on the same modules."""
     profile, unit = bench.profile, clock_name(bench.device)
     pair = bench.prepare()
     arms = {"ours": lambda: bench.render(bench.prepare()), "released": lambda: released_schedule(bench, pair)}
     seconds = alternate(arms, profile.few, bench.device)
-    job = Job(profile.frames, profile.steps, -(-profile.frames // BATCHES))
-    ours, released = 2 * job.pair_calls + job.frames * job.steps, released_samples(job, _feature_step(profile), False)
+    workload = Workload(profile.frames, profile.steps, -(-profile.frames // BATCHES))
+    ours, released = (
+        2 * workload.pair_calls + workload.frames * workload.steps,
+        released_samples(workload, _feature_step(profile), False),
+    )
     return Table(
         f"Schedule, {profile.frames} frames, model {profile.model}, {profile.few} rounds",
         "measured",
@@ -85,20 +97,26 @@ def schedule_timed(bench: Bench) -> Table:
     )
 
 
-def _over(seconds: dict[str, list[float]]):
+def _over(seconds: dict[str, list[float]]) -> Spread:
+    """How many times as long the released schedule takes as ours."""
     return ratio(seconds["released"], seconds["ours"])
 
 
 def _feature_step(profile: Profile) -> int:
+    """The step whose features are matched, within the steps of the profile."""
     return min(FEATURE_STEP, profile.steps)
 
 
 @torch.no_grad()
 def released_schedule(bench: Bench, pair: PreparedPair) -> torch.Tensor:
-    """Frames by the released code's order of work; `pair` gives the schedule, the text and the canvas only.
+    """Make frames by the released code's order of work.
+
+    Args:
+        bench: the pipeline and the profile.
+        pair: a prepared pair, of which only the images, the noise schedule, the text and the canvas are used.
 
     Returns:
-        (F, 3, H, W) in [0, 1].
+        The frames, (F, 3, H, W) in [0, 1].
     """
     pipe, profile = bench.pipe, bench.profile
     schedule, text = pair.inversion.schedule, pair.prompt_embeds
@@ -112,7 +130,7 @@ def released_schedule(bench: Bench, pair: PreparedPair) -> torch.Tensor:
         invert(clean, predict, schedule, feature_step)  # its last call is at the feature step itself
     flow = match_features(outputs[-1], clean.shape[-2:])
     for _ in range(2):
-        path, eps = _climb(clean, predict, schedule, steps)
+        path, eps = _invert_step_by_step(clean, predict, schedule, steps)
     pair = dataclasses.replace(pair, inversion=Inversion(path, eps, schedule), flow=flow)
 
     times = torch.arange(1, profile.frames + 1) / (profile.frames + 1)
@@ -133,8 +151,10 @@ def released_schedule(bench: Bench, pair: PreparedPair) -> torch.Tensor:
     return torch.cat([pipe.decode_latents(latent) for latent in latents[2:].split(1)])
 
 
-def _climb(clean: torch.Tensor, predict, schedule: Schedule, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inversion by `steps` calls: the path, and the last noise that was predicted."""
+def _invert_step_by_step(
+    clean: torch.Tensor, predict, schedule: Schedule, steps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Invert with `steps` UNet calls, and return the latents of all steps and the last noise that was predicted."""
     path = [clean]
     for k in range(1, steps + 1):
         eps = predict(path[-1], schedule.timestep(k))
@@ -144,7 +164,7 @@ def _climb(clean: torch.Tensor, predict, schedule: Schedule, steps: int) -> tupl
 
 
 def latents(bench: Bench) -> Table:
-    """A step of the LoRA fit with latents encoded once, and with both images encoded in it."""
+    """A table of the LoRA fit's seconds, with images encoded once before it or again at every step."""
     profile, pipe, unit = bench.profile, bench.pipe, clock_name(bench.device)
     pair = bench.prepare(steps=1)
     images = torch.stack(pair.images)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of results, each saying whether its figures were counted, measured or derived."""
+"""Tables of results, each of which says whether its figures were counted, measured or derived."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure measured several times: its median, and the range that holds four fifths of the rounds."""
+    """A figure that was measured in several rounds: its median, and the range that holds four fifths of the rounds."""
 
     median: float
     p10: float
@@ -28,35 +28,38 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median, 10th and 90th percentile."""
+    """The median and the 10th and 90th percentile of values."""
     p10, median, p90 = np.percentile(values, (10, 50, 90)).tolist()
     return Spread(median, p10, p90, len(values))
 
 
 def ratio(upper: Sequence[float], lower: Sequence[float]) -> Spread:
-    """Spread of the ratios of two arms, round by round, so that a slow moment of the machine hits both."""
+    """The spread of the ratio of two things measured by turns, taken round by round.
+
+    A slow moment of the machine then affects both.
+    """
     return spread([a / b for a, b in zip(upper, lower, strict=True)])
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of one kind. `columns` name what is in a row, with its unit; `note` says how to read it."""
+    """A table of results."""
 
     title: str
-    basis: Literal["counted", "measured", "derived"]
-    columns: tuple[str, ...]
-    rows: list[tuple]
-    note: str = ""
+    basis: Literal["counted", "measured", "derived"]  # how the figures came about
+    columns: tuple[str, ...]  # names of the columns, with units
+    rows: list[tuple]  # in each row a value for each column
+    note: str = ""  # how to read the table
 
     def markdown(self) -> str:
-        """As GitHub draws it."""
+        """The table as GitHub's Markdown."""
         lines = [f"### {self.title} ({self.basis})"]
         lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in (self.columns, *self.rows)]
         lines.insert(2, "|" + "---|" * len(self.columns))
         return "\n".join([*lines, *([f"\n{self.note}"] if self.note else []), ""])
 
     def as_json(self) -> dict:
-        """Each row by its columns' names."""
+        """The table as a dictionary, whose rows hold values by the names of the columns."""
         rows = [dict(zip(self.columns, map(_plain, row), strict=True)) for row in self.rows]
         return {"title": self.title, "basis": self.basis, "note": self.note, "rows": rows}
 
@@ -70,7 +73,7 @@ def _plain(value):
 
 
 def write_json(file: Path, content: dict) -> None:
-    """Write strict JSON, whole or not at all."""
+    """Write strict JSON so that the file holds either the old content or the whole new one."""
     part = file.with_name(file.name + ".part")
     part.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(part, file)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a job costs, row by row: `python benchmarks/run.py --profile cpu -o benchmarks.json`."""
+"""Measure what a run of the pipeline costs: `python benchmarks/run.py --profile cpu -o benchmarks.json`."""
 
 from __future__ import annotations
 
@@ -31,22 +31,30 @@ SECTIONS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--profile", choices=PROFILES, default="cpu", help="default: %(default)s")
-    add("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"some of: {', '.join(ROWS)}; default: the profile's")
-    add("-o", "--output", type=Path, metavar="FILE.json", help="write everything there, after every row")
-    add("--plot", type=Path, metavar="FILE.png", help="draw the row `scaling`")
+    add("--profile", choices=PROFILES, default="cpu", help="what is measured how often (default: %(default)s)")
+    add(
+        "--rows",
+        nargs="+",
+        choices=ROWS,
+        metavar="ROW",
+        help=f"some of: {', '.join(ROWS)}; default: the rows of the profile",
+    )
+    add("-o", "--output", type=Path, metavar="FILE.json", help="write all results to this file, after every row")
+    add("--plot", type=Path, metavar="FILE.png", help="draw the results of the row scaling")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the rows one after the other; what is done is printed and written at once."""
+    """Run the rows one after the other, and print and write each as soon as it is done."""
     arguments = parser().parse_args(argv)
     bench = Bench(arguments.profile)
     if bench.device.type != "cpu" and not torch.accelerator.is_available():
-        sys.exit(f"profile {arguments.profile!r} needs the device {bench.profile.device!r}, which is not here")
+        sys.exit(
+            f"the profile {arguments.profile!r} needs the device {bench.profile.device!r}, which this machine lacks"
+        )
     torch.set_num_threads(1)
     rows = arguments.rows or bench.profile.rows
     on = machine.describe(bench.device)

@@ -1,22 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row 6: time against the number of frames and against the size of the pictures, and its plot."""
+"""Benchmark row "scaling": time against the number of frames and against the size of the pictures, and a plot."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from .counting import Job
+from .counting import Workload
 from .counts import DEFAULT, counted_units
 from .plot import Panel, draw
 from .profiles import Bench, Profile
 from .report import Spread, Table, ratio, spread
 from .timing import alternate, clock_name, fit_line
 
-SIZED_FRAMES = 4  # frames of the rows on size
+SIZED_FRAMES = 4  # largest number of frames where the size of the pictures varies
 
 
 def tables(bench: Bench, plot: Path | None = None) -> list[Table]:
-    """Fit a + b·n, compare sizes with their counts, and draw both if a file is given."""
+    """Tables of time against frames, with a fitted line, and against size, with the FLOPs.
+
+    Args:
+        bench: what to measure.
+        plot: the path of a PNG to draw measured time and counted FLOPs in; None draws nothing.
+    """
     profile = bench.profile
     seconds = against_frames(bench)
     medians = {frames: spread(values) for frames, values in seconds.items()}
@@ -38,14 +43,14 @@ def tables(bench: Bench, plot: Path | None = None) -> list[Table]:
 
 
 def against_frames(bench: Bench) -> dict[int, list[float]]:
-    """Seconds from images to frames, by the number of frames."""
+    """Seconds of runs from images to frames, by the number of frames."""
     steps = bench.profile.scaling_steps
     arms = {n: lambda n=n: bench.render(bench.prepare(steps=steps), n) for n in bench.profile.scaling_frames}
     return alternate(arms, bench.profile.few, bench.device)
 
 
 def against_size(bench: Bench) -> Table:
-    """Inference at several sizes, and what its FLOPs would have."""
+    """A table of the time at several sizes, and of the ratio that the FLOPs would make one expect."""
     profile, unit = bench.profile, clock_name(bench.device)
     frames = min(SIZED_FRAMES, profile.frames)
 
@@ -56,8 +61,8 @@ def against_size(bench: Bench) -> Table:
 
     arms = {side: lambda side=side: run(side) for side in profile.scaling_sides}
     seconds = alternate(arms, profile.few, bench.device)
-    job = Job(frames, steps, profile.chunk)
-    flops = {side: counted_units(profile.model, side).inference(job) for side in profile.scaling_sides}
+    workload = Workload(frames, steps, profile.chunk)
+    flops = {side: counted_units(profile.model, side).inference(workload) for side in profile.scaling_sides}
     first = profile.scaling_sides[0]
     rows = [
         (f"{side}²", spread(values), ratio(values, seconds[first]), flops[side] / flops[first])
@@ -72,7 +77,7 @@ def against_size(bench: Bench) -> Table:
 
 
 def measured_panel(bench: Bench, medians: dict[int, Spread], a: float, b: float) -> Panel:
-    """Seconds and the line."""
+    """A panel of the measured seconds and of the line that was fitted to them."""
     ends = (0, max(medians))
     return Panel(
         f"{bench.profile.model}, measured: {a:.3g} + {b:.3g}·frames",
@@ -84,13 +89,13 @@ def measured_panel(bench: Bench, medians: dict[int, Spread], a: float, b: float)
 
 
 def counted_panel(profile: Profile) -> Panel:
-    """FLOPs of the counted model at every size."""
+    """A panel of the counted model's FLOPs against the number of frames, with a line for every size."""
     frames = (0, 64)
     lines = {}
     for side in profile.counted_sides:
         units = counted_units(profile.counted, side)
-        jobs = [Job(n, DEFAULT.steps, DEFAULT.chunk) for n in frames]
-        lines[f"{side} x {side}"] = [(job.frames, units.inference(job) / 1e12) for job in jobs]
+        workloads = [Workload(n, DEFAULT.steps, DEFAULT.chunk) for n in frames]
+        lines[f"{side} x {side}"] = [(workload.frames, units.inference(workload) / 1e12) for workload in workloads]
     return Panel(
         f"{profile.counted}, counted: inference, T = {DEFAULT.steps}", "in-between frames", "TFLOP", {}, lines
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row 7: the share of a job that matching and fusing (all splats) take."""
+"""Benchmark row "shares": the shares of a run that matching and fusing (all splatting) take."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from .timing import alternate, clock_name
 
 
 def tables(bench: Bench) -> list[Table]:
-    """Measured on the model at hand, and bounded from above for the counted one."""
+    """Tables of the shares measured on the profile's model, and of upper bounds for the counted model."""
     return [measured(bench), bounded(bench)]
 
 
 def _times(frames: int) -> torch.Tensor:
+    """The times δ of so many evenly spread frames."""
     return torch.arange(1, frames + 1) / (frames + 1)
 
 
 def measured(bench: Bench) -> Table:
-    """Both, over inference from images to frames."""
+    """A table of the shares of matching and of fusing in a run from images to frames, without a LoRA."""
     profile, unit = bench.profile, clock_name(bench.device)
     pair = bench.prepare()
     side = pair.inversion.path.shape[-1]
@@ -47,7 +48,10 @@ def measured(bench: Bench) -> Table:
 
 
 def bounded(bench: Bench) -> Table:
-    """Both at the counted model's size; the job cannot be faster than its FLOPs at the rate of a matrix product."""
+    """A table of upper bounds of both shares, at the counted model's size.
+
+    A run cannot be faster than its FLOPs at the rate of a large matrix product.
+    """
     profile, unit = bench.profile, clock_name(bench.device)
     channels, coarse, side = profile.matching
     features = random_features(channels, coarse, bench.device)
@@ -73,7 +77,7 @@ def bounded(bench: Bench) -> Table:
 
 
 def _sized(pair: PreparedPair, flow, side: int) -> PreparedPair:
-    """The pair on a grid of another size, with random latents."""
+    """The prepared pair with random latents on a grid of another size, and with a flow on that grid."""
     path, eps = pair.inversion.path, pair.inversion.eps
     path = torch.randn(*path.shape[:-2], side, side, device=path.device)
     eps = torch.randn(*eps.shape[:-2], side, side, device=eps.device)

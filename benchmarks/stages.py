@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds of every stage of a job, and of the frames in another precision. For GPUs; runs anywhere."""
+"""Benchmark rows "stages" and "precision": seconds of every stage of a run, and of a UNet call in two precisions.
+
+The figures are of interest on GPUs, but both rows run on any device.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from .timing import alternate, clock_name
 
 
 def tables(bench: Bench) -> list[Table]:
-    """What a job of the profile's frames spends where."""
+    """A table of the seconds that each stage of a run takes."""
     profile, pipe = bench.profile, bench.pipe
     pair = bench.prepare()
     images, clean = torch.stack(pair.images), pair.inversion.path[0]
@@ -47,7 +50,7 @@ def tables(bench: Bench) -> list[Table]:
 
 
 def precision(bench: Bench) -> list[Table]:
-    """One UNet call on a batch of frames in both precisions."""
+    """A table of the seconds of one UNet call on a batch of frames, in both precisions of the profile."""
     profile, unit = bench.profile, clock_name(bench.device)
     cells = bench.prepare(steps=1).inversion.path.shape[-1]
     arms = {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clocks and rounds that give the same answer on a busy machine as on an idle one."""
+"""Timing that gives nearly the same answer on a busy machine as on an idle one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ import torch
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """Seconds: of this thread's own CPU time, which other processes hardly touch, or synchronised wall time."""
+    """A function that reads a clock in seconds.
+
+    For the CPU it is the CPU time of this thread, on which other processes have little influence; for other devices it
+    is wall time after waiting for the device.
+    """
     if device.type == "cpu":
         return time.thread_time
 
@@ -23,15 +27,23 @@ def clock(device: torch.device) -> Callable[[], float]:
 
 
 def clock_name(device: torch.device) -> str:
-    """What `clock` reads, for the heads of tables."""
+    """The unit of what `clock` reads, for the heads of tables."""
     return "thread s" if device.type == "cpu" else "s"
 
 
 def alternate(arms: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every arm in every round, after one round that does not count.
+    """Measure several things by turns, in rounds, after a first round that does not count.
 
-    The arms take turns, and every other round in the opposite order, so that neither drift nor what the previous arm
-    left in the caches favours one.
+    Every other round has the opposite order, so that neither drift nor what the previous call left in the caches
+    favours one of them.
+
+    Args:
+        arms: what to measure, by name.
+        rounds: number of rounds that count.
+        device: the device that the calls run on.
+
+    Returns:
+        By the same names, the seconds of every round.
     """
     now = clock(device)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -45,7 +57,7 @@ def alternate(arms: Mapping[str, Callable[[], object]], rounds: int, device: tor
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
-    """a, b and R² of the least squares y ≈ a + b·x."""
+    """a, b and R² of the line y ≈ a + b·x that is fitted by least squares."""
     b, a = np.polyfit(x, y, 1)
     left = np.asarray(y) - (a + b * np.asarray(x))
     return float(a), float(b), 1 - float(left.var() / max(np.var(y), 1e-30))

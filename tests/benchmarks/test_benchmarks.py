@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import run
-from benchmarks.counting import BareCalls, Job, PeakBytes, count_flops, count_units
+from benchmarks.counting import BareCalls, PeakBytes, Workload, count_flops, count_units
 from benchmarks.matching import match_by_loop
 from benchmarks.models import add_adapter, fake_models
 from benchmarks.profiles import PROFILES, ROWS, Bench
@@ -35,28 +35,35 @@ def bare_and_fitted(unet, vae, text_encoder, side) -> tuple[BareCalls, BareCalls
     return BareCalls(unet, vae, text_encoder, side), BareCalls(fitted, vae, text_encoder, side)
 
 
-def run_job(pipe, photos, job: Job):
-    steps = {"num_inference_steps": 6, "inversion_steps": job.steps, "feature_step": 1, "lora_steps": job.lora_steps}
-    return pipe(*photos, **steps, flow_smoothing=2, n_frames=job.frames, frame_batch_size=job.chunk, output_type="pt")
+def run_workload(pipe, photos, workload: Workload):
+    steps = {
+        "num_inference_steps": 6,
+        "inversion_steps": workload.steps,
+        "feature_step": 1,
+        "lora_steps": workload.lora_steps,
+    }
+    return pipe(
+        *photos, **steps, flow_smoothing=2, n_frames=workload.frames, frame_batch_size=workload.chunk, output_type="pt"
+    )
 
 
-@pytest.mark.parametrize("job", [Job(5, 3, 2, 2), Job(4, 2, 4), Job(1, 1, 1)])
-def test_calls_are_those_of_the_formula(pipe, photos, job):
+@pytest.mark.parametrize("workload", [Workload(5, 3, 2, 2), Workload(4, 2, 4), Workload(1, 1, 1)])
+def test_calls_are_those_of_the_formula(pipe, photos, workload):
     with recorded(pipe) as calls:
-        run_job(pipe, photos, job)
+        run_workload(pipe, photos, workload)
     sizes = [len(call.args[0]) for call in calls if call.function is pipe.unet]
-    assert (len(sizes), sum(sizes)) == (job.unet_calls, job.unet_samples)
+    assert (len(sizes), sum(sizes)) == (workload.unet_calls, workload.unet_samples)
     assert [len(call.args[0]) for call in calls if call.function == pipe.vae.encode] == [2]
-    assert [len(call.args[0]) for call in calls if call.function == pipe.vae.decode] == [1] * job.frames
+    assert [len(call.args[0]) for call in calls if call.function == pipe.vae.decode] == [1] * workload.frames
 
 
-@pytest.mark.parametrize("job", [Job(5, 3, 2), Job(2, 1, 2)])
-def test_flops_are_those_of_the_formula_and_of_matching(pipe, photos, job):
+@pytest.mark.parametrize("workload", [Workload(5, 3, 2), Workload(2, 1, 2)])
+def test_flops_are_those_of_the_formula_and_of_matching(pipe, photos, workload):
     units = count_units(*bare_and_fitted(pipe.unet, pipe.vae, pipe.text_encoder, 64))
     features = torch.randn(2, 16 + 16, 8, 8)  # of the second and the third up block, joined
     matching = count_flops(lambda: match_features(features, (8, 8)))
     assert matching == 2 * 64 * 64 * 32
-    assert count_flops(lambda: run_job(pipe, photos, job)) == units.inference(job) + matching
+    assert count_flops(lambda: run_workload(pipe, photos, workload)) == units.inference(workload) + matching
 
 
 def test_flops_of_the_fit_are_those_of_its_steps(pipe):
@@ -123,8 +130,8 @@ def test_the_released_schedule_makes_the_calls_it_is_said_to_make(bench):
     with recorded(bench.pipe) as calls:
         frames = released_schedule(bench, pair)
     sizes = [len(call.args[0]) for call in calls if call.function is bench.pipe.unet]
-    job = Job(SMOKE.frames, SMOKE.steps, SMOKE.chunk)
-    assert sum(sizes) == sum(released_samples(job, SMOKE.steps, inputs_per_batch=False))
+    workload = Workload(SMOKE.frames, SMOKE.steps, SMOKE.chunk)
+    assert sum(sizes) == sum(released_samples(workload, SMOKE.steps, inputs_per_batch=False))
     assert frames.shape == (SMOKE.frames, 3, 64, 64)
 
 

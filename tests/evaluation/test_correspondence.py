@@ -12,7 +12,7 @@ import torch
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.cli.main import main
 from dreammover_pipeline.evaluation.correspondence import METRICS, PASSES, PENALTIES, Variant, _measured, study, table
-from dreammover_pipeline.evaluation.methods import Job
+from dreammover_pipeline.evaluation.methods import EvaluationCase
 from dreammover_pipeline.evaluation.suites import find_suites
 from dreammover_pipeline.fields import flow_at_cell_centres
 from dreammover_pipeline.records import BidirectionalFlow
@@ -42,7 +42,9 @@ def test_every_variant_is_measured_on_every_pair(rows, suites):
 def test_a_variant_is_the_pipelines_own_flow(tiny_pipe, suites, rows):
     pair = suites[0].load(suites[0].pairs[0])
     settings = {"inversion_steps": 3, "feature_step": 2, "feature_block": 1, "lora_steps": 0}
-    expected = _measured(Job(tiny_pipe, pair, 0, settings), Job(tiny_pipe, pair, 0, settings).prepared().flow)
+    expected = _measured(
+        EvaluationCase(tiny_pipe, pair, 0, settings), EvaluationCase(tiny_pipe, pair, 0, settings).prepared().flow
+    )
     (row,) = [
         row
         for row in rows
@@ -53,17 +55,17 @@ def test_a_variant_is_the_pipelines_own_flow(tiny_pipe, suites, rows):
 
 
 def test_true_flow_has_no_error(tiny_pipe, suites):
-    job = Job(
+    case = EvaluationCase(
         tiny_pipe, suites[0].load(suites[0].pairs[0]), 0, {"inversion_steps": 2, "feature_step": 1, "lora_steps": 0}
     )
-    size = job.prepared().flow.forward.shape[-2:]
-    motion = job.pair.motion
+    size = case.prepared().flow.forward.shape[-2:]
+    motion = case.pair.motion
     exact = BidirectionalFlow(*(flow_at_cell_centres(motion.flow(*way), size) for way in ((0, 1), (1, 0))))
     still = BidirectionalFlow(*torch.zeros(2, 1, 2, *size))
-    assert _measured(job, exact)["epe"] < 4 < _measured(job, still)["epe"]  # pixels; within a cell the flow varies
-    assert _measured(job, exact)["pck10"] > 0.95
-    assert _measured(job, still)["epe_rest"] == 0
-    assert _measured(job, exact)["splat"] > _measured(job, still)["splat"]
+    assert _measured(case, exact)["epe"] < 4 < _measured(case, still)["epe"]  # pixels; within a cell the flow varies
+    assert _measured(case, exact)["pck10"] > 0.95
+    assert _measured(case, still)["epe_rest"] == 0
+    assert _measured(case, exact)["splat"] > _measured(case, still)["splat"]
 
 
 def test_the_table_puts_the_best_first(rows):

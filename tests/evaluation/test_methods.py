@@ -11,7 +11,7 @@ pytest.importorskip("skimage")
 pytest.importorskip("cv2")
 
 from dreammover_pipeline.evaluation.branching import between, branching_slerp, generations
-from dreammover_pipeline.evaluation.methods import METHODS, Job
+from dreammover_pipeline.evaluation.methods import METHODS, EvaluationCase
 from dreammover_pipeline.evaluation.networks import Tools, dis_flow
 from dreammover_pipeline.evaluation.scoring import score
 from dreammover_pipeline.evaluation.suites import Pair, find_suites, folder_suite, world_suite
@@ -28,8 +28,8 @@ def world_pair(size=64, n_frames=3, difficulty="same", seed=0):
 
 
 @pytest.fixture
-def job(pipe):
-    return Job(pipe, world_pair(), 0, SHORT)
+def case(pipe):
+    return EvaluationCase(pipe, world_pair(), 0, SHORT)
 
 
 @pytest.fixture
@@ -45,66 +45,68 @@ def folder(tmp_path, photos):
     return tmp_path
 
 
-def test_every_method_makes_frames_of_one_pair(job):
+def test_every_method_makes_frames_of_one_pair(case):
     frames = {}
     for name, method in METHODS.items():
-        assert method.suits(job.pair)
-        frames[name], flow = method(job)
+        assert method.suits(case.pair)
+        frames[name], flow = method(case)
         assert frames[name].shape == (3, 3, 64, 64), name
         assert frames[name].dtype == torch.float32
         assert not frames[name].requires_grad
         assert 0 <= frames[name].min() <= frames[name].max() <= 1
         assert (flow is None) == (name in {"branching_slerp", "crossfade", "vae_of_truth"})
-        assert (flow is job.prepared().flow) == (name in MATCHED)
+        assert (flow is case.prepared().flow) == (name in MATCHED)
     names = list(METHODS)
     for i, name in enumerate(names):
         for other in names[:i]:
             assert not torch.allclose(frames[name], frames[other], atol=1e-4), f"{name} is {other}"
 
 
-def test_every_method_repeats_itself_and_knows_the_time(pipe, job):
-    again = Job(pipe, job.pair, 0, SHORT)
+def test_every_method_repeats_itself_and_knows_the_time(pipe, case):
+    again = EvaluationCase(pipe, case.pair, 0, SHORT)
     for name, method in METHODS.items():
-        frames, _ = method(job)
+        frames, _ = method(case)
         assert torch.equal(frames, method(again)[0]), name
         assert not torch.equal(frames[0], frames[2]), name
 
 
-def test_the_pair_is_prepared_once_and_its_time_is_told(job):
-    METHODS["ours"](job)
-    first, seconds = job.prepared(), job.preparing_seconds
-    METHODS["direct_fusion"](job)
-    assert job.prepared() is first
-    assert job.preparing_seconds == seconds > 0
-    METHODS["no_lora"](job)
-    assert job.preparing_seconds > seconds
-    assert job.prepared().lora is not None
-    assert job.prepared(lora_steps=0).lora is None
+def test_the_pair_is_prepared_once_and_its_time_is_told(case):
+    METHODS["ours"](case)
+    first, seconds = case.prepared(), case.preparing_seconds
+    METHODS["direct_fusion"](case)
+    assert case.prepared() is first
+    assert case.preparing_seconds == seconds > 0
+    METHODS["no_lora"](case)
+    assert case.preparing_seconds > seconds
+    assert case.prepared().lora is not None
+    assert case.prepared(lora_steps=0).lora is None
 
 
-def test_preparations_that_differ_share_one_lora(job):
-    METHODS["paper"](job)
-    METHODS["shallow"](job)
-    prepared = job._prepared.values()
+def test_preparations_that_differ_share_one_lora(case):
+    METHODS["paper"](case)
+    METHODS["shallow"](case)
+    prepared = case._prepared.values()
     assert len(prepared) == 3
-    lora = job.prepared().lora
+    lora = case.prepared().lora
     assert all(torch.equal(pair.lora[name], lora[name]) for pair in prepared for name in lora)
-    assert job.prepared(inversion_steps=1, feature_step=1).inversion.steps == 1
+    assert case.prepared(inversion_steps=1, feature_step=1).inversion.steps == 1
 
 
-def test_the_paper_row_is_the_pipeline_with_the_papers_settings(pipe, job):
+def test_the_paper_row_is_the_pipeline_with_the_papers_settings(pipe, case):
     settings = SHORT | PRESETS["paper"]
-    frames, _ = METHODS["paper"](job)
-    assert torch.equal(frames, METHODS["ours"](Job(pipe, job.pair, 0, settings))[0])
+    frames, _ = METHODS["paper"](case)
+    assert torch.equal(frames, METHODS["ours"](EvaluationCase(pipe, case.pair, 0, settings))[0])
     for splat in ("latent_splat", "pixel_splat"):
-        assert not torch.equal(METHODS[splat](job)[0], METHODS[splat](Job(pipe, job.pair, 0, settings))[0])
+        assert not torch.equal(
+            METHODS[splat](case)[0], METHODS[splat](EvaluationCase(pipe, case.pair, 0, settings))[0]
+        )
 
 
 def test_settings_reach_the_pipeline(pipe):
     pair = world_pair()
-    shallow = Job(pipe, pair, 0, SHORT | {"inversion_steps": 2})
+    shallow = EvaluationCase(pipe, pair, 0, SHORT | {"inversion_steps": 2})
     assert shallow.prepared().inversion.steps == 2
-    direct = Job(pipe, pair, 0, SHORT | {"fusion": "direct"})
+    direct = EvaluationCase(pipe, pair, 0, SHORT | {"fusion": "direct"})
     assert torch.equal(METHODS["ours"](direct)[0], METHODS["direct_fusion"](direct)[0])
 
 
@@ -112,19 +114,19 @@ def test_true_flow_is_the_worlds(tiny_pipe):
     """At the centres of cells exactly; so over all pixels nearly."""
     pair = world_pair(size=128)
     settings = {"num_inference_steps": 6, "inversion_steps": 2, "feature_step": 2, "lora_steps": 0}
-    job = Job(tiny_pipe, pair, 0, settings)
-    frames, flow = METHODS["true_flow"](job)
+    case = EvaluationCase(tiny_pipe, pair, 0, settings)
+    frames, flow = METHODS["true_flow"](case)
     assert torch.equal(4 * flow.forward, pair.motion.flow(0, 1)[..., 2::4, 2::4])
-    found = score(pair, job.ends, frames, flow, job.canvas, Tools(dis_flow, None, None, {}))
+    found = score(pair, case.ends, frames, flow, case.canvas, Tools(dis_flow, None, None, {}))
     assert found["epe"] < 2
     assert found["pck05"] > 0.9
-    _, dis = METHODS["dis_flow"](job)
-    assert torch.equal(4 * dis.backward, dis_flow(*job.working_images.flip(0))[..., 2::4, 2::4])
+    _, dis = METHODS["dis_flow"](case)
+    assert torch.equal(4 * dis.backward, dis_flow(*case.working_images.flip(0))[..., 2::4, 2::4])
 
 
-def test_a_crossfade_is_a_weighted_mean(job):
-    frames, _ = METHODS["crossfade"](job)
-    first, last = job.pair.images
+def test_a_crossfade_is_a_weighted_mean(case):
+    frames, _ = METHODS["crossfade"](case)
+    first, last = case.pair.images
     torch.testing.assert_close(frames, torch.stack([(1 - t) * first + t * last for t in (0.25, 0.5, 0.75)]))
 
 
@@ -132,12 +134,12 @@ def test_splats_of_a_pair_that_rests_show_it(tiny_pipe):
     """Identical images match themselves, so pixels come back as they are and latents as their decoding."""
     pair = world_pair(size=128)
     still = Pair("still", (pair.images[0], pair.images[0]), ("", ""), (0.3, 0.5), torch.stack([pair.images[0]] * 2))
-    job = Job(
+    case = EvaluationCase(
         tiny_pipe, still, 0, {"num_inference_steps": 6, "inversion_steps": 2, "feature_step": 2, "lora_steps": 0}
     )
-    assert not job.prepared().flow.stacked().any()
-    torch.testing.assert_close(METHODS["pixel_splat"](job)[0], still.truth, atol=1e-5, rtol=0)
-    torch.testing.assert_close(METHODS["latent_splat"](job)[0], METHODS["vae_of_truth"](job)[0], atol=1e-4, rtol=0)
+    assert not case.prepared().flow.stacked().any()
+    torch.testing.assert_close(METHODS["pixel_splat"](case)[0], still.truth, atol=1e-5, rtol=0)
+    torch.testing.assert_close(METHODS["latent_splat"](case)[0], METHODS["vae_of_truth"](case)[0], atol=1e-4, rtol=0)
 
 
 def test_branching_goes_from_the_middle_outwards():
@@ -153,8 +155,8 @@ def test_branching_goes_from_the_middle_outwards():
 
 def test_branching_starts_at_its_neighbours_and_lowers_the_noise(pipe):
     """At no share of the way a frame is its neighbour, noised and denoised, whatever the other neighbour is."""
-    job = Job(pipe, world_pair(n_frames=7), 0, {"num_inference_steps": 40})
-    first, last = pipe.encode_images(job.working_images).detach()
+    case = EvaluationCase(pipe, world_pair(n_frames=7), 0, {"num_inference_steps": 40})
+    first, last = pipe.encode_images(case.working_images).detach()
     noise, text = torch.randn(first.shape), pipe.encode_prompt("", "cpu")[0]
     with torch.no_grad():
         start, alone, half = (
@@ -166,7 +168,7 @@ def test_branching_starts_at_its_neighbours_and_lowers_the_noise(pipe):
 
     timesteps = []
     hook = pipe.unet.register_forward_pre_hook(lambda module, inputs: timesteps.append(int(inputs[1])))
-    METHODS["branching_slerp"](job)
+    METHODS["branching_slerp"](case)
     hook.remove()
     starts = [timestep for before, timestep in pairwise([-1, *timesteps]) if timestep > before]
     assert starts == [526] + 2 * [401] + 4 * [276]  # steps 22, 17 and 12 of 40
@@ -186,10 +188,10 @@ def test_a_later_branch_lies_between_its_neighbours(pipe):
 def test_photos_of_any_shape_are_fitted(pipe, photos):
     first, last = (load_images(photo, "photo")[0] for photo in photos)
     pair = Pair("odd", (first[:, :40, :50], last), ("", ""), (0.5,))
-    job = Job(pipe, pair, 0, SHORT)
+    case = EvaluationCase(pipe, pair, 0, SHORT)
     for name, method in METHODS.items():
         if method.suits(pair):
-            assert method(job)[0].shape == (1, 3, 40, 50), name
+            assert method(case)[0].shape == (1, 3, 40, 50), name
 
 
 def test_methods_that_need_truth_say_so(folder):

@@ -17,9 +17,10 @@ from ..arguments import arguments_of
 from ..settings import PrepareSettings, RenderSettings, VideoSettings
 from .loading import add_model_options, check_model, load_chosen, pipeline_class
 
-FULL = {"pairs": 32, "frames": 7}
+FULL = {"pairs": 32, "frames": 7}  # sizes of a suite without --quick
+# Sizes of a suite with --quick, which takes about six minutes on two cores with the embedded checkpoint.
+QUICK = {"pairs": 2, "frames": 1}
 DIFFICULTIES = ("same", "relit", "recast")
-QUICK = {"pairs": 2, "frames": 1}  # about six minutes on two cores with the embedded checkpoint
 # Settings of the method that a line of text can hold; which frames are made is decided by the suites.
 SETTINGS = {
     name
@@ -30,39 +31,76 @@ SETTINGS = {
 
 def add_evaluation(commands: argparse._SubParsersAction) -> None:
     """Register the three commands."""
-    text = "Run methods on pairs, measure what can be measured, write a report. Killed, it goes on where it was."
-    parser = commands.add_parser("evaluate", help="measure the method, its parts and rivals", description=text)
+    _add_evaluate(commands)
+    _add_compare(commands)
+    _add_correspondence(commands)
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    text = (
+        "Run methods on pairs, measure what can be measured, and write a report. After a kill, the same command "
+        "goes on where the last one was."
+    )
+    parser = commands.add_parser("evaluate", help="measure the method, its parts and its rivals", description=text)
     parser.set_defaults(run=_evaluate)
     add = parser.add_argument
-    add("-o", "--output", metavar="FOLDER", required=True, help="run.jsonl, report.md, sheets and frames go there")
-    add("--quick", action="store_true", help=f"{QUICK['pairs']} pairs a suite, {QUICK['frames']} frames each")
-    add("--suites", nargs="+", metavar="NAME", help="same, relit, recast, or folders of pairs; default: these three")
-    add("--pairs", type=int, metavar="N", help=f"pairs of each suite, at most (default: {FULL['pairs']})")
-    add("--frames", type=int, metavar="N", help=f"frames where no truth says which (default: {FULL['frames']})")
-    add("--methods", nargs="+", metavar="NAME", help="default: all; an unknown one gets you the list")
-    add("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the pipeline's; repeatable")
-    add("--flow", default="dis", metavar="NAME", help="for warping errors without truth: dis or raft (default: dis)")
-    add("--seed", type=int, default=0, metavar="N", help="of the world's scenes and the LoRAs (default: %(default)s)")
+    add("-o", "--output", metavar="FOLDER", required=True, help="for run.jsonl, report.md, sheets and frames")
+    add(
+        "--quick",
+        action="store_true",
+        help=f"{QUICK['pairs']} pairs of each suite, {QUICK['frames']} frame of each pair",
+    )
+    add("--suites", nargs="+", metavar="NAME", help="default: same relit recast; a folder of pairs is a suite, too")
+    add("--pairs", type=int, metavar="N", help=f"largest number of pairs of each suite (default: {FULL['pairs']})")
+    add(
+        "--frames",
+        type=int,
+        metavar="N",
+        help=f"frames of a pair, unless a folder holds true ones (default: {FULL['frames']})",
+    )
+    add("--methods", nargs="+", metavar="NAME", help="default: all; the error for an unknown name lists all names")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="set a parameter of the pipeline; repeatable")
+    add("--flow", default="dis", metavar="NAME", help="dis (the default) or raft, for warping errors without truth")
+    add("--seed", type=int, default=0, metavar="N", help="decides drawn scenes and LoRAs (default: %(default)s)")
     add("--quiet", action="store_true", help="show no progress bar")
     add_model_options(parser, default="tiny")
 
-    text = "The difference between two runs, or two methods of them, pair by pair, with intervals."
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    text = "Print how a method of one evaluation differs from a method of another, pair by pair, with intervals."
     parser = commands.add_parser("compare", help="compare two evaluations", description=text)
     parser.set_defaults(run=_compare)
-    parser.add_argument("first", metavar="FOLDER", help="the output of evaluate")
-    parser.add_argument("second", metavar="OTHER", help="what is subtracted; may be the same folder")
-    parser.add_argument("--method", default="ours", metavar="NAME", help="of the first (default: %(default)s)")
-    parser.add_argument("--other-method", metavar="NAME", help="of the other; default: the same")
+    parser.add_argument("first", metavar="FOLDER", help="the output folder of an evaluation")
+    parser.add_argument(
+        "second", metavar="OTHER", help="the output folder of the evaluation that is subtracted; it may be the same"
+    )
+    parser.add_argument("--method", default="ours", metavar="NAME", help="the method of FOLDER (default: %(default)s)")
+    parser.add_argument("--other-method", metavar="NAME", help="the method of OTHER; default: the value of --method")
 
-    text = "Which features find which way: every up block, several noise steps, matched on either grid, smoothed."
+
+def _add_correspondence(commands: argparse._SubParsersAction) -> None:
+    text = "Measure the flow that features give: of every up block, at several noise steps, matched and smoothed."
     parser = commands.add_parser("correspondence", help="measure the flow of all features", description=text)
     parser.set_defaults(run=_correspondence)
     add = parser.add_argument
-    add("-o", "--output", metavar="FOLDER", required=True, help="correspondence.jsonl and .md go there")
-    add("--suites", nargs="+", metavar="NAME", default=DIFFICULTIES, help="of same, relit, recast; default: all")
-    add("--pairs", type=int, default=16, metavar="N", help="of each suite (default: %(default)s)")
-    add("--steps", type=int, nargs="+", default=(1, 6, 14, 22, 30), metavar="N", help="of 50; default: 1 6 14 22 30")
-    add("--seed", type=int, default=0, metavar="N", help="of the world's scenes (default: %(default)s)")
+    add("-o", "--output", metavar="FOLDER", required=True, help="for correspondence.jsonl and correspondence.md")
+    add(
+        "--suites",
+        nargs="+",
+        metavar="NAME",
+        default=DIFFICULTIES,
+        help="some of same, relit and recast; default: all",
+    )
+    add("--pairs", type=int, default=16, metavar="N", help="number of pairs of each suite (default: %(default)s)")
+    add(
+        "--steps",
+        type=int,
+        nargs="+",
+        default=(1, 6, 14, 22, 30),
+        metavar="N",
+        help="noise steps of 50; default: 1 6 14 22 30",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="decides the drawn scenes (default: %(default)s)")
     add("--quiet", action="store_true", help="show no progress bar")
     add_model_options(parser, default="tiny")
 
@@ -94,7 +132,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from ..evaluation.suites import find_suites
 
     names = args.suites or DIFFICULTIES
-    find_suites(names, pairs, frames, 64)  # for its complaints, before a model is loaded that decides the real size
+    find_suites(names, pairs, frames, 64)  # only to refuse bad names before a model is loaded
     tools = find_tools(args.flow)
     pipe = load_chosen(args)
     pipe.set_progress_bar_config(disable=True)
@@ -135,7 +173,7 @@ def _correspondence(args: argparse.Namespace) -> None:
 
 
 def native_size(pipe) -> int:
-    """Pixels a side that a checkpoint was made for, within what the world can draw."""
+    """Side in pixels of the images that a model was trained for, within the 64 to 512 that the world can draw."""
     sample = pipe.unet.config.sample_size
     side = sample if isinstance(sample, int) else min(sample)
     return min(512, max(64, side * pipe.vae_scale_factor))
@@ -159,7 +197,13 @@ def _require_libraries() -> None:
 
 
 def _setting(text: str) -> tuple[str, object]:
-    """NAME=VALUE of a parameter that `prepare` or `render` has; the value as Python writes it, or else a string."""
+    """Read NAME=VALUE, where NAME is a parameter of `prepare` or `render`.
+
+    VALUE is read as a Python literal; if it is none, it is taken as a string.
+
+    Raises:
+        ValueError: there is no such parameter, or it cannot be set in this way.
+    """
     name, equals, value = text.partition("=")
     if not equals or name not in SETTINGS:
         raise ValueError(f"--set takes NAME=VALUE with a name of {', '.join(sorted(SETTINGS))}; not '{text}'")

@@ -19,6 +19,7 @@ from .evaluate import add_evaluation
 from .export_hub import add_export
 from .interpolate import add_interpolate
 from .render import add_render
+from .train import add_train
 from .ui import add_ui
 
 
@@ -70,4 +71,5 @@ def _parser() -> argparse.ArgumentParser:
     add_evaluation(commands)
     add_export(commands)
     add_ui(commands)
+    add_train(commands)
     return parser

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The baseline that started this line of work: interpolation in noise, frame by frame from the middle outwards."""
+"""The baseline that started this line of work: interpolation in noise, from the middle frame outwards."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..pipeline import DreamMoverPipeline
 from ..sampling import denoise
 from ..schedules import ddim_schedule
 
-# Shares of the schedule that frames are noised to: the first frame, the last ones.
-MOST_NOISE, LEAST_NOISE = 0.55, 0.3
+MOST_NOISE = 0.55  # share of the schedule that the middle frame is noised to
+LEAST_NOISE = 0.3  # share of the schedule that the last generation of frames is noised to
 
 
 def branching_slerp(
@@ -27,24 +27,24 @@ def branching_slerp(
 ) -> torch.Tensor:
     """Clean latents of the frames between two images, without any flow.
 
-    The middle frame is made first: the two latents get the same noise, are interpolated spherically and denoised,
-    on embeddings interpolated likewise. The frames on either side are made in the same way of their neighbours that
-    are there already, with less noise from generation to generation, from `MOST_NOISE` of the schedule to
-    `LEAST_NOISE`.
+    The middle frame is made first: the latents of the two images get the same noise, are interpolated spherically and
+    are denoised, with text embeddings that are interpolated spherically, too. Then the frames on either side are made
+    in the same way from the nearest frames that exist already, and so on. From generation to generation there is less
+    noise, from `MOST_NOISE` of the schedule down to `LEAST_NOISE`.
 
     Source: Interpolating between Images with Diffusion Models (arXiv 2307.12560), without its textual inversion,
     pose guidance and choice among candidates.
 
     Args:
-        pipe: whose models are used, without a LoRA of the pair.
-        images: (2, 3, H, W) in [0, 1], at the size the models work at.
-        prompt: what the two show.
-        times: δ of the frames.
-        num_inference_steps: of the whole schedule.
-        seed: of the noise.
+        pipe: the pipeline whose models are used, without a LoRA of the pair.
+        images: (2, 3, H, W) in [0, 1], at the size that the models work at.
+        prompt: what each of the two images shows.
+        times: δ of the frames to make.
+        num_inference_steps: number of steps of the whole schedule.
+        seed: the seed of the noise.
 
     Returns:
-        (F, C, h, w), in the order of `times`.
+        Clean latents (F, C, h, w), in the order of `times`.
     """
     device = pipe._execution_device
     first, last = pipe.encode_images(images)
@@ -70,7 +70,11 @@ def branching_slerp(
 
 
 def generations(times: Sequence[float]) -> list[list[tuple[float, float, float]]]:
-    """The order of branching: in each generation (neighbour, time, neighbour), whose neighbours were made before."""
+    """The order in which frames are made, from the middle outwards.
+
+    Returns:
+        Generations of (a, t, b): the frame at time t is made from those at a and b, which an earlier generation made.
+    """
     found, gaps = [], [(0.0, tuple(sorted(set(times))), 1.0)]
     while gaps := [gap for gap in gaps if gap[1]]:
         generation, halves = [], []
@@ -92,19 +96,19 @@ def between(
     num_inference_steps: int,
     steps: int,
 ) -> torch.Tensor:
-    """One clean latent between two: noised alike, interpolated as whole vectors, denoised.
+    """One clean latent between two, which get the same noise, are interpolated as whole vectors and are denoised.
 
     Args:
-        pipe: whose UNet denoises.
-        ends: clean latents, (2, C, h, w).
-        way: in [0, 1], 0 at the first.
-        noise: (C, h, w).
-        prompt_embeds: (1, L, D).
-        num_inference_steps: of the whole schedule.
-        steps: how many of them the noise is worth.
+        pipe: the pipeline whose UNet denoises.
+        ends: the two clean latents, (2, C, h, w).
+        way: position between them in [0, 1], 0 at the first.
+        noise: the noise that both get, (C, h, w).
+        prompt_embeds: text embeddings, (1, L, D).
+        num_inference_steps: number of steps of the whole schedule.
+        steps: number of steps of the schedule that are noised and denoised.
 
     Returns:
-        (C, h, w).
+        The clean latent, (C, h, w).
     """
     schedule = ddim_schedule(pipe.scheduler, num_inference_steps, steps)
     noisy = recompose(ends, noise.expand_as(ends), schedule.alpha_bars[steps])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which features find which way: every up block, several noise steps, both grids to match on, near places preferred
-or not, smoothed or not.
+"""A study of which features give the best flow.
 
-No in-between frames are denoised, so a study takes seconds a pair. What a flow is worth is measured by its own error
-and by the middle frame that splatting the clean latents along it gives.
+It varies the UNet's up block, the noise step, the grid that is matched on, the penalty for distance and the smoothing.
+No in-between frames are denoised, so a pair takes seconds. A flow is judged by its own error, and by the middle frame
+that splatting the clean latents along it gives.
 """
 
 from __future__ import annotations
@@ -22,57 +22,56 @@ from ..flow import distance_bias, join_features, match_features, smooth_flow
 from ..framing import unfit
 from ..pipeline import DreamMoverPipeline
 from ..records import BidirectionalFlow, Inversion
-from .methods import Job
+from .methods import EvaluationCase
 from .metrics import endpoint_errors, psnr
 from .statistics import estimate
 from .suites import Suite
 
-PENALTIES, PASSES = (0, 0.1), (0, 1, 3)
-PATCH = 3  # latent cells a side of the patches that are matched for comparison
+PENALTIES = (0, 0.1)  # values of `distance_penalty`
+PASSES = (0, 1, 3)  # values of `flow_smoothing`
+PATCH = 3  # side in latent cells of the patches of latents that are matched for comparison
 METRICS = {"pck05": "PCK@.05", "pck10": "PCK@.1", "epe": "EPE px", "epe_rest": "EPE rest", "splat": "splat PSNR"}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to get a flow: from which features, at which step, matched on which grid, with how much of a penalty for
-    distance, smoothed how often.
-    """
+    """One way to get a flow."""
 
-    features: str
-    step: int
-    grid: str  # "latent": features upsampled, then matched; "own": matched as they are, the flow upsampled
-    penalty: float
-    passes: int
+    features: str  # name of what is matched: an up block, two of them joined, or patches of latents
+    step: int  # the step of the inversion at which features are read
+    grid: str  # "latent": features are upsampled, then matched; "own": they are matched, then the flow is upsampled
+    penalty: float  # the value of `distance_penalty`
+    passes: int  # the value of `flow_smoothing`
 
 
 def study(pipe: DreamMoverPipeline, suites: Sequence[Suite], steps: Sequence[int], quiet: bool = False) -> list[dict]:
     """Measure every variant on every pair, without a LoRA.
 
     Args:
-        pipe: any Stable Diffusion 1.x/2.x.
-        suites: with known motion; pairs without are left out.
-        steps: of the inversion, whose features are matched.
-        quiet: show no progress bar.
+        pipe: a pipeline with any Stable Diffusion 1.x or 2.x model.
+        suites: the suites whose pairs are measured; a pair whose motion is not known is left out.
+        steps: the steps of the inversion at which features are matched.
+        quiet: whether to hide the progress bar.
 
     Returns:
-        A row for each suite, pair and variant, with the metrics of `METRICS`; `epe_rest` is the end-point error over
-        visible pixels that are no foreground, `splat` the PSNR of the middle frame.
+        A row for each suite, pair and variant, with the metrics of `METRICS`. Of these, `epe_rest` is the end-point
+        error over visible pixels outside the foreground, and `splat` is the PSNR of the middle frame.
     """
     rows = []
     pairs = [(suite, name) for suite in suites for name in suite.pairs]
     for suite, name in tqdm(pairs, desc="Matching", disable=quiet):
         settings = {"inversion_steps": max(steps), "feature_step": 1, "lora_steps": 0}
-        job = Job(pipe, suite.load(name), 0, settings)
-        if job.pair.motion is None:
+        case = EvaluationCase(pipe, suite.load(name), 0, settings)
+        if case.pair.motion is None:
             continue
-        prepared = job.prepared()
+        prepared = case.prepared()
         for variant, flow in _flows(pipe, prepared.inversion, prepared.prompt_embeds, steps):
-            rows.append({"suite": suite.name, "pair": name, **vars(variant), "metrics": _measured(job, flow)})
+            rows.append({"suite": suite.name, "pair": name, **vars(variant), "metrics": _measured(case, flow)})
     return rows
 
 
 def table(rows: Sequence[dict], suite: str) -> str:
-    """Means over a suite's pairs with 95 % bootstrap intervals, as Markdown, the best splat first."""
+    """A Markdown table of means over a suite's pairs with 95 % bootstrap intervals, by falling PSNR of the splat."""
     of_suite = [row for row in rows if row["suite"] == suite]
     by_variant: dict[Variant, list[dict]] = {}
     for row in of_suite:
@@ -96,6 +95,7 @@ def table(rows: Sequence[dict], suite: str) -> str:
 def _flows(
     pipe: DreamMoverPipeline, inversion: Inversion, prompt_embeds: torch.Tensor, steps: Sequence[int]
 ) -> Iterator[tuple[Variant, BidirectionalFlow]]:
+    """Every variant, with the flow that it finds between the two inverted images."""
     size = inversion.path.shape[-2:]
     blocks = range(1, len(pipe.unet.up_blocks))
     for step in steps:
@@ -118,21 +118,22 @@ def _flows(
 
 
 def _patches(latents: torch.Tensor) -> torch.Tensor:
-    """The latents around every cell as its features, (2, C·k², h, w)."""
+    """Patches of k × k latents as the features of the cells at their centres, (2, C·k², h, w)."""
     return F.unfold(latents, PATCH, padding=PATCH // 2).unflatten(2, latents.shape[-2:])
 
 
 @torch.no_grad()
-def _measured(job: Job, flow: BidirectionalFlow) -> dict[str, float]:
-    motion, side = job.pair.motion, max(job.canvas.output_height, job.canvas.output_width)
+def _measured(case: EvaluationCase, flow: BidirectionalFlow) -> dict[str, float]:
+    """The value of each of `METRICS` for a flow between the images of a pair."""
+    motion, side = case.pair.motion, max(case.canvas.output_height, case.canvas.output_width)
     sprites, rest = [], []
-    for field, (source, target) in zip(pixel_flow(flow, job.canvas), ((0, 1), (1, 0)), strict=True):
+    for field, (source, target) in zip(pixel_flow(flow, case.canvas), ((0, 1), (1, 0)), strict=True):
         field, seen, sprite = field.cpu(), motion.visible(source, target)[0], motion.foreground(source)[0]
         sprites.append(endpoint_errors(field, motion.flow(source, target), seen & sprite))
         rest.append(endpoint_errors(field, motion.flow(source, target), seen & ~sprite))
     errors = torch.cat(sprites)
-    latents = job.pipe.preview(replace(job.prepared(), flow=flow), torch.tensor([0.5]))
-    middle = unfit(job.pipe.decode_latents(latents).cpu(), job.canvas)[0]
+    latents = case.pipe.preview(replace(case.prepared(), flow=flow), torch.tensor([0.5]))
+    middle = unfit(case.pipe.decode_latents(latents).cpu(), case.canvas)[0]
     return {
         "pck05": float((errors <= 0.05 * side).float().mean()),
         "pck10": float((errors <= 0.1 * side).float().mean()),

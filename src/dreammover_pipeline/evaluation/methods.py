@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ours, ours with one part exchanged or left out, and baselines on the same checkpoint.
+"""The methods that are evaluated: ours, ours with one part exchanged or left out, and baselines on the same models.
 
-A method takes a `Job` and returns its frames, (F, 3, H, W) in [0, 1] on the CPU, and the flow it used, if any.
+Each method takes an `EvaluationCase` and returns frames, (F, 3, H, W) in [0, 1] on the CPU, and the flow that they
+were made with, which is None for a method without flow.
 """
 
 from __future__ import annotations
@@ -29,46 +30,46 @@ Result = tuple[torch.Tensor, BidirectionalFlow | None]
 
 
 @dataclass
-class Job:
-    """One pair and one pipeline; what several methods need of them is made once.
-
-    `settings` are arguments of `DreamMoverPipeline.prepare` and `.render` that differ from their defaults.
-    """
+class EvaluationCase:
+    """One pair to interpolate and the pipeline to do it with; what several methods need is made once and kept."""
 
     pipe: DreamMoverPipeline
     pair: Pair
-    seed: int
-    settings: Mapping[str, object] = field(default_factory=dict)
-    preparing_seconds: float = 0.0  # spent so far in `prepared`
-    _prepared: dict[tuple, PreparedPair] = field(default_factory=dict)
+    seed: int  # decides the noise of the LoRA fit and of the branching baseline
+    settings: Mapping[str, object] = field(default_factory=dict)  # arguments of `prepare` and `render`, by name
+    preparing_seconds: float = 0.0  # time that `prepared` has taken so far
+    _prepared: dict[tuple, PreparedPair] = field(default_factory=dict)  # by the changes that `prepared` was given
 
     @cached_property
     def canvas(self) -> Canvas:
-        """Where the pair sits while the models see it."""
+        """The canvas that the pair is fitted to for the models."""
         return self.pipe.canvas(self.pair.images[0])
 
     @cached_property
     def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two inputs at the size of the frames, (3, H, W) in [0, 1]."""
+        """The two images at the size of the frames, (3, H, W) in [0, 1] each."""
         first, last = (fit_to_output(image, self.canvas) for image in self.pair.images)
         return first, last
 
     @cached_property
     def working_images(self) -> torch.Tensor:
-        """The two inputs on their canvas, (2, 3, H, W) in [0, 1]."""
+        """The two images on the canvas, (2, 3, H, W) in [0, 1]."""
         return torch.stack([fit(image, self.canvas) for image in self.pair.images])
 
     @property
     def times(self) -> torch.Tensor:
-        """δ of the frames, (F,)."""
+        """The times δ of the frames, (F,)."""
         return torch.tensor(self.pair.times)
 
     def setting(self, function: Callable, name: str):
-        """The value that an argument of `prepare` or `render` has in this job."""
+        """The value that the argument `name` of `prepare` or `render` has in this case."""
         return self.settings.get(name, inspect.signature(function).parameters[name].default)
 
     def prepared(self, **changes) -> PreparedPair:
-        """The pair prepared, some settings changed. The LoRA is fitted once, for all that have one."""
+        """The prepared pair, with `changes` to the settings.
+
+        Its LoRA is fitted once, with the settings of the case, and shared unless `lora_steps` is among the changes.
+        """
         key = tuple(sorted(changes.items()))
         if key not in self._prepared:
             lora = None if not changes or "lora_steps" in changes else self.prepared().lora
@@ -83,147 +84,150 @@ class Job:
 
     @property
     def importance(self) -> str:
-        """The splat metric that the settings ask for."""
+        """The value of `importance` in this case."""
         return self.setting(self.pipe.render, "importance")
 
     def render(self, prepared: PreparedPair, **changes) -> Result:
-        """Frames of a prepared pair, some settings changed."""
+        """Frames of a prepared pair, with `changes` to the settings, and the pair's flow."""
         settings = accepted(self.pipe.render, self.settings) | changes
         output = self.pipe.render(prepared, times=self.pair.times, output_type="pt", **settings)
         return output.frames[0].float().cpu(), prepared.flow
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures of clean latents (F, C, h, w), at the size of the frames."""
+        """Decode clean latents (F, C, h, w) into pictures at the size of the frames."""
         pictures = torch.cat([self.pipe.decode_latents(latent[None]).cpu() for latent in latents])
         return unfit(pictures, self.canvas)
 
 
 def accepted(function: Callable, settings: Mapping[str, object]) -> dict[str, object]:
-    """Those of the settings that a function has parameters for."""
+    """Those of the settings that are parameters of `function`."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in settings.items() if name in parameters}
 
 
-def ours(job: Job) -> Result:
-    """The pipeline as its settings say."""
-    return job.render(job.prepared())
+def ours(case: EvaluationCase) -> Result:
+    """The pipeline with the settings of the case."""
+    return case.render(case.prepared())
 
 
-def paper(job: Job) -> Result:
-    """What the paper says: features of one block, the bare argmax, importance by brightness constancy."""
+def paper(case: EvaluationCase) -> Result:
+    """Ours with the paper's settings: one block's features, no penalty, no smoothing, photometric importance."""
     settings = PRESETS["paper"]
-    return job.render(job.prepared(**accepted(job.pipe.prepare, settings)), **accepted(job.pipe.render, settings))
+    return case.render(case.prepared(**accepted(case.pipe.prepare, settings)), **accepted(case.pipe.render, settings))
 
 
-def no_penalty(job: Job) -> Result:
-    """Ours with matches as far away as features say."""
-    return job.render(job.prepared(distance_penalty=0))
+def no_penalty(case: EvaluationCase) -> Result:
+    """Ours without the penalty that prefers near matches."""
+    return case.render(case.prepared(distance_penalty=0))
 
 
-def no_smoothing(job: Job) -> Result:
-    """Ours with the bare argmax for its flow."""
-    return job.render(job.prepared(flow_smoothing=0))
+def no_smoothing(case: EvaluationCase) -> Result:
+    """Ours without smoothing of the flow."""
+    return case.render(case.prepared(flow_smoothing=0))
 
 
-def photometric(job: Job) -> Result:
-    """Ours with importance by brightness constancy."""
-    return job.render(job.prepared(), importance="photometric")
+def photometric(case: EvaluationCase) -> Result:
+    """Ours with importance by brightness constancy instead of agreement of the flows."""
+    return case.render(case.prepared(), importance="photometric")
 
 
-def one_block(job: Job) -> Result:
+def one_block(case: EvaluationCase) -> Result:
     """Ours with the features of the paper's up block alone."""
-    return job.render(job.prepared(feature_block=1))
+    return case.render(case.prepared(feature_block=1))
 
 
-def shallow(job: Job) -> Result:
-    """Ours inverted a third as deep."""
-    steps, step = (job.setting(job.pipe.prepare, name) for name in ("inversion_steps", "feature_step"))
+def shallow(case: EvaluationCase) -> Result:
+    """Ours with a third of the inversion steps."""
+    steps, step = (case.setting(case.pipe.prepare, name) for name in ("inversion_steps", "feature_step"))
     steps = max(1, steps // 3)
-    return job.render(job.prepared(inversion_steps=steps, feature_step=min(step, steps)))
+    return case.render(case.prepared(inversion_steps=steps, feature_step=min(step, steps)))
 
 
-def true_flow(job: Job) -> Result:
-    """Ours with the world's flow instead of the matched one: what perfect correspondence would give."""
-    forward, backward = job.pair.motion.flow(0, 1), job.pair.motion.flow(1, 0)
-    return job.render(_with_flow(job, forward, backward))
+def true_flow(case: EvaluationCase) -> Result:
+    """Ours with the true flow instead of the matched flow, which shows what perfect correspondence would give."""
+    forward, backward = case.pair.motion.flow(0, 1), case.pair.motion.flow(1, 0)
+    return case.render(_with_flow(case, forward, backward))
 
 
-def dis(job: Job) -> Result:
-    """Ours with OpenCV's DIS flow between the two images instead of the matched one."""
-    first, last = job.working_images
-    return job.render(_with_flow(job, dis_flow(first, last), dis_flow(last, first)))
+def dis(case: EvaluationCase) -> Result:
+    """Ours with OpenCV's DIS flow between the two images instead of the matched flow."""
+    first, last = case.working_images
+    return case.render(_with_flow(case, dis_flow(first, last), dis_flow(last, first)))
 
 
-def direct(job: Job) -> Result:
-    """Ours with the noisy latents splatted and averaged: no two levels."""
-    return job.render(job.prepared(), fusion="direct")
+def direct(case: EvaluationCase) -> Result:
+    """Ours with the noisy latents splatted and averaged as they are, without two levels."""
+    return case.render(case.prepared(), fusion="direct")
 
 
-def released_fusion(job: Job) -> Result:
-    """Ours with the released code's selection of noise."""
-    return job.render(job.prepared(), fusion="two_level_unwarped")
+def released_fusion(case: EvaluationCase) -> Result:
+    """Ours with noise selected as the authors' released code selects it, without warping."""
+    return case.render(case.prepared(), fusion="two_level_unwarped")
 
 
-def no_attention(job: Job) -> Result:
+def no_attention(case: EvaluationCase) -> Result:
     """Ours without reference attention."""
-    return job.render(job.prepared(), attention_blocks=())
+    return case.render(case.prepared(), attention_blocks=())
 
 
-def no_lora(job: Job) -> Result:
-    """Ours without the pair's LoRA, from inversion on."""
-    return job.render(job.prepared(lora_steps=0))
+def no_lora(case: EvaluationCase) -> Result:
+    """Ours without a LoRA, neither in the inversion nor in the rendering."""
+    return case.render(case.prepared(lora_steps=0))
 
 
-def crossfade(job: Job) -> Result:
-    """The two inputs averaged by time."""
-    delta = job.times.reshape(-1, 1, 1, 1)
-    return torch.lerp(job.ends[0], job.ends[1], delta), None
+def crossfade(case: EvaluationCase) -> Result:
+    """A weighted mean of the two images, without any model."""
+    delta = case.times.reshape(-1, 1, 1, 1)
+    return torch.lerp(case.ends[0], case.ends[1], delta), None
 
 
-def latent_splat(job: Job) -> Result:
-    """The clean latents splatted and averaged like the layout, then decoded: no diffusion."""
-    pair = job.prepared()
-    return job.decode(job.pipe.preview(pair, job.times, job.importance)), pair.flow
+def latent_splat(case: EvaluationCase) -> Result:
+    """The clean latents of the two images splatted, averaged and decoded, without diffusion."""
+    pair = case.prepared()
+    return case.decode(case.pipe.preview(pair, case.times, case.importance)), pair.flow
 
 
-def pixel_splat(job: Job) -> Result:
-    """The same with pixels, in [−1, 1], flow and agreement upsampled bilinearly: no VAE either."""
-    flow = job.prepared().flow
-    pixels = 2 * job.working_images - 1
+def pixel_splat(case: EvaluationCase) -> Result:
+    """The pixels of the two images splatted and averaged, without a VAE and without diffusion.
+
+    Pixels are in [−1, 1]; the matched flow, and where it is asked for its agreement, are upsampled bilinearly.
+    """
+    flow = case.prepared().flow
+    pixels = 2 * case.working_images - 1
     size = pixels.shape[-2:]
     fine = BidirectionalFlow(*(upsampled_flow(part.cpu(), size) for part in (flow.forward, flow.backward)))
-    if job.importance == "agreement":
+    if case.importance == "agreement":
         metric = F.interpolate(agreement_importance(flow).cpu(), size=size, mode="bilinear", align_corners=False)
     else:
         metric = photometric_importance(pixels, fine)
-    frames, _ = fuse_high_level(pixels, fine, metric, job.times)
-    return unfit((frames / 2 + 0.5).clamp(0, 1), job.canvas), flow
+    frames, _ = fuse_high_level(pixels, fine, metric, case.times)
+    return unfit((frames / 2 + 0.5).clamp(0, 1), case.canvas), flow
 
 
-def branching(job: Job) -> Result:
-    """Wang and Golland's interpolation in noise: no flow, no LoRA, no inversion."""
-    steps = job.setting(job.pipe.prepare, "num_inference_steps")
-    latents = branching_slerp(job.pipe, job.working_images, job.pair.prompt, job.pair.times, steps, job.seed)
-    return job.decode(latents), None
+def branching(case: EvaluationCase) -> Result:
+    """Wang and Golland's interpolation in noise, without flow, LoRA or inversion."""
+    steps = case.setting(case.pipe.prepare, "num_inference_steps")
+    latents = branching_slerp(case.pipe, case.working_images, case.pair.prompt, case.pair.times, steps, case.seed)
+    return case.decode(latents), None
 
 
-def vae_of_truth(job: Job) -> Result:
-    """The true frames through the VAE: the most that any method on latents can reach."""
-    truth = torch.stack([fit(frame, job.canvas) for frame in job.pair.truth])
-    return job.decode(job.pipe.encode_images(truth)), None
+def vae_of_truth(case: EvaluationCase) -> Result:
+    """The true frames encoded and decoded by the VAE, which is the most that any method on latents can reach."""
+    truth = torch.stack([fit(frame, case.canvas) for frame in case.pair.truth])
+    return case.decode(case.pipe.encode_images(truth)), None
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method, and what of a pair it needs besides the images: "", "truth" or "motion"."""
+    """A method of interpolation, and what it needs to know of a pair."""
 
-    make: Callable[[Job], Result]
-    needs: str = ""
+    make: Callable[[EvaluationCase], Result]
+    needs: str = ""  # "truth" or "motion" for a method that cannot do without that attribute of a pair
 
     @torch.no_grad()
-    def __call__(self, job: Job) -> Result:
-        """The method's frames of the job's pair, and its flow."""
-        return self.make(job)
+    def __call__(self, case: EvaluationCase) -> Result:
+        """The frames that the method makes of the case, and the flow that it used."""
+        return self.make(case)
 
     def suits(self, pair: Pair) -> bool:
         """Whether the pair has what the method needs."""
@@ -252,9 +256,9 @@ METHODS = {
 }
 
 
-def _with_flow(job: Job, forward: torch.Tensor, backward: torch.Tensor) -> PreparedPair:
-    """The prepared pair with another flow, (1, 2, H, W) each, in pixels of the frames."""
-    pair = job.prepared()
+def _with_flow(case: EvaluationCase, forward: torch.Tensor, backward: torch.Tensor) -> PreparedPair:
+    """The prepared pair with another flow in both directions, given as (1, 2, H, W) each, in pixels of the frames."""
+    pair = case.prepared()
     size = pair.flow.forward.shape[-2:]
     cells = (flow_at_cell_centres(field, size).to(pair.flow.forward) for field in (forward, backward))
     return replace(pair, flow=BidirectionalFlow(*cells))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics of one frame or one flow, each a pure function; docs/evaluation.md says how they add up to a score.
+"""Metrics of one frame or one flow, each a pure function; docs/evaluation.md says how scores are made of them.
 
 Images are (3, H, W) in [0, 1], masks (1, H, W) bool, flows (1, 2, H, W) in pixels of the image they start from.
 """
@@ -12,26 +12,28 @@ from skimage.metrics import structural_similarity
 
 from ..fields import backward_warp
 
-MOST_DECIBELS = 100.0  # what identical images get, so that a mean stays finite
+MOST_DECIBELS = 100.0  # PSNR of identical images, so that a mean over images stays finite
 
 
 def psnr(image: torch.Tensor, truth: torch.Tensor, where: torch.Tensor | None = None) -> float:
     """Peak signal-to-noise ratio in dB, 10 log₁₀(1 / MSE) over all pixels and channels, at most 100.
 
     Args:
-        image: (3, H, W).
-        truth: (3, H, W).
-        where: (1, H, W), the pixels that count. Default: all; NaN if none do.
+        image: the image to judge, (3, H, W).
+        truth: the true image, (3, H, W).
+        where: the pixels that count, (1, H, W); by default all. If no pixel counts, the result is NaN.
     """
     errors = (image.double() - truth.double()).square()
     if where is not None:
         errors = errors[where.expand_as(errors)]
     error = float(errors.mean())
-    return float(-10 * np.log10(max(error, 10 ** (-MOST_DECIBELS / 10))))  # max passes a NaN of its first argument on
+    return float(
+        -10 * np.log10(max(error, 10 ** (-MOST_DECIBELS / 10)))
+    )  # max returns a NaN that is its first argument
 
 
 def ssim(image: torch.Tensor, truth: torch.Tensor) -> float:
-    """Structural similarity in [−1, 1] after Wang et al. 2004: Gaussian window of σ = 1.5, mean over RGB."""
+    """Structural similarity in [−1, 1] by Wang et al. 2004, with a Gaussian window of σ = 1.5, as a mean over RGB."""
     return float(
         structural_similarity(
             image.double().numpy(),
@@ -46,15 +48,15 @@ def ssim(image: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def endpoint_errors(flow: torch.Tensor, truth: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """How far from the truth each pixel ends, in pixels.
+    """Distance of the end of each pixel's flow vector from the end of the true one, in pixels.
 
     Args:
-        flow: (1, 2, H, W).
-        truth: (1, 2, H, W).
-        where: (1, H, W), the n pixels that count.
+        flow: the flow to judge, (1, 2, H, W).
+        truth: the true flow, (1, 2, H, W).
+        where: (1, H, W), true for the n pixels that count.
 
     Returns:
-        (n,).
+        The distances, (n,).
     """
     return (flow - truth)[0].norm(dim=0)[where[0]]
 
@@ -65,26 +67,26 @@ def warping_error(
     """Mean |first(p) − second(p + flow(p))| over pixels and channels, in [0, 1]; the lookup is bilinear.
 
     Args:
-        first: (3, H, W).
-        second: (3, H, W).
-        flow: (1, 2, H, W), from `first` to `second`.
-        where: (1, H, W), the pixels of `first` that count. Default: all; NaN if none do.
+        first: the image whose pixels are followed, (3, H, W).
+        second: the image that they are looked up in, (3, H, W).
+        flow: flow from `first` to `second`, (1, 2, H, W).
+        where: the pixels of `first` that count, (1, H, W); by default all. If no pixel counts, the result is NaN.
     """
     errors = (first - backward_warp(second[None], flow)[0]).abs()
     return float(errors.mean() if where is None else errors[where.expand_as(errors)].mean())
 
 
 def consistent(forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor:
-    """Where a flow and its way back agree, which an occlusion breaks: |F + B|² < 0.01 (|F|² + |B|²) + 0.5.
+    """Where forward and backward flow agree, as they do not at occlusions: |F + B|² < 0.01 (|F|² + |B|²) + 0.5.
 
-    Source: Sundaram, Brox and Keutzer 2010, Eq. (5); a pixel that leaves the frame counts as occluded.
+    Source: Sundaram, Brox and Keutzer 2010, Eq. (5). A pixel whose flow leaves the frame counts as occluded.
 
     Args:
-        forward: F, (1, 2, H, W).
-        backward: B, (1, 2, H, W), looked up where F points.
+        forward: the flow F, (1, 2, H, W).
+        backward: the flow B, (1, 2, H, W), which is looked up where F points.
 
     Returns:
-        (1, H, W) bool.
+        (1, H, W) bool, true where they agree.
     """
     back = backward_warp(torch.cat([backward, torch.ones_like(backward[:, :1])], 1), forward)
     back, inside = back[:, :2], back[:, 2] > 0.999
@@ -94,9 +96,9 @@ def consistent(forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor:
 
 
 def high_frequency_energy(image: torch.Tensor) -> float:
-    """Sum of Fourier amplitudes outside the central half of either axis of the shifted spectrum, mean over RGB.
+    """Sum of the Fourier amplitudes outside the centre of the shifted spectrum, as a mean over RGB.
 
-    The centre kept out is a quarter of the spectrum's area.
+    The centre is half the spectrum along each axis, and so a quarter of its area.
 
     Source: DreamMover (arXiv 2409.09605), Fig. 5.
     """

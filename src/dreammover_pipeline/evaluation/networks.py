@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measuring tools that somebody else trained or wrote: optical flow, LPIPS, FID.
+"""Measuring tools that other people trained or wrote: optical flow, LPIPS and FID.
 
-Nothing is downloaded. Where a library or its weights are missing, a tool is None and `Tools.unavailable` says why.
+Nothing is downloaded. A tool whose library or weights are missing is None, and `Tools.unavailable` says why.
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ import torch.nn.functional as F
 
 from ..media.pictures import picture_of
 
-ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's, in torch.hub's folder of checkpoints, like the others
-RAFT = "raft_large_C_T_SKHT_V2-ff5fadd5.pth"  # torchvision's
-INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's
+# Names of files in torch.hub's folder of checkpoints.
+ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's weights
+RAFT = "raft_large_C_T_SKHT_V2-ff5fadd5.pth"  # torchvision's weights
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's weights
 
-MISSING = (ImportError, OSError, RuntimeError)  # no library; no weights; a library built for another torch
+# What is raised if a library is missing, if its weights are, or if it was built for another torch.
+MISSING = (ImportError, OSError, RuntimeError)
 
 
 @dataclass(frozen=True)
 class Tools:
-    """What metrics measure with.
+    """The tools that metrics measure with.
 
-    `flow` is dense flow from one image (3, H, W) to another, (1, 2, H, W) in pixels; `lpips` is the distance of images
-    (B, 3, H, W) in [0, 1], two by two, (B,); `fid` is the Fréchet distance of two sets of images (3, H, W) in [0, 1];
-    `unavailable` maps the tools that are None to the reasons.
+    `flow` finds the dense flow from one image (3, H, W) to another, (1, 2, H, W) in pixels. `lpips` is the distance of
+    each image of a batch (B, 3, H, W) in [0, 1] from the image at the same place in another batch, (B,). `fid` is the
+    Fréchet distance between two sets of images (3, H, W) in [0, 1]. `unavailable` says of each tool that is None why
+    it is not available.
     """
 
     flow: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -41,13 +44,13 @@ class Tools:
 
 
 def find_tools(flow: str = "dis") -> Tools:
-    """The tools that can be had here without a network.
+    """The tools that are available on this machine, without any download.
 
     Args:
-        flow: one of `FLOWS`, which warping errors are measured by.
+        flow: the name in `FLOWS` of the optical flow that warping errors are measured by.
 
     Raises:
-        RuntimeError: this flow cannot be had.
+        RuntimeError: this optical flow is not available.
     """
     found, unavailable = {}, {}
     for name, load in (("lpips", load_lpips), ("fid", load_fid)):
@@ -66,11 +69,11 @@ def dis_flow(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """OpenCV's DIS optical flow (medium preset, on 8-bit grey) from one image to another.
 
     Args:
-        first: (3, H, W) in [0, 1].
-        second: (3, H, W) in [0, 1].
+        first: the image that the flow starts from, (3, H, W) in [0, 1].
+        second: the image that the flow leads to, (3, H, W) in [0, 1].
 
     Returns:
-        (1, 2, H, W) in pixels.
+        The flow in pixels, (1, 2, H, W).
     """
     grey = [cv2.cvtColor(np.asarray(picture_of(image)), cv2.COLOR_RGB2GRAY) for image in (first, second)]
     flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(*grey, None)  # [H,W,2]
@@ -78,11 +81,13 @@ def dis_flow(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def load_raft() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """RAFT (large, torchvision's `C_T_SKHT_V2` weights), on images resized to multiples of 8 of at least 128 pixels.
+    """Load RAFT (large, torchvision's weights `C_T_SKHT_V2`).
+
+    It sees images resized so that their sides are multiples of 8 and at least 128 pixels.
 
     Raises:
         ImportError: torchvision is missing.
-        OSError: the weights are.
+        OSError: the weights are missing.
     """
     from torchvision.models.optical_flow import raft_large
 
@@ -102,13 +107,13 @@ def load_raft() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
 
 
 def load_lpips() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """LPIPS 0.1 with AlexNet, by torchmetrics.
+    """Load LPIPS 0.1 with AlexNet, by torchmetrics.
 
     Raises:
         ImportError: torchmetrics or torchvision is missing.
-        OSError: the weights are.
+        OSError: the weights are missing.
     """
-    import torchvision  # noqa: F401, torchmetrics' own complaint names another package
+    import torchvision  # noqa: F401, because torchmetrics' own error would name another package
     from torchmetrics.functional.image.lpips import _LPIPS
 
     _weights(ALEXNET)
@@ -122,11 +127,11 @@ def load_lpips() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
 
 
 def load_fid() -> Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], float]:
-    """FID on the 2048 features of the Inception network of 2015, by torchmetrics and torch-fidelity.
+    """Load FID on the 2048 features of the Inception network of 2015, by torchmetrics and torch-fidelity.
 
     Raises:
-        ImportError: a library is missing.
-        OSError: the weights are.
+        ImportError: torchmetrics or torch-fidelity is missing.
+        OSError: the weights are missing.
     """
     import torch_fidelity  # noqa: F401
     from torchmetrics.image.fid import FrechetInceptionDistance
@@ -145,7 +150,7 @@ def load_fid() -> Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], flo
 
 
 def _weights(name: str) -> dict[str, torch.Tensor]:
-    """Weights out of torch.hub's folder, where the libraries look for them before they download."""
+    """Weights from torch.hub's folder of checkpoints, where the libraries look before they download anything."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.is_file():
         raise OSError(f"the weights '{name}' are not in torch.hub's folder of checkpoints, and nothing is downloaded")

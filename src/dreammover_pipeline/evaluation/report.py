@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run as a Markdown report and contact sheets, and two runs compared."""
+"""Reports: a run as Markdown and contact sheets, and the difference between two runs."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ TITLES = {
     "high_frequency": "HF ratio",
 }
 ARROWS = {"higher": "↑", "lower": "↓", "nearer 1": "→1"}
-LABEL = 110  # pixels for the names of methods, left of a sheet
+LABEL = 110  # width in pixels of the column of method names on a sheet
 
 
 def write_report(file: RunFile, tools: Tools) -> Path:
-    """Write `report.md` and `sheets/` beside a run's rows.
+    """Write `report.md` and `sheets/` into the folder of a run.
 
     Args:
         file: the run, finished or not.
-        tools: what is there to measure whole suites with.
+        tools: the measuring tools; FID, where it is available, is measured for whole suites.
 
     Returns:
         The path of the report.
@@ -60,11 +60,11 @@ def write_report(file: RunFile, tools: Tools) -> Path:
 
 
 def markdown(file: RunFile, fid: dict[tuple[str, str], float] | None = None) -> str:
-    """The report: for each suite a table of all methods, and the differences of the others from the first method.
+    """The text of a report: for each suite a table of all methods, and one of the first method minus each other.
 
     Args:
-        file: the run.
-        fid: by (suite, method), where it could be had.
+        file: the run, finished or not.
+        fid: FID by suite and method, where it could be measured.
     """
     header = file.header
     sources = sorted({row["source"] for row in file.rows})
@@ -89,10 +89,16 @@ def markdown(file: RunFile, fid: dict[tuple[str, str], float] | None = None) -> 
 
 
 def compare(first: RunFile, second: RunFile, method: str, other_method: str) -> str:
-    """Markdown of a method of one run minus a method of another (or the same), pair by pair, for each suite.
+    """A Markdown table, one row for each suite, of a method of one run minus a method of another run, pair by pair.
+
+    Args:
+        first: the run with `method`.
+        second: the run with `other_method`; it may be the same run.
+        method: the method whose values count positive.
+        other_method: the method whose values are subtracted.
 
     Raises:
-        ValueError: no suite has a pair that both have, or one's pairs are not the same in both.
+        ValueError: the runs share no pair, or a suite of one name has pairs of another size or number of frames.
     """
     table = {}
     for suite in first.header["suites"]:
@@ -117,7 +123,7 @@ def compare(first: RunFile, second: RunFile, method: str, other_method: str) -> 
 
 
 def suite_fid(file: RunFile, tools: Tools) -> dict[tuple[str, str], float] | None:
-    """FID of all frames of a suite's method to all inputs of the suite, by (suite, method); None without the tool."""
+    """FID between a method's frames and the inputs of a whole suite, by suite and method; None if there is no FID."""
     if tools.fid is None:
         return None
     groups: dict[tuple[str, str], list[dict]] = {}
@@ -129,12 +135,12 @@ def suite_fid(file: RunFile, tools: Tools) -> dict[tuple[str, str], float] | Non
             [image for row in rows for image in _strip(file, row, "inputs", 2)],
         )
         for group, rows in groups.items()
-        if sum(len(row["times"]) for row in rows) > 1  # one image has no covariance
+        if sum(len(row["times"]) for row in rows) > 1  # the covariance of a single image is not defined
     }
 
 
 def pair_sheet(file: RunFile, suite: str, pair: str) -> Image.Image:
-    """All methods' frames of a pair: a row for each, the truth on top where there is one, a column for each time."""
+    """A picture of one pair: the truth, where it is known, and the frames of each method as rows, times as columns."""
     rows = [row for row in file.rows if (row["suite"], row["pair"]) == (suite, pair)]
     times = rows[0]["times"]
     first, last = _strip(file, rows[0], "inputs", 2)
@@ -161,7 +167,7 @@ def _of_suite(file: RunFile, suite: str) -> list[dict]:
 
 
 def _require_same_scenes(suite: str, first: RunFile, second: RunFile) -> None:
-    """How many pairs there are may differ; size and frames, under which a pair of one name is another, may not."""
+    """Raise unless a suite has the same frames and size in both runs; how many pairs it has may differ."""
     one, other = (
         {name: value for name, value in file.header["suites"][suite].items() if name != "pairs"}
         for file in (first, second)
@@ -171,6 +177,7 @@ def _require_same_scenes(suite: str, first: RunFile, second: RunFile) -> None:
 
 
 def _suite_lines(suite: str, rows: Sequence[dict], fid: dict[tuple[str, str], float]) -> list[str]:
+    """The part of a report that is about one suite."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     values = {(m, metric): list(values_by_pair(rows, m, metric).values()) for m in methods for metric in BETTER}
     columns = [metric for metric in BETTER if any(values[m, metric] or (metric == "fid" and fid) for m in methods)]

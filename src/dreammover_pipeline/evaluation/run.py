@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs: every method on every pair, one JSON line each, in a file that survives being killed at any moment."""
+"""Runs: every method on every pair, as lines of JSON in a file that stays valid if the process is killed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..media.pictures import picture_of
 from ..pipeline import DreamMoverPipeline
-from .methods import METHODS, Job
+from .methods import METHODS, EvaluationCase
 from .networks import Tools
 from .scoring import score
 from .suites import Suite
@@ -33,20 +33,17 @@ KEY = ("suite", "pair", "method")
 
 @dataclass
 class RunFile:
-    """The file of a run: its first line says what was run, every further one is a row.
-
-    `header` is that first line, `rows` the further ones so far.
-    """
+    """The file of a run: one line that says what is run, then one line for each method and pair."""
 
     path: Path
-    header: dict
-    rows: list[dict]
+    header: dict  # the first line
+    rows: list[dict]  # all later lines so far
 
     @classmethod
     def start(cls, folder: str | Path, header: Mapping[str, object]) -> RunFile:
-        """Begin a run in a folder, or go on with the one of the same header.
+        """Begin a run in a folder, or go on with a run of the same header that is there.
 
-        A last line that was cut off by a kill is dropped.
+        If the process was killed while it wrote the last line, that line is dropped.
 
         Raises:
             ValueError: the folder holds a run of another header.
@@ -70,7 +67,7 @@ class RunFile:
 
     @classmethod
     def read(cls, folder: str | Path) -> RunFile:
-        """A run to report on, finished or not; the file stays as it is.
+        """Read a run from a folder, finished or not, and leave its file as it is.
 
         Raises:
             ValueError: the folder holds no run.
@@ -83,16 +80,22 @@ class RunFile:
         return cls(path, lines[0], lines[1:])
 
     def append(self, row: dict) -> None:
-        """Add a row; it is on disk when this returns, whole or, after a kill, not at all."""
+        """Add a row. When this returns, the row is on the disk; after a kill it is there as a whole or not at all."""
         self._append_line(row)
         self.rows.append(row)
 
     def done(self) -> set[tuple[str, str, str]]:
-        """(suite, pair, method) of all rows."""
+        """Suite, pair and method of every row."""
         return {tuple(row[name] for name in KEY) for row in self.rows}
 
     def strip(self, suite: str, pair: str, row: str) -> Path:
-        """Where frames of a pair are kept side by side: a method's, or `truth`, or `inputs`."""
+        """Path of the picture that holds frames of a pair side by side.
+
+        Args:
+            suite: the name of the suite.
+            pair: the name of the pair.
+            row: the name of the method that made the frames, or "truth" or "inputs".
+        """
         return self.path.parent / "frames" / suite / pair / f"{row}.png"
 
     def _append_line(self, record: dict) -> None:
@@ -104,7 +107,7 @@ class RunFile:
 
 
 def _whole_lines(path: Path) -> list[dict]:
-    """The records of a file, cut after its last whole line."""
+    """Read the lines of a run's file; whatever follows its last whole line is cut off the file."""
     if not path.is_file():
         return []
     content = path.read_bytes()
@@ -123,7 +126,7 @@ def header(
     flow: str,
     tools: Tools,
 ) -> dict:
-    """What decides a run's figures, and with what they were made."""
+    """What decides the figures of a run, and the versions and device that they are made with."""
     return {
         "model": model,
         "weights": _digest_of_weights(pipe),
@@ -150,59 +153,60 @@ def run(
     tools: Tools,
     quiet: bool = False,
 ) -> None:
-    """Add the rows that a run still lacks; each frame is rounded to 8 bits, kept, and measured as kept.
+    """Add the rows that a run still lacks. Frames are rounded to 8 bits, written, and measured as they were written.
 
     Args:
-        pipe: its progress bars are the caller's business.
-        suites: as in the file's header.
-        methods: names in `METHODS`; those a pair has not the truth for are left out.
-        file: where rows go; rows it has are not made again.
-        tools: what to measure with.
-        quiet: show no progress bar.
+        pipe: the pipeline to evaluate; the caller decides whether it shows progress bars.
+        suites: the suites that the file's header names.
+        methods: names in `METHODS`; a method is left out for pairs that lack the truth it needs.
+        file: the run to add rows to; rows that it has are not made again.
+        tools: the tools to measure with.
+        quiet: whether to hide the progress bar.
     """
     done = file.done()
-    jobs = [(suite, name) for suite in suites for name in suite.pairs]
+    pairs = [(suite, name) for suite in suites for name in suite.pairs]
     source = _digest_of_source()
-    with tqdm(total=len(jobs) * len(methods), desc="Evaluating", disable=quiet) as bar:
-        for suite, name in jobs:
+    with tqdm(total=len(pairs) * len(methods), desc="Evaluating", disable=quiet) as bar:
+        for suite, name in pairs:
             missing = [method for method in methods if (suite.name, name, method) not in done]
             bar.update(len(methods) - len(missing))
             if not missing:
                 continue
-            job = Job(pipe, suite.load(name), file.header["seed"], file.header["settings"])
-            _keep_inputs(job, file, suite.name)
+            case = EvaluationCase(pipe, suite.load(name), file.header["seed"], file.header["settings"])
+            _keep_inputs(case, file, suite.name)
             for method in missing:
                 bar.set_postfix_str(f"{suite.name} {name} {method}")
-                if METHODS[method].suits(job.pair):
-                    file.append(_row(job, method, file, suite.name, tools) | {"source": source})
+                if METHODS[method].suits(case.pair):
+                    file.append(_row(case, method, file, suite.name, tools) | {"source": source})
                 bar.update()
 
 
-def _row(job: Job, method: str, file: RunFile, suite: str, tools: Tools) -> dict:
-    start, preparing = time.perf_counter(), job.preparing_seconds
-    frames, flow = METHODS[method](job)
-    seconds = time.perf_counter() - start - (job.preparing_seconds - preparing)
-    path = file.strip(suite, job.pair.name, method)
+def _row(case: EvaluationCase, method: str, file: RunFile, suite: str, tools: Tools) -> dict:
+    """Run a method on a case, write its frames, and measure them."""
+    start, preparing = time.perf_counter(), case.preparing_seconds
+    frames, flow = METHODS[method](case)
+    seconds = time.perf_counter() - start - (case.preparing_seconds - preparing)
+    path = file.strip(suite, case.pair.name, method)
     write_strip(frames, path)
-    frames = read_strip(path, len(job.pair.times))
+    frames = read_strip(path, len(case.pair.times))
     return {
         "suite": suite,
-        "pair": job.pair.name,
+        "pair": case.pair.name,
         "method": method,
-        "times": list(job.pair.times),
+        "times": list(case.pair.times),
         "seconds": round(seconds, 3),
-        "metrics": score(job.pair, job.ends, frames, flow, job.canvas, tools),
+        "metrics": score(case.pair, case.ends, frames, flow, case.canvas, tools),
     }
 
 
-def _keep_inputs(job: Job, file: RunFile, suite: str) -> None:
-    write_strip(torch.stack(job.ends), file.strip(suite, job.pair.name, "inputs"))
-    if job.pair.truth is not None:
-        write_strip(job.pair.truth, file.strip(suite, job.pair.name, "truth"))
+def _keep_inputs(case: EvaluationCase, file: RunFile, suite: str) -> None:
+    write_strip(torch.stack(case.ends), file.strip(suite, case.pair.name, "inputs"))
+    if case.pair.truth is not None:
+        write_strip(case.pair.truth, file.strip(suite, case.pair.name, "truth"))
 
 
 def write_strip(frames: torch.Tensor, path: Path) -> None:
-    """Write frames (F, 3, H, W) side by side as one 8-bit picture, which appears whole or not at all."""
+    """Write frames (F, 3, H, W) side by side as one 8-bit picture, which is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     picture_of(torch.cat(list(frames), -1)).save(partial, format="png")
@@ -224,7 +228,7 @@ def _version(name: str) -> str | None:
 
 
 def _digest_of_source() -> str:
-    """Of the package's modules, so that a run says which code made it."""
+    """A digest of the package's modules, so that each row says which code made it."""
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -233,6 +237,7 @@ def _digest_of_source() -> str:
 
 
 def _digest_of_weights(pipe: DreamMoverPipeline) -> str:
+    """A digest of all weights of a pipeline's models, so that a run says which model it is of."""
     digest = hashlib.sha256()
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         for name, value in sorted(part.state_dict().items()):

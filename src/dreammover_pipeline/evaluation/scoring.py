@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All metrics of one method's frames of one pair."""
+"""All metrics of the frames that one method made of one pair."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .metrics import (
 from .networks import Tools
 from .suites import Pair
 
-# Which way is better, in the order of the report's columns; `fid` belongs to a whole suite, not to a pair.
+# For each metric, in the order of the report's columns, which values are better. `fid` belongs to a whole suite.
 BETTER = {
     "psnr": "higher",
     "psnr_mid": "higher",
@@ -53,18 +53,18 @@ def score(
     canvas: Canvas,
     tools: Tools,
 ) -> dict[str, float | None]:
-    """Every metric that this pair and these tools allow.
+    """Every metric that the pair and the tools allow.
 
     Args:
-        pair: what was interpolated, and its truth if there is one.
-        ends: the two inputs at the size of the frames, (3, H, W) each.
-        frames: (F, 3, H, W) at `pair.times`.
-        flow: the flow the frames were made with, where there was one.
-        canvas: where the pair sat while the models saw it.
-        tools: the networks and the flow estimator.
+        pair: the pair that was interpolated, with its truth where that is known.
+        ends: the two images at the size of the frames, (3, H, W) each.
+        frames: the frames at `pair.times`, (F, 3, H, W).
+        flow: the flow that the frames were made with, if they were made with one.
+        canvas: the canvas that the pair was fitted to for the models.
+        tools: the optical flow and the networks to measure with.
 
     Returns:
-        By the names in `BETTER` without `fid`; None where a metric does not apply or is not available.
+        A value for each name in `BETTER` except `fid`; None for a metric that does not apply or is not available.
     """
     found = {
         **_against_truth(pair, frames, tools),
@@ -76,21 +76,23 @@ def score(
 
 
 def middle(times: Sequence[float]) -> int:
-    """The index of the frame nearest to the middle, the earlier one of two."""
+    """Index of the frame whose time is nearest to 0.5; if two are as near, the earlier one."""
     return min(range(len(times)), key=lambda i: (abs(times[i] - 0.5), i))
 
 
 def _number(value: float | None) -> float | None:
+    """A value as it is written to a run: None if it is missing or not finite."""
     return None if value is None or not math.isfinite(value) else value
 
 
 def _mean(values: Sequence[float]) -> float:
-    """The mean of what is defined."""
+    """The mean of all finite values; NaN if there are none."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
 
 
 def _all_and_mid(name: str, values: Sequence[float], times: Sequence[float]) -> dict[str, float]:
+    """A metric as a mean over all frames and for the middle frame alone."""
     return {name: _mean(values), f"{name}_mid": values[middle(times)]}
 
 
@@ -125,7 +127,11 @@ def _flow_errors(pair: Pair, flow: BidirectionalFlow | None, canvas: Canvas) -> 
 
 
 def _steps(pair: Pair, ends: Sequence[torch.Tensor], frames: torch.Tensor) -> tuple[list, list]:
-    """What warping errors compare, as ((time, image), (time, image)): all neighbours, and the middle with the ends."""
+    """The pairs of (time, image) that warping errors compare.
+
+    Returns:
+        All pairs of neighbours in time, the two inputs included; and the middle frame with each of the two inputs.
+    """
     moments = [(0.0, ends[0]), *zip(pair.times, frames, strict=True), (1.0, ends[1])]
     centre = moments[1 + middle(pair.times)]
     return list(pairwise(moments)), [(centre, moments[0]), (centre, moments[-1])]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Means over pairs with bootstrap intervals, and paired differences."""
+"""Means over pairs with bootstrap intervals, and differences of two methods pair by pair."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES, SEED = 10_000, 0
-# With fewer pairs, five of one sign happen by chance more often than once in twenty.
+# With fewer pairs, differences that all have one sign happen by chance more often than once in twenty.
 FEWEST_PAIRS = 6
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `count` pairs, and where it lies in 95 % of bootstrap resamples of them; NaN for a single pair."""
+    """A mean over `count` pairs, and its 95 % bootstrap interval from `low` to `high`, both NaN for a single pair."""
 
     mean: float
     low: float
@@ -31,12 +31,12 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the whole interval is on one side of zero, and there are enough pairs to trust it."""
+        """Whether the whole interval is on one side of zero and there are enough pairs to trust it."""
         return self.count >= FEWEST_PAIRS and (self.low > 0 or self.high < 0)
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and percentile bootstrap interval (10,000 resamples, fixed seed).
+    """The mean of values and its percentile bootstrap interval, from 10,000 resamples with a fixed seed.
 
     Raises:
         ValueError: there are no values.
@@ -52,7 +52,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def values_by_pair(rows: Iterable[Mapping], method: str, metric: str) -> dict[tuple[str, str], float]:
-    """A metric of a method by (suite, pair), where it is there."""
+    """Values of a metric of one method, by suite and pair; pairs without a value are left out."""
     return {
         (row["suite"], row["pair"]): row["metrics"][metric]
         for row in rows
@@ -61,7 +61,7 @@ def values_by_pair(rows: Iterable[Mapping], method: str, metric: str) -> dict[tu
 
 
 def paired_difference(first: Mapping[object, float], second: Mapping[object, float]) -> Estimate | None:
-    """first − second over the pairs that both have; None if there are none."""
+    """The mean of first − second over the pairs that both have; None if they share no pair."""
     shared = sorted(first.keys() & second.keys())
     return estimate([first[key] - second[key] for key in shared]) if shared else None
 

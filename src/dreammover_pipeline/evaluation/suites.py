@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs to evaluate on: the world's, whose truth is known, and folders of pictures."""
+"""Pairs to evaluate on: pairs of the drawn world, whose truth is known, and folders of pictures."""
 
 from __future__ import annotations
 
@@ -16,58 +16,55 @@ from ..images import load_images
 from ..inputs import frame_times
 from ..tiny.world import DIFFICULTIES, World
 
-TRUTH = re.compile(r"0\.\d+\.png")
-# Far from the small numbers a training run is likely to be seeded with.
+TRUTH = re.compile(r"0\.\d+\.png")  # file names of true in-between frames, such as 0.250.png
+# Scenes are seeded from here, far from the small numbers that a training is likely to be seeded with.
 WORLD_SEED = 1_000_000
 
 
 class Motion(Protocol):
-    """What a scene knows of its motion; `Scenes` of one scene is one. Times are in [0, 1]."""
+    """The true motion of one scene, at times in [0, 1]; `Scenes` of a single scene is one."""
 
     def flow(self, source: float, target: float) -> torch.Tensor:
-        """(1, 2, H, W) in pixels, at the pixels of the source."""
+        """Flow from the image at `source` to the image at `target`, (1, 2, H, W) in pixels."""
 
     def visible(self, source: float, target: float) -> torch.Tensor:
-        """(1, 1, H, W) bool."""
+        """Which pixels of the image at `source` are visible at `target`, (1, 1, H, W) bool."""
 
     def foreground(self, time: float) -> torch.Tensor:
-        """(1, 1, H, W) bool."""
+        """Which pixels show something that moves, (1, 1, H, W) bool."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Two images to interpolate: (3, H, W) in [0, 1], what they show, the times δ of the frames asked for.
-
-    `truth` holds the true frames (F, 3, H, W) at these times, `motion` how everything moves; None where unknown.
-    """
+    """Two images to interpolate, and what is known of them."""
 
     name: str
-    images: tuple[torch.Tensor, torch.Tensor]
-    prompt: tuple[str, str]
-    times: tuple[float, ...]
-    truth: torch.Tensor | None = None
-    motion: Motion | None = None
+    images: tuple[torch.Tensor, torch.Tensor]  # (3, H, W) in [0, 1] each
+    prompt: tuple[str, str]  # what the first and the last image show
+    times: tuple[float, ...]  # δ of the frames that are asked for
+    truth: torch.Tensor | None = None  # the true frames at these times, (F, 3, H, W); None if they are not known
+    motion: Motion | None = None  # how everything moves; None if that is not known
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Pairs by name, made when asked for; `parameters` are what else decides them."""
+    """Named pairs, each of which is made when it is asked for."""
 
     name: str
-    pairs: tuple[str, ...]
-    load: Callable[[str], Pair]
-    parameters: Mapping[str, object] = field(default_factory=dict)
+    pairs: tuple[str, ...]  # the names of the pairs
+    load: Callable[[str], Pair]  # makes the pair of a name
+    parameters: Mapping[str, object] = field(default_factory=dict)  # what decides a pair apart from its name
 
 
 def world_suite(difficulty: str, pairs: int, n_frames: int, size: int, seed: int = 0) -> Suite:
-    """Pairs of the procedural world, with their truth.
+    """A suite of pairs of the drawn world, with their truth.
 
     Args:
-        difficulty: one of the world's.
-        pairs: how many.
-        n_frames: frames between the two, at i / (n_frames + 1).
-        size: pixels a side.
-        seed: another one gives other scenes.
+        difficulty: one of the world's `DIFFICULTIES`.
+        pairs: number of pairs.
+        n_frames: number of frames between the two images, at times i / (n_frames + 1).
+        size: side of the images in pixels.
+        seed: decides the scenes; different seeds give different scenes.
     """
     world, times = World(size=size), frame_times(n_frames, None)
 
@@ -81,18 +78,19 @@ def world_suite(difficulty: str, pairs: int, n_frames: int, size: int, seed: int
 
 
 def folder_suite(folder: str | Path, n_frames: int, pairs: int | None = None) -> Suite:
-    """Pairs out of a folder that holds a folder for each, `name/0.png` and `name/1.png`.
+    """A suite of the pairs in a folder, each in a folder of its own, as `name/0.png` and `name/1.png`.
 
-    In-between frames beside them, named by their time as in `0.250.png`, are the truth, and then exactly these are
-    asked for. `name/prompt.txt` says what the images show, in one line or, where they differ, in two.
+    In-between frames beside them, named by their time as in `0.250.png`, are the truth; where there are such frames,
+    exactly their times are asked for. `name/prompt.txt` says what the images show, in one line for both or in two
+    lines, one for each.
 
     Args:
-        folder: where the pairs are.
-        n_frames: frames asked for where there is no truth, at i / (n_frames + 1).
-        pairs: only the first so many, by name.
+        folder: the folder that holds the folders of the pairs.
+        n_frames: number of frames asked for of pairs without truth, at times i / (n_frames + 1).
+        pairs: largest number of pairs to take, in the order of their names; None takes all.
 
     Raises:
-        ValueError: there is no pair, or one is not laid out like this.
+        ValueError: the folder holds no pair, or a pair is not laid out in this way.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -110,10 +108,10 @@ def folder_suite(folder: str | Path, n_frames: int, pairs: int | None = None) ->
 
 
 def find_suites(names: Sequence[str], pairs: int, n_frames: int, size: int, seed: int = 0) -> list[Suite]:
-    """The suites of these names: the world's difficulties, and folders.
+    """The suites of these names, each a difficulty of the drawn world or the path of a folder of pairs.
 
     Raises:
-        ValueError: one is neither, or two have one name.
+        ValueError: a name is neither a difficulty nor a folder of pairs, or two suites have the same name.
     """
     suites = [
         world_suite(name, pairs, n_frames, size, seed) if name in DIFFICULTIES else folder_suite(name, n_frames, pairs)

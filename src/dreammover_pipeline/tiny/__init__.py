@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded checkpoint: Stable Diffusion's architecture at 128 px, to run the whole method offline in seconds."""
+"""The embedded checkpoint, a small Stable Diffusion at 128 px that runs the whole method offline in seconds.
+
+Beside it are the drawn world that it was trained on, and the program that trained it.
+"""
 
 from pathlib import Path
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
-"""Folder in plain diffusers layout; `DreamMoverPipeline.from_pretrained(CHECKPOINT)` loads it."""
+"""The checkpoint's folder, in plain diffusers layout; `DreamMoverPipeline.from_pretrained(CHECKPOINT)` loads it."""

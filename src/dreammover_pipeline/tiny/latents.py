@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training images as the UNet sees them: latents in shards, and captions as tokens."""
+"""The UNet's training data: every image encoded into a latent, in shards, and every caption as tokens."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .models import WORDS, build_tokenizer
 from .recipes import Recipe, draw_images, from_bytes, seed_of
 from .trainer import write_state
 
-SHORTENED = 8  # one caption in so many says nothing of the background
+SHORTENED = 8  # one caption in so many leaves the background out
 
 
 class LatentShards:
-    """The UNet's training images, encoded once: with thousands of samples a second, drawing anew would be the brake.
+    """Latents of the UNet's training images, encoded once, because drawing images anew would slow the training down.
 
-    Shards are files in a folder of their own. They follow from the recipe and the autoencoder, so they need not be
-    copied along with the states: what is missing is made again.
+    Shards are files in a folder. They are decided by the recipe and the autoencoder, so they need not be copied along
+    with the states of the training: a shard that is missing is made again.
 
     Args:
-        recipe: says how many.
-        folder: of the shards.
+        recipe: the recipe of the training, which says how many images there are.
+        folder: the folder that the shards are kept in.
         vae: the finished autoencoder.
-        vae_step: how long it was trained; shards of another are replaced.
+        vae_step: number of steps that the autoencoder was trained for; shards made at another number are replaced.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, vae: AutoencoderKL, vae_step: int):
@@ -37,7 +37,11 @@ class LatentShards:
         self.tokenizer = build_tokenizer(WORDS, recipe.sizes.tokens)
 
     def make(self, deadline: float) -> bool:
-        """Make the shards that are missing; whether all are there, or the time was up before."""
+        """Make the shards that are missing, until `deadline` on the clock of `time.monotonic`.
+
+        Returns:
+            Whether all shards are there now; otherwise the time was up.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         numbers = range(self.recipe.images // self.recipe.shard)
         for number in tqdm(numbers, desc="latents", unit="shard"):
@@ -49,7 +53,7 @@ class LatentShards:
         return True
 
     def load(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """All latents (N, C, h, w) float16, scaled, and their captions' tokens (N, L)."""
+        """All scaled latents, (N, C, h, w) float16, and the tokens of all captions, (N, L)."""
         files = [self._file(number) for number in range(self.recipe.images // self.recipe.shard)]
         shards = [torch.load(file) for file in files]
         latents, tokens = (torch.cat([shard[key] for shard in shards]) for key in ("latents", "tokens"))
@@ -75,6 +79,6 @@ class LatentShards:
 
 
 def tokenized(tokenizer, captions: list[str]) -> Tensor:
-    """(B, L) int16, padded to the longest prompt there may be."""
+    """Tokens of captions, (B, L) int16, padded to the length of the longest prompt that the tokenizer allows."""
     ids = tokenizer(captions, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
     return ids.input_ids.to(torch.int16)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoint's models: Stable Diffusion's architecture at any size, and its folder in diffusers' layout."""
+"""The embedded checkpoint's models, untrained, in any size, and the writing of a checkpoint in diffusers' layout."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from .world import World
 
 SCALING_FACTOR = 0.18215  # Stable Diffusion 1.5's
-GROUPS = 8  # of all group norms
+GROUPS = 8  # number of groups in every group norm
 _ALL = World()
 WORDS = ("a", "and", "over", "background", *_ALL.kinds, *_ALL.textures, *_ALL.colours, *_ALL.backgrounds)
-"""Every word of the world's captions, each a token of its own; other words fall into letters."""
+"""Every word of the world's captions. Each becomes one token; any other word is split into letters."""
 END_OF_WORD = "</w>"
 
 
@@ -30,12 +30,17 @@ END_OF_WORD = "</w>"
 class Sizes:
     """How large the models are."""
 
-    vae_channels: tuple[int, ...] = (16, 32, 64)  # three levels: a latent cell is 4 × 4 pixels
-    unet_channels: tuple[int, int, int, int] = (32, 64, 128, 128)  # from the latent grid down to an eighth of it
-    heads: tuple[int, int, int, int] = (2, 4, 4, 4)  # of attention, per level
+    vae_channels: tuple[int, ...] = (16, 32, 64)  # three levels, so that a latent cell is 4 × 4 pixels
+    unet_channels: tuple[int, int, int, int] = (
+        32,
+        64,
+        128,
+        128,
+    )  # channels at the latent grid, at half, a quarter and an eighth of it
+    heads: tuple[int, int, int, int] = (2, 4, 4, 4)  # attention heads at each level
     text_width: int = 64
     text_layers: int = 2
-    tokens: int = 24  # of a prompt, its two ends included
+    tokens: int = 24  # longest prompt, its start token and end token included
 
 
 def build_vae(sizes: Sizes, pixels: int) -> AutoencoderKL:
@@ -53,7 +58,10 @@ def build_vae(sizes: Sizes, pixels: int) -> AutoencoderKL:
 
 
 def build_unet(sizes: Sizes, pixels: int) -> UNet2DConditionModel:
-    """An untrained UNet with SD 1.5's block types: attention at the latent grid, at half and at a quarter of it."""
+    """An untrained UNet with Stable Diffusion 1.5's block types.
+
+    It has attention at the latent grid, at half and at a quarter of its resolution, for images of `pixels` a side.
+    """
     return UNet2DConditionModel(
         sample_size=pixels // 2 ** (len(sizes.vae_channels) - 1),
         block_out_channels=sizes.unet_channels,
@@ -67,7 +75,7 @@ def build_unet(sizes: Sizes, pixels: int) -> UNet2DConditionModel:
 
 
 def build_text_encoder(sizes: Sizes, tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """An untrained CLIP text encoder for that tokenizer."""
+    """An untrained CLIP text encoder for the tokens of `tokenizer`."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -85,7 +93,7 @@ def build_text_encoder(sizes: Sizes, tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """A DDIM with SD 1.5's noise schedule."""
+    """A DDIM scheduler with Stable Diffusion 1.5's noise schedule."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -97,18 +105,18 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_tokenizer(words: Iterable[str], tokens: int) -> CLIPTokenizer:
-    """A CLIP tokenizer to which each of the words is one token.
+    """A CLIP tokenizer for which each of the words is one token.
 
     Args:
-        words: of lower-case ASCII letters.
-        tokens: longest prompt, its two ends included.
+        words: words of lower-case ASCII letters.
+        tokens: length of the longest prompt, its start token and end token included.
     """
     vocabulary, merges = _vocabulary(words)
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=tokens)
 
 
 def _vocabulary(words: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Ids of all tokens, and the byte-pair merges that make words of letters."""
+    """The number of each token, and the byte-pair merges that make words out of letters."""
     merges = _merges(words)
     characters = "!',-.0123456789?abcdefghijklmnopqrstuvwxyz"
     singles = [*characters, *(character + END_OF_WORD for character in characters)]
@@ -117,7 +125,7 @@ def _vocabulary(words: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, s
 
 
 def _merges(words: Iterable[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, the most frequent pair first, until every word is whole."""
+    """Byte-pair merges, each of the most frequent pair at that point, until every word is one token."""
     pieces = [[*word[:-1], word[-1] + END_OF_WORD] for word in sorted(set(words))]
     merges = []
     while pairs := Counter(pair for word in pieces for pair in itertools.pairwise(word)):
@@ -132,13 +140,13 @@ def _merges(words: Iterable[str]) -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
-    """Give each latent channel mean 0 and, times the scaling factor, variance 1, by changing the quant convolutions.
+    """Give each channel of the scaled latents mean 0 and variance 1, by changing the quant convolutions.
 
-    What the autoencoder makes of an image stays the same.
+    Reconstructions of images stay the same.
 
     Args:
-        vae: changed in place.
-        images: (B, 3, H, W) in [-1, 1], to measure on.
+        vae: the autoencoder, which is changed in place.
+        images: (B, 3, H, W) in [-1, 1], whose latents are measured.
     """
     channels = vae.config.latent_channels
     means = torch.cat([vae.encode(part).latent_dist.mean for part in images.split(32)])
@@ -146,13 +154,13 @@ def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
     quant, post = vae.quant_conv, vae.post_quant_conv
     quant.weight[:channels] /= spread[:, None, None, None]
     quant.bias[:channels] = (quant.bias[:channels] - shift) / spread
-    quant.bias[channels:] -= 2 * spread.log()  # log variances of the same latents
+    quant.bias[channels:] -= 2 * spread.log()  # the second half of the channels holds log variances
     post.bias += post.weight[:, :, 0, 0] @ shift
     post.weight *= spread[:, None, None]
 
 
 def initialised(build, seed: int) -> nn.Module:
-    """What `build()` makes when random weights come from the seed; the caller's random state is left alone."""
+    """What `build()` returns if random weights come from `seed`; torch's global random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
@@ -162,11 +170,11 @@ def save_checkpoint(folder: Path, vae: nn.Module, unet: nn.Module, text_encoder:
     """Write a float16 checkpoint that `StableDiffusionPipeline.from_pretrained` loads.
 
     Args:
-        folder: made if need be.
-        vae: as the next two, converted to float16 in place.
-        unet: the noise predictor.
-        text_encoder: of its prompts.
-        tokenizer: the text encoder's.
+        folder: the folder to write to, which is made if it is missing.
+        vae: the autoencoder, which is converted to float16 in place.
+        unet: the noise predictor, which is converted to float16 in place.
+        text_encoder: the encoder of prompts, which is converted to float16 in place.
+        tokenizer: the tokenizer that goes with the text encoder.
     """
     pipeline = StableDiffusionPipeline(
         vae.half(),
@@ -179,30 +187,33 @@ def save_checkpoint(folder: Path, vae: nn.Module, unet: nn.Module, text_encoder:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
-    # transformers writes tokenizer.json alone; these two are what every other reader of CLIP tokenizers wants
+    # transformers writes tokenizer.json alone; other readers of CLIP tokenizers need vocab.json and merges.txt
     model = json.loads((folder / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     merges = ["#version: 0.2", *(pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])]
     (folder / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
     (folder / "tokenizer" / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
-    _use_names_of_old(folder / "text_encoder" / "model.safetensors")
-    # transformers loads in the dtype that is written here, diffusers in float32: without `dtype=` they would differ
+    _restore_weight_names(folder / "text_encoder" / "model.safetensors")
+    # transformers loads in the dtype written in this file, diffusers in float32; without `dtype=` they must agree
     _edit_json(folder / "text_encoder" / "config.json", {"dtype": "float32"})
     for part in ("vae", "unet", "scheduler"):
         for file in (folder / part).glob("*config.json"):
             _edit_json(file, {})
     _edit_json(folder / "model_index.json", {})
     for file in folder.glob("*/*.safetensors"):
-        file.chmod(0o644)  # some are written for their owner alone, and would be installed like that
+        file.chmod(0o644)  # some are written readable by their owner alone, and would be installed so
 
 
-def _use_names_of_old(file: Path) -> None:
-    """Put back the prefix that transformers 5.23 leaves out; without it 5.5 takes random weights instead, silently."""
+def _restore_weight_names(file: Path) -> None:
+    """Put back the prefix of weight names that transformers 5.23 leaves out.
+
+    Where the prefix is missing, transformers 5.5 silently uses random weights.
+    """
     weights = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})
 
 
 def _edit_json(file: Path, changes: dict) -> None:
-    """Set some keys of a configuration, and take out where the model was loaded from."""
+    """Set some keys of a JSON configuration, and remove the path that the model was loaded from."""
     config = json.loads(file.read_text(encoding="utf-8")) | changes
     config.pop("_name_or_path", None)
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the checkpoint is trained: Muon for the weight matrices, AdamW for the rest, and a moving average of both."""
+"""Optimizers of the training: Muon for weight matrices, AdamW for all else, and a moving average of the weights."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor, nn
 
 ENDS = ("conv_in", "conv_out", "quant_conv", "post_quant_conv")
-"""Convolutions to and from pixels or latents; their few channels are what they are, not directions to even out."""
+"""Convolutions to and from pixels or latents. Muon, which evens out directions, does not suit their few channels."""
 MOMENTUM = 0.95
-WARM_UP = 20  # steps
+WARM_UP = 20  # steps over which the learning rate rises
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
     """Push all singular values of each matrix towards 1, by five Newton–Schulz iterations in bfloat16.
 
-    X ← aX + b(XXᵀ)X + c(XXᵀ)²X, whose steep polynomial brings every singular value into about [0.7, 1.2].
+    X ← aX + b(XXᵀ)X + c(XXᵀ)²X, a steep polynomial that brings every singular value into about [0.7, 1.2].
 
     Source: Muon, https://kellerjordan.github.io/posts/muon.
 
     Args:
-        matrices: (n, rows, columns), none of them zero.
+        matrices: (n, rows, columns), none of which is zero.
 
     Returns:
         (n, rows, columns) bfloat16.
@@ -30,7 +30,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    x = (x.mT if tall else x).bfloat16()  # the smaller Gram matrix of the two
+    x = (x.mT if tall else x).bfloat16()  # so that the smaller of the two Gram matrices is computed
     for _ in range(5):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -38,13 +38,13 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Which parameters Muon trains and which AdamW does.
+    """Split a model's parameters between the two optimizers.
 
-    AdamW has vectors (norms, biases), embeddings, and the convolutions named in `ENDS`; Muon every other matrix or
-    convolution.
+    AdamW trains vectors (norms and biases), embeddings, and the convolutions named in `ENDS`. Muon trains every other
+    matrix or convolution.
 
     Returns:
-        (those of Muon, those of AdamW).
+        The parameters that Muon trains, and the parameters that AdamW trains.
     """
     muon, adamw = [], []
     for path, module in model.named_modules():
@@ -56,11 +56,11 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 class MuonAdamW:
-    """Both optimizers as one. Matrices of equal shape take their step together, in few large products.
+    """Muon and AdamW as one optimizer. Muon treats matrices of equal shape together, in few large products.
 
     Args:
-        model: whose parameters are trained.
-        muon_rate: peak learning rate of Muon; a step changes a weight by about 0.2 of it, root mean square.
+        model: the model whose parameters are trained.
+        muon_rate: peak learning rate of Muon; a step changes weights by about 0.2 of the rate, as a root mean square.
         adamw_rate: peak learning rate of AdamW.
     """
 
@@ -70,23 +70,23 @@ class MuonAdamW:
         for parameter in muon:
             by_shape[parameter.flatten(1).shape].append(parameter)
         self.groups = list(by_shape.values())
-        # Half the size in bfloat16, which the iterations below use anyway.
+        # bfloat16 takes half the memory of float32, and `orthogonalise` computes in it anyway.
         self.momenta = [torch.zeros_like(_stack(group), dtype=torch.bfloat16) for group in self.groups]
         self.muon_rate, self.adamw_rate = muon_rate, adamw_rate
         self.adamw = torch.optim.AdamW(adamw, lr=adamw_rate, betas=(0.9, 0.99), weight_decay=0.0)
 
     @torch.no_grad()
     def step(self, factor: float) -> None:
-        """Take one step along the gradients and clear them.
+        """Change the parameters by one step against their gradients, and clear the gradients.
 
         Args:
-            factor: of the peak learning rates, in [0, 1].
+            factor: the learning rates as a share of their peaks, in [0, 1].
         """
         for group, momentum in zip(self.groups, self.momenta, strict=True):
             gradient = torch.stack([parameter.grad.flatten(1) for parameter in group])
             running = momentum.float().lerp_(gradient, 1 - MOMENTUM)
             momentum.copy_(running)
-            update = orthogonalise(gradient.lerp_(running, MOMENTUM))  # Nesterov
+            update = orthogonalise(gradient.lerp_(running, MOMENTUM))  # Nesterov momentum
             rate = factor * self.muon_rate * 0.2 * max(update.shape[1:]) ** 0.5
             for parameter, change in zip(group, update, strict=True):
                 parameter.sub_(rate * change.float().view_as(parameter))
@@ -96,28 +96,28 @@ class MuonAdamW:
         self.adamw.zero_grad()
 
     def state_dict(self) -> dict:
-        """All that steps depend on apart from the parameters."""
+        """Everything apart from the parameters that later steps depend on."""
         return {"momenta": self.momenta, "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from what `state_dict` returned, on any device."""
+        """Go on from what `state_dict` returned, on whatever device that was."""
         for momentum, saved in zip(self.momenta, state["momenta"], strict=True):
             momentum.copy_(saved)
         self.adamw.load_state_dict(state["adamw"])
 
 
 def _stack(parameters: list[nn.Parameter]) -> Tensor:
-    """(n, rows, columns): weights of one shape, kernels flattened to (out, in·k·k)."""
+    """Weights of equal shape as (n, rows, columns); kernels of convolutions are flattened to (out, in·k·k)."""
     return torch.stack([parameter.detach().flatten(1) for parameter in parameters])
 
 
 def rate_factor(step: int, steps: int, decay: float) -> float:
-    """Share of the peak learning rate: a short warm-up, a plateau, a linear way down to zero.
+    """The learning rate of a step as a share of its peak: a short warm-up, a plateau, then a linear fall to zero.
 
     Args:
-        step: of the step about to be taken, from 0.
-        steps: in all.
-        decay: share of the steps on the way down, in (0, 1].
+        step: number of the step, from 0.
+        steps: number of steps in all.
+        decay: share of the steps over which the rate falls, in (0, 1].
     """
     return min(1.0, (step + 1) / WARM_UP, (steps - step) / (decay * steps))
 
@@ -126,8 +126,8 @@ class Average:
     """Exponential moving average of a model's parameters, in float32.
 
     Args:
-        model: whose parameters are followed.
-        decay: of the weights per step, once enough steps are behind for that to make sense.
+        model: the model whose parameters are averaged.
+        decay: share of the average that each step keeps; early steps keep less, so that first weights do not linger.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -137,6 +137,6 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Follow the parameters after step number `step`."""
-        decay = min(self.decay, (1 + step) / (10 + step))  # early weights are forgotten fast
+        """Take the parameters into the average after step number `step`, counted from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))  # smaller in early steps
         torch._foreach_lerp_(list(self.weights.values()), list(self.sources.values()), 1 - decay)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is trained on what, for how long: three recipes, and the training images of all of them."""
+"""Three recipes of a training (what is trained on what, for how long) and the drawing of training images."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from torch import Tensor
 from .models import Sizes
 from .world import World
 
-SCENES = 64  # drawn at once
-TIMES = 4  # frames taken of each
+SCENES = 64  # scenes that are drawn at once
+TIMES = 4  # training images that are taken from each scene
 
 
 @dataclass(frozen=True)
 class Plan:
     """How one network is trained."""
 
-    steps: int
-    batch: int  # images a step
-    muon_rate: float  # peak learning rates
-    adamw_rate: float
-    decay: float  # share of the steps on which the rates fall to zero
-    average: float  # of the weights, per step
-    evaluate: int  # steps between evaluations
+    steps: int  # training steps in all
+    batch: int  # images in a step
+    muon_rate: float  # peak learning rate of Muon
+    adamw_rate: float  # peak learning rate of AdamW
+    decay: float  # share of the steps over which both learning rates fall to zero
+    average: float  # share of the weights' moving average that each step keeps
+    evaluate: int  # steps between two evaluations
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One whole training."""
+    """Everything that decides one whole training."""
 
-    world: World
-    sizes: Sizes
-    vae: Plan
-    unet: Plan
-    images: int  # encoded once for the UNet, in shards; a multiple of `shard`
-    shard: int
-    crop: int  # pixels a side of what the VAE sees, but for its last fifth
-    pool: int  # images the VAE's crops come from
-    pool_steps: int  # steps after which they are replaced
-    held_out: int  # scenes that everything is measured on
-    sheet: int  # samples on a sheet
-    save_seconds: float  # at most between two writings of the state
-    seed: int = field(default=0, kw_only=True)
+    world: World  # what the training images show
+    sizes: Sizes  # how large the models are
+    vae: Plan  # how the autoencoder is trained
+    unet: Plan  # how the UNet and its text encoder are trained
+    images: int  # training images of the UNet, each encoded once; a multiple of `shard`
+    shard: int  # images in one file of latents, a multiple of 256
+    crop: int  # side in pixels of the crops that the VAE is trained on, except in the last fifth of its steps
+    pool: int  # images that crops are taken from, a multiple of 256
+    pool_steps: int  # training steps after which the images of the pool are replaced
+    held_out: int  # scenes that every evaluation measures on
+    sheet: int  # pictures on a sheet of samples
+    save_seconds: float  # longest time between two writings of the training's state
+    seed: int = field(default=0, kw_only=True)  # decides weights, images and noise
 
 
 PRESETS = {
-    # Seconds, for tests: nothing worth looking at comes of it.
+    # Takes seconds, for tests; its models are too small to be of any use.
     "quick": Recipe(
         world=World(size=64),
         sizes=Sizes(vae_channels=(8, 8, 16), unet_channels=(8, 16, 16, 16), heads=(1, 1, 2, 2), text_width=16),
@@ -64,10 +64,10 @@ PRESETS = {
         sheet=1,
         save_seconds=0,
     ),
-    # Two hours on two cores.
+    # Takes two hours on two cores.
     "cpu": Recipe(
         world=World(),
-        sizes=Sizes(heads=(1, 4, 4, 4)),  # one head on the latent grid takes a fifth off a step against two
+        sizes=Sizes(heads=(1, 4, 4, 4)),  # one head on the latent grid makes a step a fifth shorter than two heads
         vae=Plan(9_000, 16, 3e-3, 2.5e-3, 0.6, 0.996, 1_000),
         unet=Plan(5_000, 32, 4e-3, 2e-3, 0.65, 0.998, 500),
         images=24_576,
@@ -79,7 +79,7 @@ PRESETS = {
         sheet=16,
         save_seconds=120,
     ),
-    # Half an hour on an H200, the start of the machine included.
+    # Sized for half an hour on an H200, the start of the machine included.
     "gpu": Recipe(
         world=World(second_sprite=0.15),
         sizes=Sizes(vae_channels=(32, 64, 96), unet_channels=(64, 96, 128, 128), heads=(4, 4, 4, 4)),
@@ -98,25 +98,25 @@ PRESETS = {
 
 
 def seed_of(*parts: str | int) -> int:
-    """A seed of its own for everything random, in [0, 2⁵³).
+    """A seed in [0, 2⁵³) for one random purpose, which `parts` name.
 
-    Each step of the training draws from a generator seeded by the stage and the step's number. The number in a saved
-    state is therefore the state of all random generators, on whatever device it is taken up again.
+    Each training step draws from a generator that is seeded by the stage and the step's number. The step number in a
+    saved state is therefore the state of all random generators, on whatever device the training goes on.
     """
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8]) >> 11
 
 
 def draw_images(world: World, count: int, seed: int, device: torch.device) -> tuple[Tensor, list[str]]:
-    """Training images: frames at four times of every scene, a quarter of the scenes under changing light.
+    """Draw training images: four times of every scene, and changing light in a quarter of the scenes.
 
     Args:
-        world: to draw from.
-        count: how many, a multiple of 256.
-        seed: decides them all.
-        device: where they are drawn.
+        world: the world that scenes are drawn from.
+        count: number of images, a multiple of 256.
+        seed: decides all images.
+        device: the device that the images are drawn on.
 
     Returns:
-        (count, 3, H, W) uint8 and a caption each.
+        Images (count, 3, H, W) uint8, and a caption for each.
     """
     images, captions = [], []
     for part in range(count // (SCENES * TIMES)):
@@ -129,5 +129,5 @@ def draw_images(world: World, count: int, seed: int, device: torch.device) -> tu
 
 
 def from_bytes(images: Tensor) -> Tensor:
-    """(…) uint8 as float32 in [-1, 1]."""
+    """Images of any shape, uint8, as float32 in [-1, 1]."""
     return images.float() / 127.5 - 1

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the world's sprites are made of: shapes, parts hung on joints, and the kinds built of them.
+"""What the world's sprites are made of: shapes, parts that hang on joints, and four kinds of sprite.
 
-Lengths are in sprite units: a sprite fills about a square from -1 to 1, x forwards (the way it faces), y downwards.
-Each part has coordinates of its own with its joint as origin, turned by the joint's angle against its parent's.
+Lengths are in sprite units: a sprite fills about the square from -1 to 1, with x forwards (the direction that it
+faces) and y downwards. Each part has its own coordinates, whose origin is its joint and whose axes are turned by the
+joint's angle against those of the part that it hangs on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Ellipse:
-    """An ellipse along the axes."""
+    """An ellipse whose axes are parallel to the coordinate axes."""
 
     centre: Point
     radii: Point
@@ -30,7 +31,7 @@ class Ellipse:
         return math.hypot(*self.centre) + max(self.radii)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Signed distance, negative inside; first-order exact at the boundary."""
+        """Signed distance to the boundary, negative inside; exact to first order near the boundary."""
         (cx, cy), (rx, ry) = self.centre, self.radii
         u, v = (x - cx) / rx, (y - cy) / ry
         length = torch.sqrt(u * u + v * v)
@@ -40,7 +41,7 @@ class Ellipse:
 
 @dataclass(frozen=True)
 class Box:
-    """A box along the axes with rounded corners."""
+    """A box with rounded corners, whose sides are parallel to the coordinate axes."""
 
     centre: Point
     half: Point
@@ -62,7 +63,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Polygon:
-    """A convex polygon, its corners in clockwise order as seen, grown all round by `corner`."""
+    """A convex polygon with rounded corners: all points within `corner` of it. Its corners come in clockwise order."""
 
     points: tuple[Point, ...]
     corner: float = 0.0
@@ -93,22 +94,22 @@ class Part:
 
     name: str
     shape: Ellipse | Box | Polygon
-    paint: str = "second"  # "main" carries the texture; "second" is plain; or a fixed colour of FIXED
-    parent: str = ""  # the part it hangs on; none: the sprite itself
-    joint: Point = (0.0, 0.0)  # where, in the parent's coordinates
-    angle: float = 0.0  # at rest, degrees, clockwise as seen
-    swing: float = 0.0  # how far the joint moves, as a share of the world's swing
+    paint: str = "second"  # "main" and "second" are the sprite's own colours, "main" with texture; others are in FIXED
+    parent: str = ""  # name of the part that this one hangs on, or empty if it hangs on the sprite itself
+    joint: Point = (0.0, 0.0)  # where this part hangs, in the coordinates of its parent
+    angle: float = 0.0  # angle of the joint at rest, in degrees, clockwise
+    swing: float = 0.0  # how far the joint turns, as a share of the world's `swing`
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A sprite: its parts from back to front, and how large one sprite unit is as a share of the frame."""
+    """A kind of sprite."""
 
-    unit: float
-    parts: tuple[Part, ...]
+    unit: float  # length of one sprite unit, as a share of the frame's side
+    parts: tuple[Part, ...]  # from back to front
 
 
-# Paints that are the same in every scene; they keep eyes, beaks and feet what they are.
+# Colours that are the same in every scene, so that eyes, beaks and feet can be recognised.
 FIXED = {
     "pale": (0.96, 0.96, 0.94),
     "dark": (0.10, 0.10, 0.12),
@@ -202,28 +203,35 @@ KINDS = {"fish": FISH, "cat": CAT, "robot": ROBOT, "bird": BIRD}
 
 @dataclass(frozen=True)
 class Place:
-    """Where one part is in every scene of a batch: frame = linear · part + shift, in shares of the frame."""
+    """Where one part is in every scene of a batch: frame point = linear · part point + shift.
 
-    linear: Tensor  # (b, 2, 2), a turn, a scale and perhaps a mirror
+    Frame points are shares of the frame's side, part points are in sprite units.
+    """
+
+    linear: Tensor  # (b, 2, 2) a rotation, a scale and, for sprites that face left, a reflection
     shift: Tensor  # (b, 2)
-    scale: Tensor  # (b,) of the frame, for one sprite unit
+    scale: Tensor  # (b,) length of one sprite unit, as a share of the frame's side
 
     def inner(self, joint: Point, turn: Tensor) -> Place:
-        """The place of something that hangs at a joint of this part and is turned there by (b,) radians."""
+        """The place of a part that hangs on this one at `joint` and is turned there by `turn`, (b,) radians."""
         at = torch.tensor(joint, device=turn.device)
         shift = (self.linear * at).sum(-1) + self.shift
         return Place(_product(self.linear, _rotation(turn)), shift, self.scale)
 
     def inverse(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Part coordinates of points of the frame, which broadcast to (b, H, W)."""
-        # The inverse of a turn, scale and mirror is its transpose over the squared scale.
+        """The part coordinates of points of the frame; x and y broadcast to (b, H, W)."""
+        # The inverse of a rotation, scale and reflection is its transpose divided by the squared scale.
         (a, b), (c, d) = _entries(self.linear.mT / self.scale[:, None, None] ** 2)
         u, v = self.shift[:, :, None, None].unbind(1)
         x, y = x - u, y - v
         return a * x + b * y, c * x + d * y
 
     def displacement(self, after: Place) -> Tensor:
-        """(b, 6) rows (D, e) so that a point p of this part moves by D·p + e to where it is `after`."""
+        """How points of this part move until the part is at the place `after`.
+
+        Returns:
+            (b, 6), in each row the four entries of D and the two of e: a frame point p moves by D·p + e.
+        """
         inverse = self.linear.mT / self.scale[:, None, None] ** 2
         change = _product(after.linear - self.linear, inverse)
         offset = after.shift - self.shift - (change * self.shift[:, None]).sum(-1)
@@ -231,27 +239,29 @@ class Place:
 
 
 @dataclass(frozen=True, eq=False)
-class Actors:
-    """The sprites of one kind, one in each of some scenes of a batch, at both ends of their motion."""
+class SpriteGroup:
+    """Sprites of one kind, one in each of some scenes of a batch, and their motion from time 0 to time 1."""
 
     kind: Kind
-    slot: int  # 0 for the scenes' first sprite, 1 for their second
-    scenes: Tensor  # (b,) which scenes of the batch
-    facing: Tensor  # (b,) 1 to the right, -1 to the left
-    pose: Tensor  # (2, b, 4) at either end: centre x and y in shares of the frame, angle in radians, log scale
-    joints: Tensor  # (2, b, parts or more) at either end: what joints turn from rest at full swing, radians
+    slot: int  # 0 if these are the first sprites of their scenes, 1 if they are the second
+    scenes: Tensor  # (b,) indices of the scenes in the batch
+    facing: Tensor  # (b,) 1 for a sprite that faces right, -1 for one that faces left
+    pose: Tensor  # (2, b, 4) at time 0 and 1: centre x and y (shares of the side), angle (radians), log of the scale
+    joints: Tensor  # (2, b, parts or more) radians by which joints are turned at time 0 and 1, where their swing is 1
 
     @cached_property
     def largest(self) -> float:
-        """The largest scale of them all, which is at one of the ends; asked once, as it waits for the device."""
+        """The largest scale of all these sprites, reached at time 0 or 1; kept, since reading it waits for a GPU."""
         return self.kind.unit * math.exp(self.pose[..., 3].max())
 
     def places(self, time: float) -> list[tuple[Part, Place]]:
-        """Every part, from back to front, and where it is at a time in [0, 1]."""
+        """Every part, from back to front, with its place at a time in [0, 1]."""
         x, y, angle, log_scale = torch.lerp(*self.pose, time).unbind(1)  # (b,) each
         joints = torch.lerp(*self.joints, time)
         scale = self.kind.unit * log_scale.exp()
-        mirrored = torch.stack([self.facing, torch.ones_like(self.facing)], 1)[:, None]  # (b, 1, 2), columns scaled
+        mirrored = torch.stack([self.facing, torch.ones_like(self.facing)], 1)[
+            :, None
+        ]  # (b, 1, 2), scales the columns
         root = Place(_rotation(angle) * mirrored * scale[:, None, None], torch.stack([x, y], 1), scale)
         numbers = {part.name: number for number, part in enumerate(self.kind.parts)}
         found = {"": root}
@@ -267,16 +277,16 @@ class Actors:
 
 
 def _rotation(angle: Tensor) -> Tensor:
-    """(b, 2, 2) that turns by (b,) radians, clockwise as seen."""
+    """Rotation matrices (b, 2, 2) that turn clockwise by `angle`, (b,) radians."""
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Matrix product element by element: unlike a batched matmul, its bits do not depend on the batch."""
+    """Product of matrices (b, 2, 2), spelt out: unlike a batched matmul's, its bits do not depend on b."""
     return (left[:, :, :, None] * right[:, None]).sum(2)
 
 
 def _entries(matrix: Tensor) -> list[list[Tensor]]:
-    """The four entries of (b, 2, 2), each (b, 1, 1)."""
+    """The four entries of matrices (b, 2, 2), row by row, each as (b, 1, 1)."""
     return [list(row[:, :, None, None].unbind(1)) for row in matrix.unbind(1)]

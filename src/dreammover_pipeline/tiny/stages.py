@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the two networks learn from, how they are measured, and which of them is kept.
+"""The two stages of the training: how each network is built, what it learns from, and which version is kept.
 
-A stage has a `name`, a `plan` and a `rule` in words; it `build`s a model, computes the `loss` of a step, `finish`es
-the averaged model for use, `measure`s that, and says whether it is `better` than the one kept so far.
+Both stages have the same attributes and methods, which `Trainer` uses: `name`, `plan`, `rule` (which version is kept,
+in words), `build`, `loss`, `finish`, `measure` and `better`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from .models import (
 )
 from .recipes import Recipe, draw_images, from_bytes, seed_of
 
-FULL_FRAMES = 0.2  # last share of the VAE's steps, on whole images
-POOLED, WARPED = 0.2, 0.3  # shares of the VAE's steps that decode latents at half size, or moved
-LATENT_NOISE = 0.05  # standard deviation of what the decoder has to bear
-KL, GRADIENT = 1.2e-3, 0.4  # weights in the VAE's loss
-SNR = 5.0  # of min-SNR weighting
-DROPPED = 0.12  # share of the prompts left out, for guidance
-TOLERANCE = 0.1  # how far above the lowest noise error a UNet may be that is kept
+FULL_FRAMES = 0.2  # share of the VAE's steps, at the end, that see whole images
+POOLED = 0.2  # share of the VAE's steps that decode latents pooled to half their size
+WARPED = 0.3  # share of the VAE's steps that decode latents moved by an affine map
+LATENT_NOISE = 0.05  # standard deviation of the noise on latents that the decoder must bear
+KL, GRADIENT = 1.2e-3, 0.4  # weights of two terms in the VAE's loss
+SNR = 5.0  # the limit of min-SNR weighting
+DROPPED = 0.12  # share of the prompts that are left out, which classifier-free guidance needs
+TOLERANCE = 0.1  # how far above the lowest noise error that of a kept UNet may be, as a share of it
 
 
 def _generator(device: torch.device, *parts: str | int) -> torch.Generator:
@@ -44,10 +45,10 @@ def _generator(device: torch.device, *parts: str | int) -> torch.Generator:
 
 
 class VaeStage:
-    """The autoencoder, trained on crops of images that are drawn as it goes.
+    """The autoencoder's stage: it learns from crops of images that are drawn during the training.
 
-    Latents of warped images should be warped latents, since the method warps them: so some steps decode latents that
-    one random affine map moved, and compare with the moved image.
+    The method warps latents, so warped latents should decode to warped images. Some steps therefore move the latents
+    by a random affine map, decode them, and compare with the image moved by the same map.
     """
 
     name = "vae"
@@ -59,14 +60,14 @@ class VaeStage:
         self.pool, self.pool_number = None, None
 
     def build(self) -> nn.ModuleDict:
-        """The untrained model."""
+        """The untrained autoencoder."""
         recipe = self.recipe
         return nn.ModuleDict(
             {"vae": initialised(lambda: build_vae(recipe.sizes, recipe.world.size), seed_of(recipe.seed, "vae"))}
         )
 
     def loss(self, model: nn.ModuleDict, step: int) -> Tensor:
-        """L1 + 2·MSE + 0.4·gradients + 0.0012·KL of reconstructions."""
+        """L1 + 2·MSE + 0.4·gradients of the reconstructions + 0.0012·KL of the latents, for one step."""
         choices = random.Random(seed_of(self.recipe.seed, "vae choices", step))
         generator = _generator(self.device, self.recipe.seed, "vae noise", step)
         images = self._crops(step, choices)
@@ -83,7 +84,10 @@ class VaeStage:
         return _reconstruction_loss(decoded, images) + KL * _kl(posterior)
 
     def _crops(self, step: int, choices: random.Random) -> Tensor:
-        """(B, 3, crop, crop) in [-1, 1]; towards the end fewer whole images, about as many pixels."""
+        """The images of one step, (B, 3, crop, crop) in [-1, 1].
+
+        Late steps see whole images instead of crops, and fewer of them, for about as many pixels.
+        """
         recipe, size = self.recipe, self.recipe.world.size
         if step // recipe.pool_steps != self.pool_number:
             self.pool_number = step // recipe.pool_steps
@@ -99,22 +103,28 @@ class VaeStage:
         return from_bytes(torch.stack(crops))
 
     def finish(self, model: nn.ModuleDict) -> None:
-        """Bring the latents to unit variance."""
+        """Bring the latents of an averaged model to unit variance."""
         images, _ = draw_images(self.recipe.world, 256, seed_of("latent statistics"), self.device)
         normalise_latents(model["vae"], from_bytes(images))
 
     def measure(self, model: nn.ModuleDict, step: int) -> dict[str, float]:
-        """Figures of a finished model."""
+        """Figures of an averaged model that `finish` has treated."""
         return validation.measure_vae(model["vae"], self.pairs)
 
     @staticmethod
     def better(row: dict, kept: dict | None, history: list[dict]) -> bool:
-        """Whether `rule` prefers a model to the one kept, by their figures."""
+        """Whether a model is to be kept in place of the one kept so far.
+
+        Args:
+            row: the figures of the model.
+            kept: the figures of the model kept so far; None before the first evaluation.
+            history: the figures of all evaluations, which end with `row`.
+        """
         return kept is None or row["psnr"] >= kept["psnr"]
 
 
 def _random_affine(choices: random.Random) -> Tensor:
-    """(1, 2, 3): a turn to 60°, a scale to 1.3, a shift to a quarter of the side."""
+    """A random affine map, (1, 2, 3): at most 60° of rotation, a scale of 1.3 and a shift by a quarter of the side."""
     angle, scale = choices.uniform(-1, 1) * math.pi / 3, 1.3 ** choices.uniform(-1, 1)
     cos, sin = scale * math.cos(angle), scale * math.sin(angle)
     x, y = choices.uniform(-0.5, 0.5), choices.uniform(-0.5, 0.5)
@@ -122,24 +132,26 @@ def _random_affine(choices: random.Random) -> Tensor:
 
 
 def _warped(x: Tensor, transform: Tensor) -> Tensor:
+    """Images or latents (B, C, H, W), looked up at where an affine map sends each point."""
     grid = F.affine_grid(transform.expand(len(x), -1, -1), list(x.shape), align_corners=False)
     return F.grid_sample(x.float(), grid, padding_mode="reflection", align_corners=False)
 
 
 def _reconstruction_loss(decoded: Tensor, images: Tensor) -> Tensor:
+    """L1 + 2·MSE + 0.4·gradients of the difference between two batches of images."""
     error = decoded - images
     gradients = sum((error.diff(dim=dim)).abs().mean() for dim in (2, 3))
     return error.abs().mean() + 2 * error.square().mean() + GRADIENT * gradients
 
 
 def _kl(posterior) -> Tensor:
-    """Kullback–Leibler divergence from a standard normal distribution, a mean over elements."""
+    """Kullback–Leibler divergence of a posterior from a standard normal distribution, as a mean over its elements."""
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
 class UnetStage:
-    """The noise predictor and its text encoder, trained on the shards."""
+    """The UNet's stage: with its text encoder, it learns to predict noise on the latents of the shards."""
 
     name = "unet"
     rule = (
@@ -161,7 +173,7 @@ class UnetStage:
             self.held_out[difficulty] = pairs, validation.encode(self.vae, pairs.images.flatten(0, 1)), tokens
 
     def build(self) -> nn.ModuleDict:
-        """The untrained models."""
+        """The untrained UNet and text encoder."""
         sizes, pixels, seed = self.recipe.sizes, self.recipe.world.size, self.recipe.seed
         unet = initialised(lambda: build_unet(sizes, pixels), seed_of(seed, "unet"))
         if self.device.type == "cpu":
@@ -174,7 +186,7 @@ class UnetStage:
         )
 
     def loss(self, model: nn.ModuleDict, step: int) -> Tensor:
-        """Squared error of the noise with min-SNR weights, at timesteps spread evenly over the batch."""
+        """Squared error of the predicted noise, with min-SNR weights, at timesteps spread evenly over the batch."""
         generator, batch = _generator(self.device, self.recipe.seed, "unet", step), self.plan.batch
         at = {"generator": generator, "device": self.device}
         chosen = torch.randint(len(self.latents), (batch,), **at)
@@ -191,10 +203,10 @@ class UnetStage:
         return ((predicted - noise).square().mean((1, 2, 3)) * (SNR / snr).clamp_max(1)).mean()
 
     def finish(self, model: nn.ModuleDict) -> None:
-        """Nothing is left to do."""
+        """Do nothing, because an averaged UNet can be used as it is."""
 
     def measure(self, model: nn.ModuleDict, step: int) -> dict[str, float]:
-        """Figures of a model; draws its sample sheet, too."""
+        """Figures of an averaged model; also writes a sheet of its samples."""
         figures = {}
         for difficulty, (pairs, latents, tokens) in self.held_out.items():
             with torch.no_grad():
@@ -211,7 +223,13 @@ class UnetStage:
 
     @staticmethod
     def better(row: dict, kept: dict | None, history: list[dict]) -> bool:
-        """Whether `rule` prefers a model to the one kept, by their figures; `history` ends with the new one's."""
+        """Whether a model is to be kept in place of the one kept so far.
+
+        Args:
+            row: the figures of the model.
+            kept: the figures of the model kept so far; None before the first evaluation.
+            history: the figures of all evaluations, which end with `row`.
+        """
         limit = (1 + TOLERANCE) * min(map(_noise_error, history))
         if kept is None or _noise_error(kept) > limit:
             return True
@@ -219,11 +237,15 @@ class UnetStage:
 
 
 def _fast_on_cpu(unet: nn.Module) -> dict:
-    """Plain attention, but for self-attention on the latent grid: training steps take a fifth less time that way."""
+    """Attention processors that make a training step on a CPU a fifth shorter.
+
+    They are the fused ones for self-attention on the latent grid, and the plain ones everywhere else.
+    """
     fused = re.compile(r"(down_blocks\.0|up_blocks\.3)\..*attn1")
     return {name: AttnProcessor2_0() if fused.match(name) else AttnProcessor() for name in unet.attn_processors}
 
 
 def _noise_error(row: dict) -> float:
+    """The mean of the noise errors among the figures of an evaluation."""
     errors = [row[f"eps_mse_{timestep}"] for timestep in validation.NOISE_STEPS]
     return sum(errors) / len(errors)

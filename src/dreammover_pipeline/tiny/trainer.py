@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop around a stage: steps, evaluations, the best weights, and states to go on from."""
+"""The training loop of a stage: steps, evaluations, the best weights, and saved states from which it goes on."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .validation import draw_curves
 
 
 class Trainer:
-    """Runs one stage: takes steps, evaluates the averaged weights, keeps the best, saves and takes up again.
+    """Trains the network of one stage: takes steps, evaluates the averaged weights, keeps the best, and saves.
 
     Args:
-        stage: what is trained and how it is judged, one of `stages`.
-        identity: what a saved state must have been trained on to be taken up.
-        folder: of the states.
-        device: to train on.
+        stage: what is trained and how it is judged, a `VaeStage` or a `UnetStage`.
+        identity: what decides the training; a saved state is only continued if its identity is equal.
+        folder: the folder of the states; a state that it holds is continued.
+        device: the device to train on.
 
     Raises:
-        ValueError: the folder has a state of another identity.
+        ValueError: the folder holds a state of another identity.
     """
 
     def __init__(self, stage, identity: dict, folder: Path, device: torch.device):
@@ -37,17 +37,17 @@ class Trainer:
         self.optimizer = MuonAdamW(self.model, stage.plan.muon_rate, stage.plan.adamw_rate)
         self.average = Average(self.model, stage.plan.average)
         self.step, self.seconds, self.history, self.best = 0, 0.0, [], {"row": None, "weights": None}
-        self.loss_sum = torch.zeros((), device=device)  # since the last evaluation
+        self.loss_sum = torch.zeros((), device=device)  # sum of the losses since the last evaluation
         self.loss_count = 0
         if (state := read_state(folder, stage.name)) is not None:
-            self._take_up(state)
+            self._continue_from(state)
         self.started = self.saved = time.monotonic()
 
     def run(self, deadline: float) -> bool:
         """Train to the end, or save and stop when the time is up.
 
         Args:
-            deadline: on the clock of `time.monotonic`.
+            deadline: the reading of `time.monotonic` at which the time is up.
 
         Returns:
             Whether the stage is finished.
@@ -59,7 +59,7 @@ class Trainer:
                     self.save()
                     return False
                 if not self.history:
-                    self.evaluate()  # what an untrained network is worth
+                    self.evaluate()  # for a figure of the untrained network
                 loss = self.advance()
                 bar.update()
                 if self.step % 20 == 0:
@@ -72,7 +72,7 @@ class Trainer:
         return True
 
     def advance(self) -> torch.Tensor:
-        """Take one step; its loss."""
+        """Take one training step, and return its loss."""
         with torch.autocast(self.device.type, torch.bfloat16):
             loss = self.stage.loss(self.model, self.step)
         loss.backward()
@@ -85,7 +85,7 @@ class Trainer:
         return loss.detach()
 
     def evaluate(self) -> None:
-        """Measure the averaged weights, note the figures, and keep the weights if they are the best."""
+        """Measure the averaged weights, note the figures, and keep the weights if they are the best so far."""
         model = copy.deepcopy(self.model).eval()
         load_weights(model, self.average.weights)
         self.stage.finish(model)
@@ -101,13 +101,13 @@ class Trainer:
         self.report()
 
     def report(self) -> None:
-        """Write the evaluations for people."""
+        """Write all evaluations as lines of JSON and as curves."""
         lines = "".join(json.dumps(row) + "\n" for row in self.history)
         (self.folder / f"{self.stage.name}.jsonl").write_text(lines, encoding="utf-8")
         draw_curves(self.history, self.folder / f"{self.stage.name}.png")
 
     def save(self) -> None:
-        """Write the state."""
+        """Write everything that the training needs to go on from here."""
         state = {
             "identity": self.identity,
             "step": self.step,
@@ -122,7 +122,8 @@ class Trainer:
         write_state(self.folder / f"{self.stage.name}.pt", state)
         self.saved = time.monotonic()
 
-    def _take_up(self, state: dict) -> None:
+    def _continue_from(self, state: dict) -> None:
+        """Go on from a saved state."""
         if state["identity"] != self.identity:
             raise ValueError(
                 f"{self.folder / self.stage.name}.pt was trained by another recipe, seed or autoencoder; "
@@ -138,25 +139,25 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _seconds(self) -> float:
-        """Seconds spent on this stage, by all runs."""
+        """Seconds of training time that this stage has taken, earlier runs included."""
         return self.seconds + time.monotonic() - self.started
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Set all parameters of a model by name, whatever the dtype and device of the weights."""
+    """Copy weights into the parameters of the same names, whatever the dtype and device of either."""
     for name, parameter in model.named_parameters():
         parameter.copy_(weights[name])
 
 
 def read_state(folder: Path, name: str) -> dict | None:
-    """The saved state of a stage, on the CPU, or None if there is none."""
+    """The saved state called `name` in a folder, on the CPU; None if there is no such state."""
     file = folder / f"{name}.pt"
     return torch.load(file, map_location="cpu") if file.is_file() else None
 
 
 def write_state(file: Path, state: object) -> None:
-    """Write so that at every moment there is either the old file or the whole new one."""
+    """Write a state so that at every moment the file holds either the old state or the whole new one."""
     unfinished = file.with_suffix(".tmp")
     torch.save(state, unfinished)
     os.replace(unfinished, file)

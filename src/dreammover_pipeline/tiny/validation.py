@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured during training, on scenes that nobody trains on, whatever the seed of the training."""
+"""What is measured during training, on scenes that are never trained on, whatever the seed of the training."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from ..media.pictures import picture_of
 from .world import World
 
 NOISE_STEPS = (100, 300, 600)  # timesteps at which the noise prediction is measured
-FEATURE_STEP = 101  # timestep whose features are matched
+FEATURE_STEP = 101  # timestep at which features are matched
 BLOCKS = (1, 2, 3)  # up blocks whose features are matched
 DIFFICULTIES = ("same", "recast")
-THRESHOLDS = {".1": 0.1, ".05": 0.05}  # of PCK, shares of the image's side
-BATCH = 32
+THRESHOLDS = {".1": 0.1, ".05": 0.05}  # largest errors that PCK counts as correct, as shares of the image's side
+BATCH = 32  # images or latents that a network gets in one call
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Pairs of images with their truth, as `held_out_pairs` draws them."""
+    """n pairs of images with their captions and their true flow, as `held_out_pairs` draws them."""
 
-    images: Tensor  # (2, n, 3, H, W) in [-1, 1]: all first images, then all last ones
-    captions: list[str]  # 2·n, in that order
-    foreground: Tensor  # (2, n, 1, H, W) bool
-    flow: Tensor  # (2, n, 2, H, W) pixels, from each image to the other
-    seen: Tensor  # (2, n, 1, H, W) bool, foreground that is visible in the other image
+    images: Tensor  # (2, n, 3, H, W) in [-1, 1], all first images, then all last images
+    captions: list[str]  # 2·n captions, of all first images, then of all last images
+    foreground: Tensor  # (2, n, 1, H, W) bool, where a sprite is
+    flow: Tensor  # (2, n, 2, H, W) in pixels, from each image to the other image of its pair
+    seen: Tensor  # (2, n, 1, H, W) bool, foreground that is visible in the other image, too
 
 
 def held_out_pairs(world: World, difficulty: str, count: int, device: torch.device) -> Pairs:
-    """The pairs that everything is measured on."""
-    scenes = world.sample(count, 2**52 + 1, difficulty, device)  # training seeds are hashes
+    """Draw the pairs that every evaluation measures on."""
+    scenes = world.sample(count, 2**52 + 1, difficulty, device)  # unlike training seeds, which are hashes
     ways = ((0.0, 1.0), (1.0, 0.0))
     foreground = torch.stack([scenes.foreground(time) for time, _ in ways])
     return Pairs(
@@ -52,12 +52,12 @@ def held_out_pairs(world: World, difficulty: str, count: int, device: torch.devi
 
 
 def psnr(images: Tensor, truth: Tensor, mask: Tensor) -> float:
-    """Mean over images of the peak signal-to-noise ratio inside a mask, in dB.
+    """Peak signal-to-noise ratio inside a mask in dB, as a mean over images.
 
     Args:
         images: (B, 3, H, W); values outside [-1, 1] are clipped.
         truth: (B, 3, H, W) in [-1, 1].
-        mask: (B, 1, H, W) bool; an image without any of it does not count.
+        mask: (B, 1, H, W) bool; an image whose mask is empty does not count.
     """
     error = (images.clamp(-1, 1) - truth).div(2).square().mean(1, keepdim=True) * mask
     pixels = mask.sum((1, 2, 3))
@@ -67,14 +67,14 @@ def psnr(images: Tensor, truth: Tensor, mask: Tensor) -> float:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Means of the latents of images (B, 3, H, W) in [-1, 1], scaled: (B, C, h, w), variance about 1."""
+    """Scaled means of the latents of images (B, 3, H, W) in [-1, 1]: (B, C, h, w), with a variance of about 1."""
     parts = [vae.encode(part).latent_dist.mean for part in images.split(BATCH)]
     return torch.cat(parts) * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def measure_vae(vae: AutoencoderKL, pairs: Pairs) -> dict[str, float]:
-    """PSNR of reconstructions, whole and foreground, and the deviation of the scaled latents."""
+    """PSNR of reconstructions, of whole images and of the foreground, and standard deviation of the scaled latents."""
     images, foreground = pairs.images.flatten(0, 1), pairs.foreground.flatten(0, 1)
     latents = encode(vae, images)
     decoded = torch.cat([vae.decode(z / vae.config.scaling_factor).sample for z in latents.split(BATCH)])
@@ -91,9 +91,9 @@ def measure_noise(unet: UNet2DConditionModel, latents: Tensor, embeds: Tensor, a
 
     Args:
         unet: the noise predictor.
-        latents: (B, C, h, w), scaled.
-        embeds: (B, L, D) of their captions.
-        alphas: ᾱ of every timestep.
+        latents: scaled latents, (B, C, h, w).
+        embeds: embeddings of the captions, (B, L, D).
+        alphas: ᾱ of every timestep, (T,).
     """
     errors = {}
     noise = _noise_like(latents)
@@ -108,7 +108,7 @@ def measure_noise(unet: UNet2DConditionModel, latents: Tensor, embeds: Tensor, a
 
 @torch.no_grad()
 def block_features(unet: UNet2DConditionModel, latents: Tensor, embeds: Tensor, alphas: Tensor) -> dict[int, Tensor]:
-    """What each of `BLOCKS` puts out for latents noised to `FEATURE_STEP`: (B, C', h', w') each."""
+    """The output of each of `BLOCKS` for latents noised to `FEATURE_STEP`, (B, C', h', w') by the block's number."""
     timesteps = torch.full((len(latents),), FEATURE_STEP, device=latents.device)
     noisy = recompose(latents, _noise_like(latents), alphas[timesteps])
     with ExitStack() as stack:
@@ -119,17 +119,17 @@ def block_features(unet: UNet2DConditionModel, latents: Tensor, embeds: Tensor, 
 
 
 def pck(features: Tensor, pairs: Pairs, cells: int) -> dict[str, float]:
-    """Share of the seen foreground cells whose nearest neighbour lies near the truth, over both ways of all pairs.
+    """PCK, the share of visible foreground cells whose match lies near the truth, in both directions of all pairs.
 
-    Cells are matched as the pipeline does it: on the latent grid, by cosine, among all cells of the other image.
+    Cells are matched as the pipeline matches them: on the latent grid, by cosine, with all cells of the other image.
 
     Args:
-        features: (2·n, C', h', w'), all first images, then all last ones.
-        pairs: n of them.
-        cells: a side of the latent grid.
+        features: (2·n, C', h', w') of all first images, then of all last images.
+        pairs: the n pairs, with the true flow.
+        cells: number of cells along a side of the latent grid.
 
     Returns:
-        The share at each of `THRESHOLDS`, in per cent.
+        The share in per cent for each of `THRESHOLDS`, by the threshold's name.
     """
     size = pairs.images.shape[-1]
     pixels = size // cells
@@ -145,14 +145,14 @@ def pck(features: Tensor, pairs: Pairs, cells: int) -> dict[str, float]:
 
 
 def measure_correspondence(unet, latents: Tensor, embeds: Tensor, alphas: Tensor, pairs: Pairs) -> dict[str, float]:
-    """PCK of every block's features, as {"up1_pck.1": per cent, …}.
+    """PCK of the features of each of `BLOCKS`, in per cent, by names such as "up1_pck.1".
 
     Args:
-        unet: a `UNet2DConditionModel`.
-        latents: (2·n, C, h, w), scaled, of the pairs' images.
-        embeds: (2·n, L, D), of their captions.
-        alphas: ᾱ of every timestep.
-        pairs: n of them.
+        unet: the `UNet2DConditionModel` whose features are matched.
+        latents: scaled latents of the pairs' images, (2·n, C, h, w).
+        embeds: embeddings of the pairs' captions, (2·n, L, D).
+        alphas: ᾱ of every timestep, (T,).
+        pairs: the n pairs, with the true flow.
     """
     figures = {}
     for block, features in block_features(unet, latents, embeds, alphas).items():
@@ -162,14 +162,14 @@ def measure_correspondence(unet, latents: Tensor, embeds: Tensor, alphas: Tensor
 
 
 def _noise_like(latents: Tensor) -> Tensor:
-    """Always the same noise, drawn on the CPU so that devices agree."""
+    """Noise of the shape of `latents`, the same in every call; it is drawn on the CPU so that all devices agree."""
     return torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
 
 
 def sample_sheet(
     vae, unet, text_encoder, tokenizer, scheduler: DDIMScheduler, pairs: Pairs, count: int
 ) -> Image.Image:
-    """Samples by guided DDIM from noise; above each the held-out image whose caption it was asked for."""
+    """A picture of `count` samples made by guided DDIM, each below the image whose caption was the prompt."""
     captions = pairs.captions[:count]
     pipeline = StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
@@ -186,7 +186,7 @@ def sample_sheet(
 
 
 def _sheet(upper: Tensor, lower: Tensor, columns: int = 8) -> Image.Image:
-    """Two batches (B, 3, H, W) in [0, 1] as one picture, row under row by turns."""
+    """Two batches (B, 3, H, W) in [0, 1] as one picture, whose rows are taken from the two by turns."""
     rows = [part for pair in zip(upper.split(columns), lower.split(columns), strict=True) for part in pair]
     height, width = upper.shape[-2:]
     sheet = Image.new("RGB", (min(columns, len(upper)) * width, len(rows) * height))
@@ -197,11 +197,11 @@ def _sheet(upper: Tensor, lower: Tensor, columns: int = 8) -> Image.Image:
 
 
 def draw_curves(history: list[dict], file: Path) -> None:
-    """One panel for every figure of the evaluations, over the steps, as a PNG.
+    """Draw each figure of the evaluations over the training steps, in a panel of its own, and write a PNG.
 
     Args:
-        history: one row an evaluation, with "step", "seconds" and the same figures in each.
-        file: to write.
+        history: one row for each evaluation, with "step", "seconds" and, in every row, the same figures.
+        file: the path of the PNG.
     """
     names = [name for name in history[0] if name not in ("step", "seconds")]
     columns, width, height = 4, 300, 180

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands `dreammover train` and `dreammover draw-examples`.
+
+torch and diffusers take seconds to import, so that happens after the arguments parsed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .loading import choose_device, pipeline_class
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..tiny.recipes import Recipe
+
+
+def add_train(commands: argparse._SubParsersAction) -> None:
+    """Register the two commands."""
+    text = "Train the embedded checkpoint from nothing; the same command again goes on where the last one stopped."
+    parser = commands.add_parser("train", help="train the embedded checkpoint", description=text)
+    parser.set_defaults(run=_train)
+    add = parser.add_argument
+    add("--out", type=Path, metavar="FOLDER", required=True, help="states, logs and samples are kept there")
+    add("--preset", default="cpu", metavar="NAME", help="sizes and budgets: quick, cpu or gpu (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="decides weights, images and noise (default: %(default)s)")
+    add("--minutes", type=float, default=float("inf"), metavar="N", help="save and stop after so long; default: never")
+    add("--vae-steps", type=int, metavar="N", help="training steps of the autoencoder; default: the preset's")
+    add("--unet-steps", type=int, metavar="N", help="training steps of the UNet; default: the preset's")
+    add("--device", metavar="NAME", help="where to train; default: cuda if it is there, else cpu")
+    add("--threads", type=int, metavar="N", help="number of CPU threads; default: what torch takes")
+    add("--export", type=Path, metavar="FOLDER", help="at the end, write the best models so far in diffusers' layout")
+
+    text = "Draw the example pairs of the repository's folder examples, with their true in-between frames."
+    parser = commands.add_parser("draw-examples", help="draw the example pairs", description=text)
+    parser.set_defaults(run=_draw_examples)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="each pair becomes a folder in it")
+
+
+def _train(args: argparse.Namespace) -> None:
+    pipeline_class()  # first, since it hushes third parties before they are imported
+    from ..tiny.train import export, is_ready_for_export, train
+
+    recipe = _recipe(args)
+    device = _prepare_device(args)
+    deadline = time.monotonic() + 60 * args.minutes
+    if not train(recipe, args.out, device, deadline):
+        print("The time is up and all is saved; the same command goes on from here.")
+    if args.export and is_ready_for_export(args.out):
+        export(recipe, args.out, args.export, device)
+    elif args.export:
+        print("Nothing to export yet: the UNet was not evaluated.")
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe of the preset, with the changes that were typed."""
+    from ..inputs import check_choice, check_integer
+    from ..tiny.recipes import PRESETS
+
+    check_choice("--preset", args.preset, tuple(PRESETS))
+    recipe = replace(PRESETS[args.preset], seed=args.seed)
+    for name, steps in (("vae", args.vae_steps), ("unet", args.unet_steps)):
+        if steps is not None:
+            check_integer(f"--{name}-steps", steps, 1)
+            recipe = replace(recipe, **{name: replace(getattr(recipe, name), steps=steps)})
+    return recipe
+
+
+def _prepare_device(args: argparse.Namespace) -> torch.device:
+    """The device to train on, with torch set up to be fast there."""
+    import torch
+
+    from ..inputs import check_integer
+
+    device = torch.device(choose_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    if args.threads is not None:
+        check_integer("--threads", args.threads, 1)
+        torch.set_num_threads(args.threads)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    return device
+
+
+def _draw_examples(args: argparse.Namespace) -> None:
+    from ..tiny.examples import write_examples
+
+    write_examples(args.folder)
