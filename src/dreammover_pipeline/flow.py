@@ -20,6 +20,8 @@ from .records import BidirectionalFlow
 MATCH_ROWS = 1024
 SMOOTHING_RADIUS = 2  # cells; the window of `smooth_flow`
 SMOOTHING_SIGMA = 1.5  # cells; of its Gaussian
+REST_DOUBT = 1.5  # cells; round-trip error beyond which a match is doubtful
+REST_WEIGHT = 0.5  # how sure a cell is at least that was found to rest
 DOUBT = 1e-3  # weight of a vector whose way back does not agree at all, so that every window has a mean
 
 
@@ -145,26 +147,89 @@ def round_trip_error(flow: BidirectionalFlow) -> torch.Tensor:
     return torch.where(found[:, 2:] > 0.999, error, torch.inf)
 
 
-def smooth_flow(flow: BidirectionalFlow, passes: int) -> BidirectionalFlow:
+# From the flow of both images (2, 2, h, w) and how sure each vector is (2, 1, h, w) to another flow (2, 2, h, w).
+Regulariser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def regularise(
+    flow: BidirectionalFlow,
+    passes: int,
+    regulariser: Regulariser,
+    rests: torch.Tensor | None = None,
+    hold: Callable[[torch.Tensor], torch.Tensor] = lambda stacked: stacked,
+    trust: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
+) -> BidirectionalFlow:
     """Let cells whose match agrees with its own match speak for their neighbours.
 
-    A pass replaces every vector by the mean of the 5×5 around it, weighted by a Gaussian of the distance and by
-    exp(−e²/2) of the neighbour's round-trip error e in cells. On a surface without texture the argmax is noise that
-    no match back confirms; there the flow is carried in from where it is sure.
+    On a surface without texture the argmax is noise that no match back confirms; there the flow is carried in from
+    where it is sure.
 
     Source: ours; DreamMover uses the argmax as it is.
 
     Args:
-        flow: the flow both ways.
-        passes: how often, 0 … ; the agreement is found anew before each.
+        flow: The flow both ways.
+        passes: How often, 0 … ; the agreement is found anew before each pass but the first.
+        regulariser: `neighbourhood_mean`, or `rigid.similarity_flow`.
+        rests: Cells that rest, (2, 1, h, w) bool, as `resting_cells` finds them.
+        hold: From a flow (2, 2, h, w) to the flow with what is known put in; applied before the first pass and after
+            each.
+        trust: From the agreement of cells to how sure they are.
 
     Returns:
         The flow both ways, in fractions of cells.
     """
+    stacked = flow.stacked()
+    if rests is not None:
+        stacked = torch.where(rests, 0, stacked)
+    stacked = hold(stacked)
+    weight = agreement(BidirectionalFlow(stacked[:1], stacked[1:]))
+    if rests is not None:
+        weight = torch.where(rests, weight.clamp(min=REST_WEIGHT), weight)
     for _ in range(passes):
-        mean = neighbourhood_mean(flow.stacked(), agreement(flow))
-        flow = BidirectionalFlow(mean[:1], mean[1:])
-    return flow
+        stacked = hold(regulariser(stacked, trust(weight)))
+        weight = agreement(BidirectionalFlow(stacked[:1], stacked[1:]))
+    return BidirectionalFlow(stacked[:1], stacked[1:])
+
+
+def smooth_flow(flow: BidirectionalFlow, passes: int) -> BidirectionalFlow:
+    """`regularise` by the mean of the 5×5 around every cell, weighted by distance and agreement.
+
+    Args:
+        flow: The flow both ways.
+        passes: How often, 0 … .
+    """
+    return regularise(flow, passes, neighbourhood_mean)
+
+
+def resting_cells(features: torch.Tensor, flow: BidirectionalFlow, tolerance: float) -> torch.Tensor | None:
+    """Cells whose match is doubtful and that look as well like the same place in the other image: they rest.
+
+    A match is doubtful if the way back from it ends more than `REST_DOUBT` cells away. The cell then rests unless the
+    match is more similar than the same place by more than `tolerance`. On smooth ground, where the argmax is noise,
+    nearly every place is as similar as the match.
+
+    Source: ours.
+
+    Args:
+        features: (2, C', h', w'), first and second image.
+        flow: The bare matches both ways, in whole cells.
+        tolerance: Cosine similarity; 0 for no cell.
+
+    Returns:
+        (2, 1, h, w) bool; None for no cell.
+    """
+    if not tolerance:
+        return None
+    h, w = flow.forward.shape[-2:]
+    first, second = unit_features(features, (h, w))
+    index = torch.arange(h * w, device=first.device)
+    rests = []
+    for own, other, way in ((first, second, flow.forward), (second, first, flow.backward)):
+        dx, dy = way[0].flatten(1).round().long()
+        here, there = ((own * other[:, cells]).sum(0) for cells in (index, index + dx + dy * w))
+        rests.append(there - here < tolerance)
+    doubtful = round_trip_error(flow) > REST_DOUBT
+    return torch.stack(rests).unflatten(1, (h, w))[:, None] & doubtful
 
 
 def agreement(flow: BidirectionalFlow) -> torch.Tensor:

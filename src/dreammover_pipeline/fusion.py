@@ -13,6 +13,7 @@ import torch
 from .ddim import working_dtype
 from .fields import backward_warp
 from .flow import round_trip_error
+from .paths import MotionPaths
 from .records import BidirectionalFlow
 from .splatting import softmax_splat, winner_splat
 
@@ -69,24 +70,8 @@ def agreement_importance(flow: BidirectionalFlow, limit: float = 10.0) -> torch.
     return -round_trip_error(flow).clamp(max=limit)
 
 
-def scaled_flows(flow: BidirectionalFlow, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flow from each image to the frames: F^{0→δ} = δ F^{0→1} and F^{1→δ} = (1−δ) F^{1→0}.
-
-    Source: DreamMover §3.2.
-
-    Args:
-        flow: the flow both ways.
-        times: δ, (F,).
-
-    Returns:
-        Two (F, 2, h, w), from the first and from the second image.
-    """
-    delta = times.reshape(-1, 1, 1, 1)
-    return delta * flow.forward, (1 - delta) * flow.backward
-
-
 def fuse_high_level(
-    pair: torch.Tensor, flow: BidirectionalFlow, metric: torch.Tensor, times: torch.Tensor
+    pair: torch.Tensor, paths: MotionPaths, metric: torch.Tensor, times: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Layout: both images splatted to δ and averaged by time, (1−δ) σ(z⁰, F^{0→δ}) + δ σ(z¹, F^{1→δ}).
 
@@ -96,7 +81,7 @@ def fuse_high_level(
 
     Args:
         pair: z_{T→0}, (2, C, h, w).
-        flow: the flow both ways.
+        paths: The way of every cell of both images.
         metric: importance, (2, 1, h, w).
         times: δ, (F,).
 
@@ -106,7 +91,7 @@ def fuse_high_level(
     frames = len(times)
     times = times.to(pair.device, working_dtype(pair))
     splatted, reached = [], []
-    for x, m, f in zip(pair, metric, scaled_flows(flow, times), strict=True):
+    for x, m, f in zip(pair, metric, paths.at(times), strict=True):
         warped, weight = softmax_splat(x.expand(frames, -1, -1, -1), f, m.expand(frames, -1, -1, -1))
         splatted.append(warped)
         reached.append(weight > 0)
@@ -117,9 +102,7 @@ def fuse_high_level(
     return torch.lerp(first, second, times.reshape(-1, 1, 1, 1)), coverage
 
 
-def fuse_low_level(
-    eps: torch.Tensor, flow: BidirectionalFlow, metric: torch.Tensor, times: torch.Tensor
-) -> torch.Tensor:
+def fuse_low_level(eps: torch.Tensor, paths: MotionPaths, metric: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
     """Detail: every cell takes one value of one image, ε^δ = WTA(ε⁰, ε¹); nothing is averaged.
 
     Both noise maps are warped so that a cell keeps the heaviest value that lands on it; of the two, the one of higher
@@ -130,7 +113,7 @@ def fuse_low_level(
 
     Args:
         eps: ε_T, (2, C, h, w).
-        flow: the flow both ways.
+        paths: The way of every cell of both images.
         metric: importance, (2, 1, h, w).
         times: δ, (F,).
 
@@ -142,7 +125,7 @@ def fuse_low_level(
     delta = times.reshape(-1, 1, 1, 1)
     (first, weight0), (second, weight1) = (
         winner_splat(x.expand(frames, -1, -1, -1), f, m.exp().expand(frames, -1, -1, -1))
-        for x, m, f in zip(eps, metric, scaled_flows(flow, times), strict=True)
+        for x, m, f in zip(eps, metric, paths.at(times), strict=True)
     )
     weight0, weight1 = (1 - delta) * weight0, delta * weight1
     winner = torch.where(weight0 >= weight1, first, second)
@@ -151,7 +134,7 @@ def fuse_low_level(
 
 
 def fuse_direct(
-    latents: torch.Tensor, flow: BidirectionalFlow, metric: torch.Tensor, times: torch.Tensor
+    latents: torch.Tensor, paths: MotionPaths, metric: torch.Tensor, times: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One-level fusion: the noisy latents themselves splatted and averaged, which blurs their noise.
 
@@ -159,14 +142,14 @@ def fuse_direct(
 
     Args:
         latents: z_T, (2, C, h, w).
-        flow: the flow both ways.
+        paths: The way of every cell of both images.
         metric: importance, (2, 1, h, w).
         times: δ, (F,).
 
     Returns:
         z^δ_T (F, C, h, w) and its coverage (F, 1, h, w).
     """
-    return fuse_high_level(latents, flow, metric, times)
+    return fuse_high_level(latents, paths, metric, times)
 
 
 def select_unwarped(

@@ -78,7 +78,7 @@ def feature_blocks(blocks: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def check_feature_blocks(blocks: object) -> None:
-    """Raise TypeError or ValueError unless this is an index of at least 0, or several different ones."""
+    """Raise TypeError or ValueError unless this is an index of at least 0, or several."""
     if isinstance(blocks, bool) or not isinstance(blocks, (Integral, Sequence)) or isinstance(blocks, str):
         raise TypeError(
             f"`feature_block` must be an integer or several, not {blocks!r} of type {type(blocks).__name__}"
@@ -86,8 +86,8 @@ def check_feature_blocks(blocks: object) -> None:
     indices = feature_blocks(blocks)
     for index in indices:
         check_integer("feature_block", index, 0)
-    if not indices or len(set(indices)) < len(indices):
-        raise ValueError(f"`feature_block` must be one block or several different ones, not {blocks!r}")
+    if not indices:
+        raise ValueError(f"`feature_block` must be one block or several, not {blocks!r}")
 
 
 def check_feature_blocks_exist(blocks: int | Sequence[int], up_blocks: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from .fields import cell_grid
 from .flow import agreement
 from .records import BidirectionalFlow
-from .rigid import fit_similarities, grid_unit
+from .rigid import Similarity, complex_product, fit_similarities, grid_unit
 
 PATH_SIGMA = 3.2  # cells of the unit grid; of the Gaussian by which neighbours count for the similarity of a path
 PATH_TOLERANCES = (4.0, 2.0, 1.0, 1.0)
@@ -35,64 +35,70 @@ class MotionPaths:
         return self.displacements(0, times), self.displacements(1, 1 - times)
 
 
+def motion_paths(flow: BidirectionalFlow, motion: str) -> MotionPaths:
+    """The paths of a name, "rigid" or "straight"."""
+    return rigid_paths(flow) if motion == "rigid" else straight_paths(flow)
+
+
 def straight_paths(flow: BidirectionalFlow) -> MotionPaths:
     """Every cell goes along a straight line at an even pace: F^{0→δ} = δ F^{0→1} and F^{1→δ} = (1−δ) F^{1→0}.
 
     Source: DreamMover §3.2.
     """
     ways = flow.stacked()
-    return MotionPaths(lambda image, t: t.to(ways).reshape(-1, 1, 1, 1) * ways[image])
+    return MotionPaths(lambda image, times: times.to(ways).reshape(-1, 1, 1, 1) * ways[image])
 
 
 def rigid_paths(flow: BidirectionalFlow) -> MotionPaths:
     """What moves alike moves as one: its centre straight, everything on it turning and growing about the centre.
 
-    Around every cell p a similarity q = a p + b is fitted to the flow, a complex. The centre c is the mean of the cells
-    that this similarity explains. At time t the cell is at c + t (a c + b − c) + a^t (p − c) + t · rest, where rest is
-    what the similarity leaves of the cell's own flow; a^t turns at an even rate, by less than half a turn.
+    Around every cell p a similarity q = a p + b is fitted to the flow, a complex. The centre c is the mean of the
+    cells that this similarity explains. At time t the cell is at c + t (a c + b − c) + a^t (p − c) + t · rest, where rest is
+    what the similarity leaves of the cell's own flow. a^t turns at an even rate and by less than half a turn, the
+    shorter way round; at exactly half a turn both ways are as short, and rounding decides between them.
 
     Source: ours; DreamMover's paths are `straight_paths`.
     """
     ways = flow.stacked()
-    h, w = ways.shape[-2:]
     sure = agreement(flow)
     fit = fit_similarities(ways, sure, both_ways=False, sigma=PATH_SIGMA, tolerances=PATH_TOLERANCES)
-    a = torch.complex(1 + fit.turn[:, 0], fit.turn[:, 1])  # (2, h, w)
-    arm = torch.complex(*_centre_offsets(ways, sure, fit.shift, fit.turn).unbind(1))  # p − c
-    moved = torch.complex(*ways.unbind(1))
-    explained = torch.complex(*fit.shift.unbind(1))
-    centre_moves = explained - (a - 1) * arm  # a c + b − c
-    turn = a.log()
+    arm = _arms(ways, sure, fit)  # p − c
+    real, imaginary = (1 + fit.turn[:, :1]), fit.turn[:, 1:]
+    size, angle = (real.square() + imaginary.square()).sqrt(), torch.atan2(imaginary, real)
+    straight = ways - complex_product(fit.turn, arm)  # a c + b − c + rest
 
     def displacements(image: int, times: torch.Tensor) -> torch.Tensor:
-        t = times.to(ways).reshape(-1, 1, 1)
-        turned = torch.exp(t * turn[image]) * arm[image]
-        x = t * centre_moves[image] + turned - arm[image] + t * (moved - explained)[image]
-        return torch.stack([x.real, x.imag], 1)
+        t = times.to(ways).reshape(-1, 1, 1, 1)
+        turned, grown = t * angle[image], size[image] ** t
+        power = torch.cat([grown * turned.cos() - 1, grown * turned.sin()], 1)  # a^t − 1
+        return t * straight[image] + complex_product(power, arm[image][None])
 
     return MotionPaths(displacements)
 
 
-def _centre_offsets(ways: torch.Tensor, sure: torch.Tensor, shift: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    """From the centre of what moves along with a cell to the cell, (2, 2, h, w)."""
+def _arms(ways: torch.Tensor, sure: torch.Tensor, fit: Similarity) -> torch.Tensor:
+    """From the centre of what moves along with a cell to the cell, (2, 2, h, w).
+
+    Cells of a coarser grid stand for all, so that time and memory grow with the cells and not with their square.
+    """
     h, w = ways.shape[-2:]
     unit = grid_unit(h, w)
     stride = max(1, round(unit))
-    cells = cell_grid(h, w, ways)[0]
-    seen = (slice(None), slice(stride // 2, None, stride), slice(stride // 2, None, stride))
-    x, y = cells[seen].flatten(1)[:, None]  # (1, m) each: some of the cells stand for all
-    offsets = []
+    seen = (..., slice(stride // 2, None, stride), slice(stride // 2, None, stride))
+    cells = cell_grid(h, w, ways)
+    apart = cells[seen].flatten(2)[:, :, None] - cells.flatten(2)[..., None]  # (1, 2, n, m): from a cell to one seen
+    arms = []
     for image in range(2):
-        px, py = cells.flatten(1)[..., None]  # (n, 1) each
-        ux, uy = x - px, y - py
-        vx, vy = ways[image][seen].flatten(1)[:, None]
-        (sx, sy), (re, im) = shift[image].flatten(1)[..., None], turn[image].flatten(1)[..., None]
-        off = (vx - sx - re * ux + im * uy).square() + (vy - sy - im * ux - re * uy).square()
+        one = slice(image, image + 1)
+        turn, shift = (field[one].flatten(2)[..., None] for field in (fit.turn, fit.shift))  # (1, 2, n, 1)
+        moved = ways[one][seen].flatten(2)[:, :, None]  # (1, 2, 1, m)
+        off = (moved - shift - complex_product(turn, apart)).square().sum(1)
         alike = (
-            sure[image][seen].flatten(1)
-            * (-(ux.square() + uy.square()) / (2 * (CENTRE_REACH * unit) ** 2)).exp()
-            * (-off / (2 * (CENTRE_TOLERANCE * unit) ** 2)).exp()
-        ) + TINY
-        total = alike.sum(1)
-        offsets.append(-torch.stack([(alike * ux).sum(1), (alike * uy).sum(1)]) / total)
-    return torch.stack(offsets).unflatten(2, (h, w))
+            sure[one][seen].flatten(2)[:, 0, None]
+            * (
+                -apart.square().sum(1) / (2 * (CENTRE_REACH * unit) ** 2) - off / (2 * (CENTRE_TOLERANCE * unit) ** 2)
+            ).exp()
+        )
+        alike = alike[:, None] + TINY
+        arms.append(-(alike * apart).sum(3) / alike.sum(3))
+    return torch.cat(arms).unflatten(2, (h, w))

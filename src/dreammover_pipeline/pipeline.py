@@ -48,11 +48,13 @@ from .memory import free_cache  # noqa: F401, named for the loader
 from .model_checks import check_model_fits
 from .outputs import DreamMoverPipelineOutput, joined, returned
 from .pairs import ModelSizes, PairInput, check_stackable, checked_pair, checked_pairs
+from .paths import rigid_paths  # noqa: F401, named for the loader
 from .preparing import Models, fit_lora_of_gaps, prepare_pair
 from .progress import ProgressListener, reported_stage
 from .prompts import NegativeText, pair_negatives
 from .records import Canvas, PreparedPair
 from .rendering import DenoisedFrames, finish_frames, render_latents
+from .rigid import similarity_flow  # noqa: F401, named for the loader
 from .sampling import denoise  # noqa: F401, named for the loader
 from .schedules import deterministic_ddim, schedule_settings
 from .sequence import LORAS, GapStages, check_arguments_of_a_sequence, checked_gaps, frames_of_gaps, make_gaps
@@ -181,13 +183,16 @@ class DreamMoverPipeline(
         num_inference_steps: int = 50,
         inversion_steps: int = 30,
         feature_step: int = 14,
-        feature_block: int | Sequence[int] = (1, 2),
+        feature_block: int | Sequence[int] = (1, 1, 2),
         distance_penalty: float = 0.1,
-        flow_smoothing: int = 3,
+        rest_tolerance: float = 0.15,
+        flow_smoothing: int = 1,
+        flow_fit: str = "similarity",
         points: Sequence | None = None,
         mask: object = None,
         attention_blocks: Sequence[int] = (2, 3),
         fusion: str = "two_level",
+        motion: str = "rigid",
         importance: str = "agreement",
         guidance_scale: float = 1.0,
         negative_prompt: str | Sequence[str] | None = None,
@@ -231,13 +236,19 @@ class DreamMoverPipeline(
             inversion_steps: How many of the steps the photos are inverted and the frames denoised, T. Fewer keep
                 closer to the warped photos, more redraw what warping breaks: fewer ghosts, less likeness.
             feature_step: The step whose features are matched. A later one matches noisier, coarser features.
-            feature_block: The UNet's up block whose features are matched, or several whose similarities are averaged.
-                The paper matches 1 alone, by meaning; a later block matches more finely and less by meaning.
+            feature_block: The UNet's up block whose features are matched, or several whose similarities are averaged,
+                where a block named twice counts twice. The paper matches 1 alone, by meaning; a later block matches
+                more finely and less by meaning.
             distance_penalty: Cosine similarity that a match loses for each shorter side of the image it lies away, so
                 that of places that look alike the nearer one is matched. Too much holds back what moves far; 0 is the
                 paper's.
+            rest_tolerance: By how much in cosine similarity a doubtful match may be better than the same place in the
+                other photo for that place to be taken to rest. More holds more of the background still; 0, the
+                paper's, none of it.
             flow_smoothing: Passes that carry the flow from cells whose match agrees both ways to their neighbours.
                 More make the flow smoother and lose finer motion; 0 is the paper's bare argmax.
+            flow_fit: What a pass of smoothing fits to the flow around every cell: "similarity", a shift, a turn and a
+                scaling, or "mean", the weighted mean, which is right only for what is shifted.
             points: Places that are in both photos, ((x0, y0), (x1, y1)) each, in pixels of the first and of the last
                 photo with (0, 0) the centre of the top left pixel. They pull the flow around them. A batch has a list
                 with the points of each pair, None for a pair without.
@@ -248,6 +259,8 @@ class DreamMoverPipeline(
                 none switches it off.
             fusion: How the pair is fused: "two_level" is the paper's, "two_level_unwarped" selects noise as the
                 released code does, "direct" has no levels and blurs, which is the paper's ablation.
+            motion: The way that things take through time: "rigid" turns and scales what moves as one about its centre,
+                "straight" is the paper's, along which what turns shrinks on the way.
             importance: What decides between cells that land on one place: "agreement" of the two flows, or
                 "photometric", the paper's brightness constancy, by which what looks alike in both photos wins.
             guidance_scale: Classifier-free guidance of the frames. Above 1 they follow the prompt more, at twice the
@@ -311,9 +324,11 @@ class DreamMoverPipeline(
         num_inference_steps: int = 50,
         inversion_steps: int = 30,
         feature_step: int = 14,
-        feature_block: int | Sequence[int] = (1, 2),
+        feature_block: int | Sequence[int] = (1, 1, 2),
         distance_penalty: float = 0.1,
-        flow_smoothing: int = 3,
+        rest_tolerance: float = 0.15,
+        flow_smoothing: int = 1,
+        flow_fit: str = "similarity",
         points: Sequence | None = None,
         mask: object = None,
         lora_steps: int = 80,
@@ -359,6 +374,7 @@ class DreamMoverPipeline(
         easing: str | Callable[[float], float] = "linear",
         attention_blocks: Sequence[int] = (2, 3),
         fusion: str = "two_level",
+        motion: str = "rigid",
         importance: str = "agreement",
         guidance_scale: float = 1.0,
         negative_prompt: str | Sequence[str] | None = None,

@@ -13,13 +13,14 @@ from .autoencoder import Autoencoder
 from .conditioning import Conditioner
 from .denoiser import Denoiser
 from .features import up_block_features
-from .flow import distance_bias, join_features, match_features, smooth_flow
+from .flow import distance_bias, join_features, match_features, neighbourhood_mean, regularise, resting_cells
 from .inputs import feature_blocks
 from .lora import LoraFit, fit_pair_lora
 from .memory import advice_on_out_of_memory, affords_fit, free_cache, is_out_of_memory
 from .pairs import PairInput
 from .progress import Stages
 from .records import BidirectionalFlow, Inversion, PreparedPair
+from .rigid import similarity_flow
 from .sampling import invert
 from .schedules import ddim_schedule
 from .settings import FitSettings, PrepareSettings
@@ -196,9 +197,13 @@ def match_pair(
     """
     matched = features[0] if len(features) == 1 else join_features(features, size)
     bias = distance_bias(size, settings.distance_penalty, matched)
+    regulariser = similarity_flow if settings.flow_fit == "similarity" else neighbourhood_mean
     if steering is not None:
-        return steered_flow(matched, steering, settings.flow_smoothing, bias)
-    return smooth_flow(match_features(matched, size, bias), settings.flow_smoothing)
+        passes, tolerance = settings.flow_smoothing, settings.rest_tolerance
+        return steered_flow(matched, steering, passes, bias, regulariser, tolerance)
+    flow = match_features(matched, size, bias)
+    rests = resting_cells(matched, flow, settings.rest_tolerance)
+    return regularise(flow, settings.flow_smoothing, regulariser, rests)
 
 
 def require_finite(latents: torch.Tensor, dtype: torch.dtype) -> None:

@@ -23,6 +23,7 @@ from .fusion import (
 )
 from .inputs import frame_times
 from .outputs import DreamMoverPipelineOutput, as_output
+from .paths import motion_paths
 from .preparing import Models, require_finite
 from .progress import Stages
 from .prompts import NegativeText
@@ -80,7 +81,7 @@ def render_latents(
     Raises:
         RuntimeError: The UNet overflowed.
     """
-    times = place_frames(pair, settings, settings.importance)
+    times = place_frames(pair, settings, settings.importance, settings.motion)
     delta = torch.tensor(times)
     conditions = models.conditioner.frames(pair.prompt_embeds, delta, settings.guidance_scale > 1, negative)
     denoiser, inversion = models.denoiser, pair.inversion
@@ -91,7 +92,7 @@ def render_latents(
         ) as predict_noise,
         stages("Denoising", inversion.steps) as step,
     ):
-        fused = fuse_pair(pair, delta, settings.fusion, settings.importance, predict_noise)
+        fused = fuse_pair(pair, delta, settings.fusion, settings.importance, settings.motion, predict_noise)
 
         def on_step(i: int, timestep: int, latents: torch.Tensor) -> torch.Tensor:
             step()
@@ -109,34 +110,37 @@ def _replaced(replaced: dict, latents: torch.Tensor, conditions: Conditions) -> 
     return replaced.get("latents", latents)
 
 
-def place_frames(pair: PreparedPair, video: VideoSettings, importance: str) -> tuple[float, ...]:
+def place_frames(pair: PreparedPair, video: VideoSettings, importance: str, motion: str) -> tuple[float, ...]:
     """The δ of the frames asked for; for even spacing previews of the pair are looked at, and no model runs.
 
     Args:
         pair: What `prepare_pair` returned.
         video: Which frames are asked for.
         importance: The splat metric of the previews.
+        motion: The way that things take in the previews.
     """
     if video.easing == EVEN:
-        return even_times(video.n_frames, preview_pair(pair, torch.linspace(0, 1, PREVIEWS), importance))
+        return even_times(video.n_frames, preview_pair(pair, torch.linspace(0, 1, PREVIEWS), importance, motion))
     linear = frame_times(video.n_frames, video.times)
     return eased_times(linear, video.easing) if video.times is None else linear
 
 
-def preview_pair(pair: PreparedPair, times: torch.Tensor, importance: str) -> torch.Tensor:
+def preview_pair(pair: PreparedPair, times: torch.Tensor, importance: str, motion: str) -> torch.Tensor:
     """What frames would be if nothing were redrawn: the pair's clean latents, warped and averaged. No model runs.
 
     Args:
         pair: What `prepare_pair` returned.
         times: δ, (F,), in [0, 1].
         importance: The splat metric.
+        motion: The way that things take, "rigid" or "straight".
 
     Returns:
         Clean latents (F, C, h, w); at 0 and 1 those of the two photos.
     """
     clean = pair.inversion.path[0]
     metric = splat_metric(importance, clean, pair.flow)
-    previews, _ = piecewise(lambda t: fuse_high_level(clean, pair.flow, metric, t), times)
+    paths = motion_paths(pair.flow, motion)
+    previews, _ = piecewise(lambda t: fuse_high_level(clean, paths, metric, t), times)
     return previews
 
 
@@ -145,6 +149,7 @@ def fuse_pair(
     times: torch.Tensor,
     fusion: str,
     importance: str,
+    motion: str,
     predict_noise: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
 ) -> FusedFrames:
     """Fuse the pair at step T for every δ. Source: DreamMover §3.3.
@@ -154,6 +159,7 @@ def fuse_pair(
         times: δ, (F,).
         fusion: "two_level", "two_level_unwarped" or "direct".
         importance: The splat metric.
+        motion: The way that things take, "rigid" or "straight".
         predict_noise: ε of frames (F, C, h, w) at a timestep; only "two_level_unwarped" asks it.
 
     Returns:
@@ -162,13 +168,13 @@ def fuse_pair(
     inversion, flow = pair.inversion, pair.flow
     noisy, alpha_bar = inversion.path[-1], inversion.alpha_bar
     clean = predict_clean(noisy, inversion.eps, alpha_bar)
-    metric = splat_metric(importance, clean, flow)
+    metric, paths = splat_metric(importance, clean, flow), motion_paths(flow, motion)
     if fusion == "direct":
-        latents, coverage = piecewise(lambda t: fuse_direct(noisy, flow, metric, t), times)
+        latents, coverage = piecewise(lambda t: fuse_direct(noisy, paths, metric, t), times)
         return FusedFrames(latents, None, None, coverage, times)
-    layout, coverage = piecewise(lambda t: fuse_high_level(clean, flow, metric, t), times)
+    layout, coverage = piecewise(lambda t: fuse_high_level(clean, paths, metric, t), times)
     if fusion == "two_level":
-        (eps,) = piecewise(lambda t: (fuse_low_level(inversion.eps, flow, metric, t),), times)
+        (eps,) = piecewise(lambda t: (fuse_low_level(inversion.eps, paths, metric, t),), times)
     else:
         (mixed,) = piecewise(lambda t: (select_unwarped(noisy, clean, flow, t),), times)
         eps = predict_noise(mixed, inversion.schedule.timestep(inversion.steps))

@@ -33,7 +33,7 @@ TINY = 1e-12
 class Similarity:
     """A similarity for every cell: a cell u away goes to its own place plus `shift` + `turn`·u.
 
-    `shift` and `turn` are (B, 2, h, w). `turn` is a complex number less one, as real and imaginary part: (0, 0) neither
+    `shift` and `turn` are (B, 2, h, w). `turn` is a complex number less one, as real and imaginary part; zero neither
     turns nor scales. `residual` (B, 1, h, w) is how far the cell's own vector lies from the fit, squared.
     """
 
@@ -77,10 +77,10 @@ def fit_similarities(
     weights = near
     for tolerance in tolerances:
         mean_place, mean_vector, turn = _least_squares(place, vector, weights, STIFFNESS * unit**2)
-        off = vector - mean_vector - _times(turn, place - mean_place)
+        off = vector - mean_vector - complex_product(turn, place - mean_place)
         explained = (-off.square().sum(1) / (2 * (tolerance * unit) ** 2)).exp()
         weights = near * (explained + LEAST)
-    shift = (mean_vector - _times(turn, mean_place))[:, :, 0].unflatten(2, (h, w))
+    shift = (mean_vector - complex_product(turn, mean_place))[:, :, 0].unflatten(2, (h, w))
     turn = turn[:, :, 0].unflatten(2, (h, w))
     return Similarity(shift, turn, (flow - shift).square().sum(1, keepdim=True))
 
@@ -148,7 +148,7 @@ def _least_squares(
     return mean_place, mean_vector, torch.cat([along, across], 1) / (spread + stiffness * total)
 
 
-def _times(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """The product of two fields of complex numbers, real and imaginary part along axis 1."""
+def complex_product(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The product of two fields of complex numbers, whose real and imaginary parts lie along axis 1."""
     (a, b), (x, y) = first.split(1, 1), second.split(1, 1)
     return torch.cat([a * x - b * y, a * y + b * x], 1)

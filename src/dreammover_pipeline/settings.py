@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 FUSIONS = ("two_level", "two_level_unwarped", "direct")
 IMPORTANCES = ("agreement", "photometric")
+FLOW_FITS = ("similarity", "mean")
+MOTIONS = ("rigid", "straight")
 ENDPOINTS = ("original", "reconstructed")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -143,10 +145,11 @@ class PrepareSettings(FitSettings):
         14, WholeNumbers(1), "The step whose features are matched. A later one matches noisier, coarser features."
     )
     feature_block: int | Sequence[int] = argument(
-        (1, 2),
+        (1, 1, 2),
         Blocks(check_feature_blocks, 1),
-        "The UNet's up block whose features are matched, or several whose similarities are averaged. The paper "
-        "matches 1 alone, by meaning; a later block matches more finely and less by meaning.",
+        "The UNet's up block whose features are matched, or several whose similarities are averaged, where a block "
+        "named twice counts twice. The paper matches 1 alone, by meaning; a later block matches more finely and less "
+        "by meaning.",
         paper=1,
     )
     distance_penalty: float = argument(
@@ -156,12 +159,25 @@ class PrepareSettings(FitSettings):
         "look alike the nearer one is matched. Too much holds back what moves far; 0 is the paper's.",
         paper=0,
     )
+    rest_tolerance: float = argument(
+        0.15,
+        Numbers(0),
+        "By how much in cosine similarity a doubtful match may be better than the same place in the other photo for "
+        "that place to be taken to rest. More holds more of the background still; 0, the paper's, none of it.",
+        paper=0,
+    )
     flow_smoothing: int = argument(
-        3,
+        1,
         WholeNumbers(0),
         "Passes that carry the flow from cells whose match agrees both ways to their neighbours. More make the flow "
         "smoother and lose finer motion; 0 is the paper's bare argmax.",
         paper=0,
+    )
+    flow_fit: str = argument(
+        "similarity",
+        Choice(FLOW_FITS),
+        'What a pass of smoothing fits to the flow around every cell: "similarity", a shift, a turn and a scaling, or '
+        '"mean", the weighted mean, which is right only for what is shifted.',
     )
     lora_scale: float = argument(
         1.0, Numbers(0), "Weight of the pair's LoRA wherever the UNet runs; below 1 softens it."
@@ -233,6 +249,13 @@ class RenderSettings(VideoSettings):
         Choice(FUSIONS),
         'How the pair is fused: "two_level" is the paper\'s, "two_level_unwarped" selects noise as the released code '
         'does, "direct" has no levels and blurs, which is the paper\'s ablation.',
+    )
+    motion: str = argument(
+        "rigid",
+        Choice(MOTIONS),
+        'The way that things take through time: "rigid" turns and scales what moves as one about its centre, '
+        '"straight" is the paper\'s, along which what turns shrinks on the way.',
+        paper="straight",
     )
     importance: str = argument(
         "agreement",

@@ -88,6 +88,7 @@ class StageMethods:
         times: Sequence[float] | None = None,
         easing: str | Callable[[float], float] = "linear",
         importance: str = "agreement",
+        motion: str = "rigid",
     ) -> tuple[float, ...]:
         """The δ of the frames asked for, each in (0, 1). For even spacing previews are looked at; no model runs.
 
@@ -97,24 +98,29 @@ class StageMethods:
             times: The δ themselves, instead of `n_frames`.
             easing: How the frames are spread over time, as `__call__` takes it.
             importance: The splat metric of the previews.
+            motion: The way that things take in the previews, as `__call__` takes it.
 
         Raises:
             TypeError, ValueError: An argument is not what it may be.
         """
-        return place_frames(pair, VideoSettings(n_frames=n_frames, times=times, easing=easing), importance)
+        video = VideoSettings(n_frames=n_frames, times=times, easing=easing)
+        return place_frames(pair, video, importance, motion)
 
-    def preview(self, pair: PreparedPair, times: torch.Tensor, importance: str = "agreement") -> torch.Tensor:
+    def preview(
+        self, pair: PreparedPair, times: torch.Tensor, importance: str = "agreement", motion: str = "rigid"
+    ) -> torch.Tensor:
         """What frames would be if nothing were redrawn: the pair's clean latents, warped and averaged. No model runs.
 
         Args:
             pair: What `prepare` returned.
             times: δ, (F,), in [0, 1].
             importance: The splat metric.
+            motion: The way that things take, as `__call__` takes it.
 
         Returns:
             Clean latents (F, C, h, w), for `decode_latents`; at 0 and 1 those of the two photos.
         """
-        return preview_pair(pair, times, importance)
+        return preview_pair(pair, times, importance, motion)
 
     def fuse(
         self,
@@ -122,6 +128,7 @@ class StageMethods:
         times: torch.Tensor,
         fusion: str = "two_level",
         importance: str = "agreement",
+        motion: str = "rigid",
         predict_noise: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
     ) -> FusedFrames:
         """Fuse the pair at step T for every δ. Source: DreamMover §3.3.
@@ -131,12 +138,13 @@ class StageMethods:
             times: δ, (F,).
             fusion: How the pair is fused, as `__call__` takes it.
             importance: The splat metric.
+            motion: The way that things take, as `__call__` takes it.
             predict_noise: ε of frames (F, C, h, w) at a timestep; only "two_level_unwarped" asks it.
 
         Returns:
             The frames' latents z^δ_T and the levels they are made of.
         """
-        return fuse_pair(pair, times, fusion, importance, predict_noise)
+        return fuse_pair(pair, times, fusion, importance, motion, predict_noise)
 
     def run_safety_checker(self, image: torch.Tensor) -> tuple[torch.Tensor, list[bool] | None]:
         """Black out what the safety checker flags, if there is one.

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .fields import cell_grid
-from .flow import agreement, match_features, neighbourhood_mean, unit_features
+from .flow import Regulariser, match_features, neighbourhood_mean, regularise, resting_cells, unit_features
 from .records import BidirectionalFlow
 
 # Chosen in the procedural world; docs/points.md has the figures. Lengths are shares of the grid's shorter side.
@@ -132,8 +132,10 @@ def steered_flow(
     steering: Steering,
     passes: int,
     bias: Callable[[slice], torch.Tensor] | None = None,
+    regulariser: Regulariser = neighbourhood_mean,
+    rest_tolerance: float = 0.0,
 ) -> BidirectionalFlow:
-    """`match_features` and `smooth_flow`, steered.
+    """`match_features` and `regularise`, steered.
 
     A pinned cell keeps its flow through every pass and speaks for its neighbours like a cell whose match agrees
     exactly. A cell that may not move speaks for none. Where points and mask disagree, the mask prevails.
@@ -142,7 +144,9 @@ def steered_flow(
         features: (2, C', h', w'), first and second image.
         steering: on the latent grid (h, w).
         passes: of smoothing, 0 … .
-        bias: as of `match_features`; the user's word is added to it.
+        bias: As of `match_features`; the user's word is added to it.
+        regulariser: What carries the flow on.
+        rest_tolerance: As of `resting_cells`.
 
     Returns:
         The flow both ways on the latent grid, in cells.
@@ -153,15 +157,14 @@ def steered_flow(
     flow = match_features(features, size, steered if bias is None else lambda rows: steered(rows) + bias(rows))
     pins, pinned = _pins(steering, flow.forward)
 
-    def held(stacked: torch.Tensor) -> BidirectionalFlow:
-        stacked = torch.where(moves, torch.where(pinned, pins, stacked), 0)
-        return BidirectionalFlow(stacked[:1], stacked[1:])
+    def held(stacked: torch.Tensor) -> torch.Tensor:
+        return torch.where(moves, torch.where(pinned, pins, stacked), 0)
 
-    flow = held(flow.stacked())
-    for _ in range(passes):
-        weight = torch.where(pinned, 1, agreement(flow)) * moves
-        flow = held(neighbourhood_mean(flow.stacked(), weight))
-    return flow
+    def trusted(weight: torch.Tensor) -> torch.Tensor:
+        return torch.where(pinned, 1, weight) * moves
+
+    rests = resting_cells(features, flow, rest_tolerance)
+    return regularise(flow, passes, regulariser, rests, held, trusted)
 
 
 def match_bias(features: torch.Tensor, steering: Steering) -> Callable[[slice], torch.Tensor]:
