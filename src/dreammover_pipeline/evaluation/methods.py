@@ -7,7 +7,6 @@ were made with, which is None for a method without flow.
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,12 +15,13 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
+from ..arguments import taken
 from ..fields import flow_at_cell_centres, upsampled_flow
 from ..framing import fit, fit_to_output, unfit
 from ..fusion import agreement_importance, fuse_high_level, photometric_importance
 from ..pipeline import DreamMoverPipeline
 from ..records import BidirectionalFlow, Canvas, PreparedPair
-from ..settings import PRESETS
+from ..settings import PREPARING, PRESETS, RENDERING, arguments
 from .branching import branching_slerp
 from .networks import dis_flow
 from .suites import Pair
@@ -61,9 +61,9 @@ class EvaluationCase:
         """The times δ of the frames, (F,)."""
         return torch.tensor(self.pair.times)
 
-    def setting(self, function: Callable, name: str):
-        """The value that the argument `name` of `prepare` or `render` has in this case."""
-        return self.settings.get(name, inspect.signature(function).parameters[name].default)
+    def setting(self, name: str):
+        """The value that the pipeline's argument `name` has in this case."""
+        return self.settings.get(name, arguments()[name].default)
 
     def prepared(self, **changes) -> PreparedPair:
         """The prepared pair, with `changes` to the settings.
@@ -74,7 +74,7 @@ class EvaluationCase:
         if key not in self._prepared:
             lora = None if not changes or "lora_steps" in changes else self.prepared().lora
             start = time.perf_counter()
-            settings = accepted(self.pipe.prepare, self.settings) | changes
+            settings = taken(self.settings, *PREPARING) | changes
             generator = torch.Generator().manual_seed(self.seed)
             self._prepared[key] = self.pipe.prepare(
                 *self.pair.images, self.pair.prompt, **settings, lora=lora, generator=generator
@@ -85,11 +85,11 @@ class EvaluationCase:
     @property
     def importance(self) -> str:
         """The value of `importance` in this case."""
-        return self.setting(self.pipe.render, "importance")
+        return self.setting("importance")
 
     def render(self, prepared: PreparedPair, **changes) -> Result:
         """Frames of a prepared pair, with `changes` to the settings, and the pair's flow."""
-        settings = accepted(self.pipe.render, self.settings) | changes
+        settings = taken(self.settings, *RENDERING) | changes
         output = self.pipe.render(prepared, times=self.pair.times, output_type="pt", **settings)
         return output.frames[0].float().cpu(), prepared.flow
 
@@ -97,12 +97,6 @@ class EvaluationCase:
         """Decode clean latents (F, C, h, w) into pictures at the size of the frames."""
         pictures = torch.cat([self.pipe.decode_latents(latent[None]).cpu() for latent in latents])
         return unfit(pictures, self.canvas)
-
-
-def accepted(function: Callable, settings: Mapping[str, object]) -> dict[str, object]:
-    """Those of the settings that are parameters of `function`."""
-    parameters = inspect.signature(function).parameters
-    return {name: value for name, value in settings.items() if name in parameters}
 
 
 def ours(case: EvaluationCase) -> Result:
@@ -113,7 +107,7 @@ def ours(case: EvaluationCase) -> Result:
 def paper(case: EvaluationCase) -> Result:
     """Ours with the paper's settings: one block's features, no penalty, no smoothing, photometric importance."""
     settings = PRESETS["paper"]
-    return case.render(case.prepared(**accepted(case.pipe.prepare, settings)), **accepted(case.pipe.render, settings))
+    return case.render(case.prepared(**taken(settings, *PREPARING)), **taken(settings, *RENDERING))
 
 
 def no_penalty(case: EvaluationCase) -> Result:
@@ -138,7 +132,7 @@ def one_block(case: EvaluationCase) -> Result:
 
 def shallow(case: EvaluationCase) -> Result:
     """Ours with a third of the inversion steps."""
-    steps, step = (case.setting(case.pipe.prepare, name) for name in ("inversion_steps", "feature_step"))
+    steps, step = (case.setting(name) for name in ("inversion_steps", "feature_step"))
     steps = max(1, steps // 3)
     return case.render(case.prepared(inversion_steps=steps, feature_step=min(step, steps)))
 
@@ -206,7 +200,7 @@ def pixel_splat(case: EvaluationCase) -> Result:
 
 def branching(case: EvaluationCase) -> Result:
     """Wang and Golland's interpolation in noise, without flow, LoRA or inversion."""
-    steps = case.setting(case.pipe.prepare, "num_inference_steps")
+    steps = case.setting("num_inference_steps")
     latents = branching_slerp(case.pipe, case.working_images, case.pair.prompt, case.pair.times, steps, case.seed)
     return case.decode(latents), None
 
