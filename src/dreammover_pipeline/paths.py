@@ -53,9 +53,10 @@ def rigid_paths(flow: BidirectionalFlow) -> MotionPaths:
     """What moves alike moves as one: its centre straight, everything on it turning and growing about the centre.
 
     Around every cell p a similarity q = a p + b is fitted to the flow, a complex. The centre c is the mean of the
-    cells that this similarity explains. At time t the cell is at c + t (a c + b − c) + a^t (p − c) + t · rest, where rest is
-    what the similarity leaves of the cell's own flow. a^t turns at an even rate and by less than half a turn, the
-    shorter way round; at exactly half a turn both ways are as short, and rounding decides between them.
+    cells that this similarity explains. At time t the cell is at c + t (a c + b − c) + a^t (p − c) + t · rest,
+    where rest is what the similarity leaves of the cell's own flow. a^t turns at an even rate and by less than
+    half a turn, the shorter way round; at exactly half a turn both ways are as short, and rounding decides between
+    them.
 
     Source: ours; DreamMover's paths are `straight_paths`.
     """

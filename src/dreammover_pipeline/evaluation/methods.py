@@ -19,6 +19,7 @@ from ..arguments import taken
 from ..fields import flow_at_cell_centres, upsampled_flow
 from ..framing import fit, fit_to_output, unfit
 from ..fusion import agreement_importance, fuse_high_level, photometric_importance
+from ..paths import MotionPaths, motion_paths
 from ..pipeline import DreamMoverPipeline
 from ..records import BidirectionalFlow, Canvas, PreparedPair
 from ..settings import PREPARING, PRESETS, RENDERING, arguments
@@ -178,23 +179,27 @@ def crossfade(case: EvaluationCase) -> Result:
 def latent_splat(case: EvaluationCase) -> Result:
     """The clean latents of the two images splatted, averaged and decoded, without diffusion."""
     pair = case.prepared()
-    return case.decode(case.pipe.preview(pair, case.times, case.importance)), pair.flow
+    frames = case.pipe.preview(pair, case.times, case.importance, case.setting("motion"))
+    return case.decode(frames), pair.flow
 
 
 def pixel_splat(case: EvaluationCase) -> Result:
     """The pixels of the two images splatted and averaged, without a VAE and without diffusion.
 
-    Pixels are in [−1, 1]; the matched flow, and where it is asked for its agreement, are upsampled bilinearly.
+    Pixels are in [−1, 1]; the paths of the matched flow, and where it is asked for its agreement, are upsampled
+    bilinearly.
     """
     flow = case.prepared().flow
+    paths = motion_paths(flow, case.setting("motion"))
     pixels = 2 * case.working_images - 1
     size = pixels.shape[-2:]
-    fine = BidirectionalFlow(*(upsampled_flow(part.cpu(), size) for part in (flow.forward, flow.backward)))
     if case.importance == "agreement":
         metric = F.interpolate(agreement_importance(flow).cpu(), size=size, mode="bilinear", align_corners=False)
     else:
+        fine = BidirectionalFlow(*(upsampled_flow(part.cpu(), size) for part in (flow.forward, flow.backward)))
         metric = photometric_importance(pixels, fine)
-    frames, _ = fuse_high_level(pixels, fine, metric, case.times)
+    fine_paths = MotionPaths(lambda image, times: upsampled_flow(paths.displacements(image, times).cpu(), size))
+    frames, _ = fuse_high_level(pixels, fine_paths, metric, case.times)
     return unfit((frames / 2 + 0.5).clamp(0, 1), case.canvas), flow
 
 
