@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ REACH = 8  # cells; how far from a cell a match counts at all
 TOLERANCES = (6.0, 3.0, 2.0, 1.5, 1.5)
 STIFFNESS = 0.5  # squared cells; how strongly turn and scaling are held back where matches lie close together
 LEAST = 1e-6  # of its weight without the fit, what a match keeps that the fit does not explain
+NEIGHBOUR_STEP = 3.0  # cells; between a cell and the next whose similarity it may take over
 TINY = 1e-12
 
 
@@ -53,6 +55,7 @@ def fit_similarities(
     both_ways: bool = True,
     sigma: float = SIGMA,
     tolerances: Sequence[float] = TOLERANCES,
+    stiffness: float = STIFFNESS,
 ) -> Similarity:
     """Fit a similarity to the matches around every cell, by iteratively reweighted least squares.
 
@@ -65,6 +68,7 @@ def fit_similarities(
         both_ways: Whether the matches of the other image count too: if a cell q of it came from p, p goes to q.
         sigma: Of the Gaussian of the distance, in cells of the unit grid.
         tolerances: Of the Gaussians of the distance from the fit, in cells of the unit grid.
+        stiffness: How strongly turn and scaling are held back, in squared cells of the unit grid.
 
     Returns:
         The similarities of the cells of both images.
@@ -76,13 +80,41 @@ def fit_similarities(
     near = given * (-place.square().sum(1) / (2 * (sigma * unit) ** 2)).exp()
     weights = near
     for tolerance in tolerances:
-        mean_place, mean_vector, turn = _least_squares(place, vector, weights, STIFFNESS * unit**2)
+        mean_place, mean_vector, turn = _least_squares(place, vector, weights, stiffness * unit**2)
         off = vector - mean_vector - complex_product(turn, place - mean_place)
         explained = (-off.square().sum(1) / (2 * (tolerance * unit) ** 2)).exp()
         weights = near * (explained + LEAST)
     shift = (mean_vector - complex_product(turn, mean_place))[:, :, 0].unflatten(2, (h, w))
     turn = turn[:, :, 0].unflatten(2, (h, w))
     return Similarity(shift, turn, (flow - shift).square().sum(1, keepdim=True))
+
+
+def best_of_neighbours(fit: Similarity, flow: torch.Tensor) -> Similarity:
+    """For every cell, of its own similarity and those of some cells around it, the one that its own vector fits best.
+
+    At the edge of a thing most of a window lies on what is behind it, and so a fit there may be the background's.
+
+    Args:
+        fit: Of the cells of both images.
+        flow: (2, 2, h, w), what the similarities were fitted to.
+    """
+    h, w = flow.shape[-2:]
+    step = max(1, round(NEIGHBOUR_STEP * grid_unit(h, w)))
+    cells = cell_grid(h, w, flow)
+    best = fit
+    for dy, dx in product(range(-2, 3), repeat=2):
+        down, right = dy * step, dx * step
+        y, x = ((torch.arange(n, device=flow.device) + by).clamp(0, n - 1) for n, by in ((h, down), (w, right)))
+        shift, turn = (field[..., y[:, None], x] for field in (fit.shift, fit.turn))
+        shift = shift + complex_product(turn, cells - cells[..., y[:, None], x])
+        residual = (flow - shift).square().sum(1, keepdim=True)
+        better = residual < best.residual
+        best = Similarity(
+            torch.where(better, shift, best.shift),
+            torch.where(better, turn, best.turn),
+            torch.where(better, residual, best.residual),
+        )
+    return best
 
 
 def similarity_flow(flow: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -163,3 +163,25 @@ def select_unwarped(latents, clean, forward, backward, delta: float) -> torch.Te
         wins = (1 - delta) * weight[0, 0, row, column] >= delta * weight[1, 0, row, column]
         frame[:, row, column] = latents[0 if wins else 1, :, row, column]
     return frame
+
+
+def similarity(flow, weight, row: int, column: int, sigma: float) -> tuple[complex, complex]:
+    """The turn less one and the shift at a cell, of one image's matches (2, h, w) by weights (h, w) and a Gaussian."""
+    h, w = flow.shape[-2:]
+    stiffness = 0.5 * (min(h, w) / 32) ** 2
+    total = mean_place = mean_vector = 0
+    entries = []
+    for y, x in product(range(h), range(w)):
+        dx, dy = x - column, y - row
+        if max(abs(dx), abs(dy)) <= 8:
+            share = float(weight[y, x]) * math.exp(-(dx**2 + dy**2) / (2 * sigma**2))
+            place, vector = complex(dx, dy), complex(*flow[:, y, x].tolist())
+            entries.append((share, place, vector))
+            total += share
+            mean_place += share * place
+            mean_vector += share * vector
+    mean_place, mean_vector = mean_place / total, mean_vector / total
+    spread = sum(share * abs(place - mean_place) ** 2 for share, place, _ in entries)
+    joint = sum(share * (vector - mean_vector) * (place - mean_place).conjugate() for share, place, vector in entries)
+    turn = joint / (spread + stiffness * total)
+    return turn, mean_vector - turn * mean_place

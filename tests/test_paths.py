@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a flow is followed through time: exact at both ends, and what turns turns."""
+
+import math
+
+import pytest
+import torch
+
+from dreammover_pipeline.fields import cell_grid
+from dreammover_pipeline.paths import motion_paths, rigid_paths, straight_paths
+from dreammover_pipeline.records import BidirectionalFlow
+
+SIZE, RADIUS = 32, 10
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def times_of(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def coin(degrees, scale=1.0, shift=(0.0, 0.0)):
+    """The flow of a coin that turns in the middle before a ground that rests; where it lies, and its cells from there."""
+    cells = cell_grid(SIZE, SIZE, torch.zeros(1, dtype=torch.float64))[0]
+    arm = cells - (SIZE - 1) / 2
+    inside = arm.norm(dim=0) <= RADIUS
+
+    def moved(angle, factor, by):
+        cos, sin = factor * math.cos(angle), factor * math.sin(angle)
+        turned = torch.stack([cos * arm[0] - sin * arm[1], sin * arm[0] + cos * arm[1]])
+        return torch.where(inside, turned - arm + torch.tensor(by).double().reshape(2, 1, 1), 0)[None]
+
+    angle = math.radians(degrees)
+    return BidirectionalFlow(moved(angle, scale, shift), moved(-angle, 1 / scale, [-x for x in shift])), inside, arm
+
+
+@pytest.mark.parametrize("motion", ["straight", "rigid"])
+@pytest.mark.parametrize("size", [(1, 1), (3, 7), (16, 12), (40, 70)])
+def test_the_ends_are_exact(motion, size):
+    flow = BidirectionalFlow(3 * randn(1, 2, *size, seed=1), 3 * randn(1, 2, *size, seed=2))
+    first, second = motion_paths(flow, motion).at(times_of(0, 1))
+    torch.testing.assert_close(first, torch.cat([torch.zeros_like(flow.forward), flow.forward]))
+    torch.testing.assert_close(second, torch.cat([flow.backward, torch.zeros_like(flow.backward)]))
+
+
+def test_straight_paths_are_shares_of_the_whole():
+    flow, times = BidirectionalFlow(randn(1, 2, 3, 4, seed=1), randn(1, 2, 3, 4, seed=2)), times_of(0.1, 0.25, 0.5)
+    first, second = straight_paths(flow).at(times)
+    for i, delta in enumerate(times):
+        torch.testing.assert_close(first[i], delta * flow.forward[0])
+        torch.testing.assert_close(second[i], (1 - delta) * flow.backward[0])
+
+
+def test_what_only_shifts_goes_straight():
+    flow = BidirectionalFlow(torch.ones(1, 2, 20, 24).double() * 4, torch.ones(1, 2, 20, 24).double() * -4)
+    for rigid, straight in zip(
+        rigid_paths(flow).at(times_of(0.3)), straight_paths(flow).at(times_of(0.3)), strict=True
+    ):
+        torch.testing.assert_close(rigid, straight)
+
+
+@pytest.mark.parametrize("degrees", [30, 90, -120, 170])
+def test_a_coin_turns_and_does_not_collapse(degrees):
+    flow, inside, arm = coin(degrees)
+    for delta in (0.25, 0.5, 0.8):
+        on_the_way, _ = rigid_paths(flow).at(times_of(delta))
+        placed = (arm + on_the_way[0])[:, inside]
+        assert (placed.norm(dim=0) - arm[:, inside].norm(dim=0)).abs().max() < 0.5
+        x, y = arm[:, inside]
+        angle = torch.atan2(x * placed[1] - y * placed[0], x * placed[0] + y * placed[1])
+        assert (angle - math.radians(delta * degrees)).abs().max() < 0.1
+    straight, _ = straight_paths(flow).at(times_of(0.5))
+    if degrees == 170:
+        assert (arm + straight[0])[:, inside].norm(dim=0).max() < 1  # which is what the paper's paths do to it
+
+
+def test_half_a_turn_goes_one_way_or_the_other_and_keeps_its_size():
+    flow, inside, arm = coin(180)
+    on_the_way, _ = rigid_paths(flow).at(times_of(0.5))
+    placed = (arm + on_the_way[0])[:, inside]
+    assert (placed.norm(dim=0) - arm[:, inside].norm(dim=0)).abs().max() < 0.5
+
+
+def test_what_grows_grows_at_an_even_rate():
+    flow, inside, arm = coin(0, scale=1.44)
+    on_the_way, _ = rigid_paths(flow).at(times_of(0.5))
+    placed = (arm + on_the_way[0])[:, inside]
+    torch.testing.assert_close(placed, 1.2 * arm[:, inside], atol=0.3, rtol=0)
+
+
+def test_frames_do_not_depend_on_each_other():
+    flow, _, _ = coin(60, shift=(2.0, 1.0))
+    paths, times = rigid_paths(flow), times_of(0.2, 0.5, 0.9)
+    whole = paths.at(times)
+    for i, time in enumerate(times):
+        for image, alone in enumerate(paths.at(time[None])):
+            torch.testing.assert_close(alone[0], whole[image][i], rtol=0, atol=0)

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Similarities fitted to the matches around every cell."""
+
+import math
+
+import pytest
+import torch
+from support import naive
+
+from dreammover_pipeline.fields import cell_grid
+from dreammover_pipeline.flow import agreement, neighbourhood_mean
+from dreammover_pipeline.records import BidirectionalFlow
+from dreammover_pipeline.rigid import fit_similarities, grid_unit, similarity_flow
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def turning(h, w, degrees=20.0, scale=1.1, shift=(1.0, -0.5)):
+    """The flow of a similarity about the grid's middle, and that of its inverse, (2, 2, h, w)."""
+    cells = cell_grid(h, w, torch.zeros(1, dtype=torch.float64))[0]
+    middle = torch.tensor([w - 1, h - 1], dtype=torch.float64).reshape(2, 1, 1) / 2
+    moved = torch.tensor(shift, dtype=torch.float64).reshape(2, 1, 1)
+
+    def turned(x, angle, factor):
+        cos, sin = factor * math.cos(angle), factor * math.sin(angle)
+        return torch.stack([cos * x[0] - sin * x[1], sin * x[0] + cos * x[1]])
+
+    angle = math.radians(degrees)
+    there = turned(cells - middle, angle, scale) + middle + moved - cells
+    back = turned(cells - middle - moved, -angle, 1 / scale) + middle - cells
+    return torch.stack([there, back])
+
+
+def test_a_similarity_is_found_and_kept():
+    flow = turning(24, 32)
+    fit = fit_similarities(flow, torch.ones(2, 1, 24, 32, dtype=torch.float64))
+    torch.testing.assert_close(fit.shift, flow, atol=0.05, rtol=0)  # turns are held back a little at the border
+    inner = fit.turn[0, :, 8:-8, 8:-8]
+    expected = torch.tensor([1.1 * math.cos(math.radians(20)) - 1, 1.1 * math.sin(math.radians(20))]).double()
+    torch.testing.assert_close(inner, expected.reshape(2, 1, 1).expand_as(inner), atol=0.03, rtol=0)
+    assert fit.residual.max() < 0.01
+
+
+def test_the_mean_of_what_turns_is_not_its_middle():
+    flow = turning(24, 24, degrees=40)
+    weight = torch.ones(2, 1, 24, 24, dtype=torch.float64)
+    error = [
+        (made - flow).norm(dim=1).max() for made in (similarity_flow(flow, weight), neighbourhood_mean(flow, weight))
+    ]
+    assert error[0] < error[1] / 3
+
+
+def test_outliers_drop_out():
+    flow = turning(32, 32)
+    wild = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(1)) < 0.3
+    noisy = torch.where(wild, 8 * randn(2, 2, 32, 32), flow)
+    made = similarity_flow(noisy, agreement(BidirectionalFlow(noisy[:1], noisy[1:])))
+    assert (made - flow).norm(dim=1).median() < 0.1
+    assert (made - flow).norm(dim=1).quantile(0.95) < 0.5
+
+
+def test_a_fit_is_the_weighted_least_squares_of_its_matches():
+    flow, weight = randn(2, 2, 7, 9, seed=2), randn(2, 1, 7, 9, seed=3).abs()
+    fit = fit_similarities(flow, weight, both_ways=False, tolerances=(1e6,))  # so wide that nothing is reweighted
+    for image in range(2):
+        for row, column in ((0, 0), (3, 4), (6, 8), (2, 7)):
+            turn, shift = naive.similarity(flow[image], weight[image, 0], row, column, 3 * grid_unit(7, 9))
+            made = (
+                complex(*fit.turn[image, :, row, column].tolist()),
+                complex(*fit.shift[image, :, row, column].tolist()),
+            )
+            assert made == pytest.approx((turn, shift), abs=1e-9)
+
+
+def test_the_two_images_are_treated_alike():
+    flow, weight = randn(2, 2, 8, 10, seed=4), randn(2, 1, 8, 10, seed=5).abs()
+    made = similarity_flow(flow, weight)
+    torch.testing.assert_close(similarity_flow(flow.flip(0), weight.flip(0)), made.flip(0))
+
+
+def test_matches_of_the_other_image_stand_in_where_there_are_no_own():
+    flow, weight = turning(24, 24), torch.ones(2, 1, 24, 24, dtype=torch.float64)
+    weight[0] = 0
+    flow_without = torch.stack([torch.zeros_like(flow[0]), flow[1]])
+    made = fit_similarities(flow_without, weight).shift[0, :, 6:-6, 6:-6]
+    torch.testing.assert_close(made, flow[0, :, 6:-6, 6:-6], atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 3), (64, 40)])
+def test_any_grid_and_no_trust_at_all_give_finite_flows(size):
+    flow = randn(2, 2, *size)
+    for weight in (torch.ones(2, 1, *size), torch.zeros(2, 1, *size)):
+        assert similarity_flow(flow, weight.double()).isfinite().all()
+
+
+def test_a_finer_grid_finds_the_same_motion():
+    coarse, fine = turning(32, 32), turning(64, 64, shift=(2.0, -1.0))
+    ones = torch.ones(2, 1, 32, 32, dtype=torch.float64)
+    made = fit_similarities(coarse, ones), fit_similarities(fine, torch.ones(2, 1, 64, 64, dtype=torch.float64))
+    torch.testing.assert_close(
+        made[0].turn[:, :, 8:-8, 8:-8], made[1].turn[:, :, 16:-16:2, 16:-16:2], atol=0.02, rtol=0
+    )
