@@ -28,13 +28,6 @@ def fast(fast):
     return {**fast, **FEW_STEPS}
 
 
-@pytest.fixture(scope="module")
-def model(session_components, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    DreamMoverPipeline(**session_components, requires_safety_checker=False).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def loaded(model):
     """The pipeline that the command loads.
