@@ -115,7 +115,7 @@ def test_after_a_kill_the_command_makes_what_is_missing(chain, loaded, album, fa
         ("--duration 1,0.05", "a gap cannot last 0.05 s"),
         ("--duration 1,nan", "a gap cannot last nan s"),
         ("--duration 1,1 --frames 3", "leave one of them out"),
-        ("--duration 0.25", "not a frame for each of the 2 gaps"),
+        ("--duration 0.25", "too short for a frame in each of the 2 gaps"),
         ("--duration 1 --frames 3", "leave one of them out"),
         ("--prompt another", "2 entries for 3 photos"),
         ("--flow flow.png", "--flow is about one pair of photos, but 3 came"),
@@ -141,7 +141,7 @@ def test_gaps_are_not_kept_where_something_else_is(chain, capsys):
     Path("out.mp4.parts").mkdir()
     Path("out.mp4.parts", "diary.txt").write_text("mine")
     assert main([*chain, "-o", "out.mp4"]) == 2
-    assert "besides such it holds 'diary.txt'" in capsys.readouterr().err
+    assert "holds something else, 'diary.txt'" in capsys.readouterr().err
     assert os.listdir("out.mp4.parts") == ["diary.txt"]
 
 
