@@ -39,7 +39,7 @@ def _export(args: argparse.Namespace) -> None:
         raise ValueError("give either DIR or --single-file PATH; see dreammover export-hub --help")
     if args.single_file is not None:
         if args.repo is not None:
-            raise ValueError("--repo is only for DIR, since a single file has no model card; leave --repo out")
+            raise ValueError("--repo is for DIR, since a single file has no model card; leave --repo out")
         section = write_single_file(Path(args.single_file))
         print(f"{args.single_file}: the pipeline in one file; {section}: its README section")
         return
