@@ -84,15 +84,14 @@ def test_the_same_call_again_runs_no_unet_and_gives_the_same_bits(
 def test_after_an_error_in_the_second_gap_only_that_gap_is_made(pipe, album, fast, lora):
     steps = []
 
-    def fail(pipe, i, timestep, tensors):
-        steps.append(i)
+    def fail(stage, done, total):
+        steps.extend([done] * (stage == "Denoising" and done > 0))
         if len(steps) > fast["inversion_steps"]:
             raise RuntimeError("in the second gap")
-        return {}
 
     fast["lora"] = lora
-    with pytest.raises(RuntimeError, match="in the second gap") as caught:
-        through(pipe, album, fast, callback_on_step_end=fail)
+    with pytest.raises(RuntimeError, match="in the second gap") as caught, pipe.listening(fail):
+        through(pipe, album, fast)
     assert caught.value.gap == 1
     assert len(kept_files(fast, "gap")) == 1
     output, begun = watched(pipe, album, fast)
@@ -102,15 +101,30 @@ def test_after_an_error_in_the_second_gap_only_that_gap_is_made(pipe, album, fas
 
 
 def test_a_gap_that_was_interrupted_is_not_kept(pipe, album, fast):
-    def interrupt(pipe, i, timestep, tensors):
-        pipe._interrupt = True
-        return {}
+    def interrupt(stage, done, total):
+        if (stage, done) == ("Denoising", 1):
+            pipe._interrupt = True
 
-    through(pipe, album, fast, callback_on_step_end=interrupt)
+    with pipe.listening(interrupt):
+        through(pipe, album, fast)
     assert kept_files(fast, "gap") == []
     output, begun = watched(pipe, album, fast)
     assert (begun["Fitting LoRA"], begun["Denoising"]) == (1, 2)
     assert torch.equal(output.frames, made_afresh(pipe, album, fast))
+
+
+def test_a_step_callback_is_refused_since_its_changes_could_not_be_known_again(pipe, album, fast):
+    with pytest.raises(ValueError, match="`keep` and `callback_on_step_end` exclude each other"):
+        through(pipe, album, fast, callback_on_step_end=lambda *step: {})
+    assert not fast["keep"].exists()
+
+
+@pytest.mark.parametrize("name", ["unet", "vae", "text_encoder"])
+def test_models_in_another_precision_are_not_answered_from_the_folder(pipe, album, fast, name):
+    through(pipe, album, fast)
+    getattr(pipe, name).to(torch.float64)
+    _, begun = watched(pipe, album, fast)
+    assert begun["Denoising"] == 2
 
 
 @pytest.mark.parametrize(
