@@ -285,11 +285,10 @@ class DreamMoverPipeline(
         Examples:
         """
         arguments = locals()
-        content, preparing = Content.of(arguments), PrepareSettings.of(arguments)
-        rendering, delivery = RenderSettings.of(arguments), Delivery.of(arguments)
+        content, negative = Content.of(arguments), NegativeContent.of(arguments)
+        preparing, rendering, delivery = (group.of(arguments) for group in (PrepareSettings, RenderSettings, Delivery))
         self._interrupt = False
         self._check_model_fits(preparing, rendering, delivery)
-        negative = NegativeContent.of(arguments)
         pairs = checked_pairs(img0, img1, content, negative, self._sizes, random=lora_steps > 0)
         check_stackable(pairs, output_type)
         outputs = []
@@ -471,13 +470,11 @@ class DreamMoverPipeline(
         check_choice("lora", lora, LORAS)
         check_arguments_of_a_sequence(arguments)
         arguments |= {"prompt": prompt, "include_inputs": include_inputs}
-        content, preparing = Content.of(arguments), PrepareSettings.of(arguments)
-        delivery = Delivery.of(arguments)
+        content, negative = Content.of(arguments), NegativeContent.of(arguments)
+        preparing, delivery = PrepareSettings.of(arguments), Delivery.of(arguments)
         self._interrupt = False
         shared = lora == "shared"
-        gaps = checked_gaps(
-            images, content, NegativeContent.of(arguments), self._sizes, shared, random=preparing.lora_steps > 0
-        )
+        gaps = checked_gaps(images, content, negative, self._sizes, shared, random=preparing.lora_steps > 0)
         counts = frames_of_gaps(n_frames, len(gaps))
         rendering = [RenderSettings.of({**arguments, "n_frames": count}) for count in counts]
         self._check_model_fits(preparing, rendering[0], delivery)
@@ -485,8 +482,7 @@ class DreamMoverPipeline(
         kept = KeptGaps()
         if keep is not None:
             check_no_callback("keep", delivery)
-            precisions = {name: str(model.dtype) for name, model in self._fingerprinted.items()}
-            models = f"{self.fingerprint()} {precisions}"
+            models = f"{self.fingerprint()} {[str(model.dtype) for model in self._fingerprinted.values()]}"
             kept = kept_gaps(keep, gaps, preparing, rendering, shared, models, self._execution_device)
         models = self._models(preparing.cross_attention_kwargs)
         fits_once = shared and preparing.lora_steps > 0
