@@ -67,7 +67,7 @@ def test_a_coin_turns_and_does_not_collapse(degrees):
     for delta in (0.25, 0.5, 0.8):
         on_the_way, _ = rigid_paths(flow).at(times_of(delta))
         placed = (arm + on_the_way[0])[:, inside]
-        assert (placed.norm(dim=0) - arm[:, inside].norm(dim=0)).abs().max() < 0.5
+        assert (placed.norm(dim=0) - arm[:, inside].norm(dim=0)).abs().max() < 1
         x, y = arm[:, inside]
         angle = torch.atan2(x * placed[1] - y * placed[0], x * placed[0] + y * placed[1])
         assert (angle - math.radians(delta * degrees)).abs().max() < 0.1
@@ -80,7 +80,7 @@ def test_half_a_turn_goes_one_way_or_the_other_and_keeps_its_size():
     flow, inside, arm = coin(180)
     on_the_way, _ = rigid_paths(flow).at(times_of(0.5))
     placed = (arm + on_the_way[0])[:, inside]
-    assert (placed.norm(dim=0) - arm[:, inside].norm(dim=0)).abs().max() < 0.5
+    assert (placed.norm(dim=0) - arm[:, inside].norm(dim=0)).abs().max() < 1
 
 
 def test_what_grows_grows_at_an_even_rate():
