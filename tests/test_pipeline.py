@@ -24,12 +24,12 @@ def close(a, b, tolerance=1e-4):
 # ── Signature and outputs ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_call_signature_holds_the_papers_defaults_but_for_four():
+def test_call_signature_holds_the_papers_defaults_but_for_six():
     parameters = inspect.signature(DreamMoverPipeline.__call__).parameters
     order = """
         self img0 img1 prompt height width n_frames times easing num_inference_steps inversion_steps
-        feature_step feature_block distance_penalty flow_smoothing points mask attention_blocks fusion
-        importance guidance_scale negative_prompt lora_steps lora_rank lora_learning_rate lora_scale
+        feature_step feature_block distance_penalty rest_tolerance flow_smoothing flow_fit points mask attention_blocks
+        fusion motion importance guidance_scale negative_prompt lora_steps lora_rank lora_learning_rate lora_scale
         frame_batch_size include_inputs endpoints generator prompt_embeds negative_prompt_embeds output_type
         return_dict cross_attention_kwargs clip_skip callback_on_step_end callback_on_step_end_tensor_inputs
     """
@@ -47,7 +47,8 @@ def test_call_signature_holds_the_papers_defaults_but_for_four():
         "lora_learning_rate": 5e-4,
         "lora_scale": 1.0,
     }
-    ours = {"feature_block": (1, 2), "distance_penalty": 0.1, "flow_smoothing": 3, "importance": "agreement"}
+    ours = {"feature_block": (1, 1, 2), "distance_penalty": 0.1, "rest_tolerance": 0.15, "flow_smoothing": 1}
+    ours |= {"motion": "rigid", "importance": "agreement"}
     expected = paper | ours
     assert {name: parameters[name].default for name in expected} == expected
 
@@ -263,7 +264,10 @@ def test_frames_are_the_same_for_every_batch_size(pipe, photos, fast):
         {"feature_block": 2},
         {"feature_block": 1},
         {"distance_penalty": 0},
+        {"rest_tolerance": 0},
         {"flow_smoothing": 0},
+        {"flow_fit": "mean"},
+        {"motion": "straight"},
         {"importance": "photometric"},
         {"feature_step": 3},
         {"inversion_steps": 3},
@@ -635,7 +639,6 @@ GOOD = np.zeros((64, 64, 3), np.uint8)
         ({"feature_block": 4}, ValueError, "`feature_block` 4"),
         ({"feature_block": -1}, ValueError, "feature_block"),
         ({"feature_block": ()}, ValueError, "feature_block.*one block or several"),
-        ({"feature_block": (1, 1)}, ValueError, "feature_block.*different"),
         ({"feature_block": (1, 4)}, ValueError, "`feature_block` 4"),
         ({"feature_block": "1"}, TypeError, "feature_block"),
         ({"feature_block": True}, TypeError, "feature_block"),

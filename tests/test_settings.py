@@ -141,7 +141,9 @@ def test_paper_is_what_differs_from_the_paper():
     assert PRESETS["paper"] == {
         "feature_block": 1,
         "distance_penalty": 0,
+        "rest_tolerance": 0,
         "flow_smoothing": 0,
+        "motion": "straight",
         "importance": "photometric",
     }
 

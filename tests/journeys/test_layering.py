@@ -24,6 +24,8 @@ MATHS = (
     "fields",
     "flow",
     "splatting",
+    "rigid",
+    "paths",
     "fusion",
     "memory",
     "inputs",
