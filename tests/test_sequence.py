@@ -1,20 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""More than two photos: one video through all of them, from Python and from the command line."""
+"""More than two photos: one video through all of them."""
 
-import os
-import signal
-import threading
-import time
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.sequences import FEW_STEPS, seeded, three_photos, through, without_frames
 
-from dreammover_pipeline import DreamMoverPipeline
-from dreammover_pipeline.cli.main import main
 from dreammover_pipeline.lora import LoraFit, fit_pair_lora
 
 PROMPTS = ["a fish", "a cat", "a bird"]
@@ -22,24 +16,12 @@ PROMPTS = ["a fish", "a cat", "a bird"]
 
 @pytest.fixture(scope="module")
 def album(photos):
-    """Three photos of one size."""
-    return [*photos, photos[0].transpose(Image.Transpose.ROTATE_180)]
+    return three_photos(photos)
 
 
 @pytest.fixture
 def fast(fast):
-    return {**fast, "num_inference_steps": 3, "inversion_steps": 2, "feature_step": 1}
-
-
-def seeded():
-    return torch.Generator().manual_seed(3)
-
-
-def through(pipe, images, fast, **arguments):
-    return pipe.interpolate_sequence(images, **{**fast, "generator": seeded(), **arguments})
-
-
-# From Python
+    return {**fast, **FEW_STEPS}
 
 
 @pytest.mark.parametrize("lora", ["gap", "shared"])
@@ -73,15 +55,11 @@ def test_all_frames_are_on_the_first_photos_canvas(pipe, album, fast):
     assert len(video) == 9
     assert {frame.size for frame in video} == {(60, 40)}
     np.testing.assert_array_equal(video[0], first)
-    whole = pipe.prepare(images[0], images[1], **taken(fast)).canvas
+    whole = pipe.prepare(images[0], images[1], **without_frames(fast)).canvas
     for k, (one, other) in enumerate(pairwise(images)):
-        pair = pipe.prepare(one, other, **taken(fast), canvas=whole)
+        pair = pipe.prepare(one, other, **without_frames(fast), canvas=whole)
         middle = pipe.render(pair, n_frames=3).frames[0][1]  # which has none of the ends' tone
         np.testing.assert_array_equal(video[2 + 4 * k], middle)
-
-
-def taken(fast):
-    return {name: value for name, value in fast.items() if name not in ("n_frames", "output_type")}
 
 
 @pytest.mark.parametrize("output_type", ["pt", "np", "pil", "latent"])
@@ -100,7 +78,7 @@ def test_a_shared_lora_is_fitted_to_all_and_acts_in_every_gap(pipe, album, fast)
     fit = {name: fast[name] for name in ("lora_steps", "lora_learning_rate")}
     weights = pipe.fit_shared_lora(album, PROMPTS, generator=seeded(), **fit)
     for k in (0, 1):
-        pair = pipe.prepare(*album[k : k + 2], **{**taken(fast), "prompt": PROMPTS[k : k + 2]}, lora=weights)
+        pair = pipe.prepare(*album[k : k + 2], **{**without_frames(fast), "prompt": PROMPTS[k : k + 2]}, lora=weights)
         frames = pipe.render(pair, n_frames=3, include_inputs=True, output_type="pt").frames[0]
         assert torch.equal(output.frames[0, 4 * k : 4 * k + 5], frames)
 
@@ -134,10 +112,10 @@ def test_points_and_masks_of_a_gap_steer_that_gap(pipe, album, fast):
     left = Image.fromarray(np.uint8(255 * (np.mgrid[:64, :64][1] < 32)))
     plain = through(pipe, album, fast)
     output = through(pipe, album, fast, points=[points, None], mask=[None, left])
-    pair = pipe.prepare(*album[:2], **taken(fast), points=points)
+    pair = pipe.prepare(*album[:2], **without_frames(fast), points=points)
     assert torch.equal(output.flow[0].forward, pair.flow.forward)
     assert not torch.equal(output.flow[0].forward, plain.flow[0].forward)
-    pair = pipe.prepare(*album[1:], **taken(fast), mask=left)
+    pair = pipe.prepare(*album[1:], **without_frames(fast), mask=left)
     assert torch.equal(output.flow[1].forward, pair.flow.forward)
     assert not torch.equal(output.flow[1].forward, plain.flow[1].forward)
 
@@ -174,11 +152,11 @@ def test_bad_arguments_are_refused_before_a_model_runs(pipe, album, fast, argume
 
 
 def test_a_canvas_and_a_size_exclude_each_other(pipe, photos, fast):
-    canvas = pipe.prepare(*photos, **taken(fast)).canvas
+    canvas = pipe.prepare(*photos, **without_frames(fast)).canvas
     with pytest.raises(ValueError, match="`canvas` decides the size"):
-        pipe.prepare(*photos, **taken(fast), canvas=canvas, height=64)
+        pipe.prepare(*photos, **without_frames(fast), canvas=canvas, height=64)
     with pytest.raises(TypeError, match="must be a Canvas"):
-        pipe.prepare(*photos, **taken(fast), canvas=(64, 64))
+        pipe.prepare(*photos, **without_frames(fast), canvas=(64, 64))
 
 
 def test_what_is_made_survives_what_fails_later_and_an_interruption_ends_it_all(pipe, album, fast):
@@ -199,138 +177,3 @@ def test_what_is_made_survives_what_fails_later_and_an_interruption_ends_it_all(
         through(pipe, album, fast, callback_on_step_end=fail)
     assert torch.equal(caught.value.output.frames[0], whole.frames[0, :5])
     assert len(through(pipe, album, fast, callback_on_step_end=interrupt).frames[0]) == 5
-
-
-# From the command line
-
-
-SHORT = ["--steps=3", "--inversion-steps=2", "--feature-step=1", "--lora-steps=2", "--device=cpu", "--seed=3"]
-
-
-@pytest.fixture(scope="module")
-def model(session_components, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    DreamMoverPipeline(**session_components, requires_safety_checker=False).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def loaded(model):
-    """The pipeline that the command loads.
-
-    It is not `pipe`, which has the same weights: from a safetensors file they lie at other addresses, and on some
-    processors the products with a matrix that is not aligned are rounded otherwise.
-    """
-    pipe = DreamMoverPipeline.from_pretrained(model)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture
-def chain(model, album, tmp_path, monkeypatch, restored_logging):
-    """In a folder with three photos: what `interpolate` is to be given."""
-    monkeypatch.chdir(tmp_path)
-    names = [f"{name}.png" for name in "abc"]
-    for photo, name in zip(album, names, strict=True):
-        photo.save(name)
-    return ["interpolate", *names, "--model", model, "--prompt", "a fish", *SHORT]
-
-
-def frames_in(folder):
-    return [np.asarray(Image.open(path)) for path in sorted(Path(folder).iterdir())]
-
-
-def expected(pipe, album, fast, **arguments):
-    return through(pipe, album, {**fast, "lora_steps": 2, "output_type": "pil"}, **arguments).frames[0]
-
-
-def test_the_command_makes_what_python_makes(chain, loaded, album, fast, capsys):
-    assert main([*chain, "--duration", "0.5,0.25", "--fps", "8", "-o", "out", "--sheet", "sheet.png", "--quiet"]) == 0
-    captured = capsys.readouterr()
-    assert captured.out.startswith("out: 7 frames in ")
-    assert captured.err == ""
-    np.testing.assert_array_equal(frames_in("out"), expected(loaded, album, fast, n_frames=[3, 1]))
-    assert sorted(os.listdir()) == ["a.png", "b.png", "c.png", "out", "sheet.png"]
-
-
-def test_one_lora_a_size_and_a_length(chain, loaded, album, fast):
-    options = ["--one-lora", "--size", "64x48", "--duration", "1", "--fps", "7", "--compare", "beside"]
-    assert main([*chain, *options, "-o", "out", "--quiet"]) == 0
-    frames = expected(loaded, album, fast, lora="shared", width=64, height=48, n_frames=[2, 2])
-    np.testing.assert_array_equal(frames_in("out"), frames)
-    assert len(frames_in("beside")) == 7
-
-
-@pytest.fixture
-def interruptible():
-    """Ctrl-C as a terminal has it: background jobs of a shell are started with it ignored, and pass that on."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
-
-
-@pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize(("other", "lora", "missing"), [([], "gap", 1), (["--one-lora"], "shared", 2)])
-def test_after_a_kill_the_command_makes_what_is_missing(chain, loaded, album, fast, capsys, other, lora, missing):
-
-    def kill():
-        deadline = time.monotonic() + 60
-        while not list(Path("out.parts").glob("gap_0001_*")) and time.monotonic() < deadline:
-            time.sleep(0.005)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    watcher = threading.Thread(target=kill)
-    watcher.start()
-    command = [*chain, "--frames", "3", "-o", "out"]
-    assert main(command) == 130
-    watcher.join()
-    assert not Path("out").exists()
-    assert not list(Path("out.parts").glob("gap_0002_*"))
-    capsys.readouterr()
-    assert main([*command, *other]) == 0
-    assert capsys.readouterr().err.count("Denoising:   0%") == missing  # 100% may be drawn twice
-    np.testing.assert_array_equal(frames_in("out"), expected(loaded, album, fast, lora=lora))
-    assert not Path("out.parts").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ("--frames 3,4,5", "--frames has 3 numbers, but 3 photos have 2 gaps"),
-        ("--frames 3,many", "invalid int value: '3,many'"),
-        ("--duration 1,0.05", "a gap cannot last 0.05 s"),
-        ("--duration 1,nan", "a gap cannot last nan s"),
-        ("--duration 1,1 --frames 3", "leave one of them out"),
-        ("--duration 0.25", "not a frame for each of the 2 gaps"),
-        ("--duration 1 --frames 3", "leave one of them out"),
-        ("--prompt another", "2 entries for 3 photos"),
-        ("--flow flow.png", "--flow is about one pair of photos, but 3 came"),
-        ("--points [[[1,2],[3,4]]]", "--points is about one pair"),
-        ("--save-pair pair.safetensors", "--save-pair is about one pair"),
-        ("missing.png", "photo 4"),
-        ("--frames 3,0,1 c.png", "`n_frames[1]` must be at least 1"),
-        ("--fusion none", "two_level"),
-        ("--size 8x8", "each side must have"),
-    ],
-)
-def test_what_a_sequence_cannot_have_is_refused_and_nothing_is_left(chain, capsys, options, reason):
-    before = sorted(os.listdir())
-    photos, rest = chain[:4], chain[4:]
-    extra = [part for part in options.split() if part.endswith(".png") and part != "flow.png"]
-    options = [part for part in options.split() if part not in extra]
-    assert main([*photos, *extra, *rest, *options, "-o", "out.mp4"]) == 2
-    assert reason in capsys.readouterr().err
-    assert sorted(os.listdir()) == before
-
-
-def test_gaps_are_not_kept_where_something_else_is(chain, capsys):
-    Path("out.mp4.parts").mkdir()
-    Path("out.mp4.parts", "diary.txt").write_text("mine")
-    assert main([*chain, "-o", "out.mp4"]) == 2
-    assert "besides such it holds 'diary.txt'" in capsys.readouterr().err
-    assert os.listdir("out.mp4.parts") == ["diary.txt"]
-
-
-def test_two_photos_have_one_gap(chain, capsys):
-    assert main([*chain[:3], *chain[4:], "--frames", "3,4", "-o", "out"]) == 2
-    assert "--frames has 2 numbers, but 2 photos have 1 gap;" in capsys.readouterr().err

@@ -8,9 +8,10 @@ them; so a folder never gives a gap that is not the one asked for. Every file ap
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .arguments import arguments_of
@@ -144,7 +145,7 @@ def gap_key(gap: PairInput, preparing: PrepareSettings, rendering: RenderSetting
     steering = [] if gap.steering is None else [gap.steering.points, gap.steering.moves]
     tensors = [*gap.photos, *steering, *_embeds(gap.text), *_embeds(gap.negative)]
     words = [gap.text.prompts, gap.negative.prompt, vars(gap.canvas), gap.seed]
-    return digest_of([digest_of_tensors(tensors), len(tensors), words, decided, model])
+    return digest_of(_plain([digest_of_tensors(tensors), len(tensors), words, decided, model]))
 
 
 def lora_key(gaps: Sequence[PairInput], settings: FitSettings, model: str) -> str:
@@ -158,8 +159,19 @@ def lora_key(gaps: Sequence[PairInput], settings: FitSettings, model: str) -> st
     tensors = [tensor for gap in gaps for tensor in (gap.fitted(), *_embeds(gap.text))]
     words = [[gap.text.prompts, gap.seed] for gap in gaps]
     fit = {name: getattr(settings, name) for name in arguments_of(FitSettings)}
-    return digest_of([digest_of_tensors(tensors), words, fit, model])
+    return digest_of(_plain([digest_of_tensors(tensors), words, fit, model]))
 
 
 def _embeds(text: PairText | NegativeText) -> list[torch.Tensor]:
     return [] if text.embeds is None else [text.embeds]
+
+
+def _plain(value: object) -> object:
+    """A value in the form that JSON holds: numbers and arrays of numpy and torch become numbers and lists."""
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {name: _plain(entry) for name, entry in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [_plain(entry) for entry in value]
+    return value

@@ -68,3 +68,12 @@ def check_preparing(
             f"the UNet takes {wanted} channels but the VAE's latents have {given}: "
             "inpainting, depth and upscaling checkpoints are not supported"
         )
+
+
+def check_no_callback(name: str, delivery: Delivery) -> None:
+    """Raise ValueError if there is a step callback beside an argument of this name, whose work it would undo."""
+    if delivery.callback_on_step_end is not None:
+        raise ValueError(
+            f"`{name}` and `callback_on_step_end` exclude each other, since what a step callback changes cannot be "
+            "known again; follow the progress by the method `listening` instead"
+        )

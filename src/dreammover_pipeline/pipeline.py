@@ -45,7 +45,7 @@ from .inputs import check_choice, check_integer
 from .kept_gaps import KeptGaps, kept_gaps
 from .lora import check_pair_lora
 from .memory import free_cache  # noqa: F401, named for the loader
-from .model_checks import check_model_fits
+from .model_checks import check_model_fits, check_no_callback
 from .outputs import DreamMoverPipelineOutput, joined, returned
 from .pairs import ModelSizes, PairInput, check_stackable, checked_pair, checked_pairs
 from .preparing import Models, fit_lora_of_gaps, prepare_pair
@@ -285,11 +285,10 @@ class DreamMoverPipeline(
         Examples:
         """
         arguments = locals()
-        content, preparing = Content.of(arguments), PrepareSettings.of(arguments)
-        rendering, delivery = RenderSettings.of(arguments), Delivery.of(arguments)
+        content, negative = Content.of(arguments), NegativeContent.of(arguments)
+        preparing, rendering, delivery = (group.of(arguments) for group in (PrepareSettings, RenderSettings, Delivery))
         self._interrupt = False
         self._check_model_fits(preparing, rendering, delivery)
-        negative = NegativeContent.of(arguments)
         pairs = checked_pairs(img0, img1, content, negative, self._sizes, random=lora_steps > 0)
         check_stackable(pairs, output_type)
         outputs = []
@@ -455,7 +454,7 @@ class DreamMoverPipeline(
             return_dict: return a `DreamMoverPipelineOutput` rather than a tuple of its fields.
             keep: a folder in which every finished gap is kept, so that after a kill or an error the same call goes on
                 from there; by default nothing is kept. Only what is as it was asked for is taken from it. Remove it
-                when the video is done.
+                when the video is done. It excludes `callback_on_step_end`, whose changes it could not answer for.
             **arguments: any others of `__call__` but `img0` and `img1`. They hold for every gap, `times` and `easing`
                 too; `points` and `mask` are lists with those of each gap, None for a gap without, and a list of
                 generators holds one per LoRA; `prompt_embeds` are (1, L, D), or (n, L, D) with one per image.
@@ -471,21 +470,20 @@ class DreamMoverPipeline(
         check_choice("lora", lora, LORAS)
         check_arguments_of_a_sequence(arguments)
         arguments |= {"prompt": prompt, "include_inputs": include_inputs}
-        content, preparing = Content.of(arguments), PrepareSettings.of(arguments)
-        delivery = Delivery.of(arguments)
+        content, negative = Content.of(arguments), NegativeContent.of(arguments)
+        preparing, delivery = PrepareSettings.of(arguments), Delivery.of(arguments)
         self._interrupt = False
         shared = lora == "shared"
-        gaps = checked_gaps(
-            images, content, NegativeContent.of(arguments), self._sizes, shared, random=preparing.lora_steps > 0
-        )
+        gaps = checked_gaps(images, content, negative, self._sizes, shared, random=preparing.lora_steps > 0)
         counts = frames_of_gaps(n_frames, len(gaps))
         rendering = [RenderSettings.of({**arguments, "n_frames": count}) for count in counts]
         self._check_model_fits(preparing, rendering[0], delivery)
 
         kept = KeptGaps()
         if keep is not None:
-            model = f"{self.fingerprint()} {self.unet.dtype}"
-            kept = kept_gaps(keep, gaps, preparing, rendering, shared, model, self._execution_device)
+            check_no_callback("keep", delivery)
+            models = f"{self.fingerprint()} {[str(model.dtype) for model in self._fingerprinted.values()]}"
+            kept = kept_gaps(keep, gaps, preparing, rendering, shared, models, self._execution_device)
         models = self._models(preparing.cross_attention_kwargs)
         fits_once = shared and preparing.lora_steps > 0
         stages = GapStages(

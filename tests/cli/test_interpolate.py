@@ -120,7 +120,7 @@ def test_what_is_typed_reaches_the_pipeline(tmp_path, capsys):
         ("--device quantum", "the device 'quantum' cannot be used here"),
         ("--model nowhere", "'nowhere' is no file or folder here"),
         ("--model here/model.safetensors", "is no file or folder here"),
-        ("--model {photo}", "is no .safetensors or .ckpt file"),
+        ("--model {photo}", "is a file, but no .safetensors or .ckpt file"),
         ("--sheet sheet.gif", "allowed are .png"),
         ("--flow missing/flow.png", "there is no folder"),
         ("--sheet same.png --flow same.png", "would replace 'same.png'"),

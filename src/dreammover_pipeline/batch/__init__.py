@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many pairs, one video each: claimed, made, committed and recorded so that a kill at any moment loses nothing."""
+"""Videos of many pairs, one each: claimed, made, committed and recorded so that a kill at any moment loses nothing."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One video that is to be made."""
+"""A job: one video that is to be made."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from PIL import Image
 class Job:
     """One video to make.
 
-    `where` says where it was asked for; `photos` are two files, or one folder that holds them; `name` is the output
-    as it was named, relative to the folder of all outputs; `settings` has a value for each key that a manifest may
-    have; `recorded` is the sidecar that is to be repeated, None where none is.
+    `origin` is where the video was asked for, such as "pairs.jsonl, line 4"; `photos` are two files, or one folder
+    that holds them; `output` is the path of the video; `name` is the same path relative to the folder of all outputs;
+    `settings` has a value for every setting that a manifest can decide; `recorded` is the sidecar of the video that is
+    to be made once more, None for a new video.
     """
 
-    where: str
+    origin: str
     photos: tuple[Path, ...]
     output: Path
     name: str
@@ -28,22 +29,23 @@ class Job:
 
 
 def find_photos(job: Job) -> tuple[Path, Path]:
-    """The two photos of a job, which are looked for in its folder if it has one.
+    """The two photos of a job. If the job names a folder, they are the pictures `0.*` and `1.*` in it.
 
     Raises:
-        ValueError: The folder does not hold one of each.
+        ValueError: The folder cannot be read, or does not hold exactly one picture `0.*` and one picture `1.*`.
     """
     if len(job.photos) == 2:
         return job.photos
     (folder,) = job.photos
-    suffixes = Image.registered_extensions()
+    endings = Image.registered_extensions()
     try:
-        pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+        pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in endings)
     except OSError as error:
         raise ValueError(f"the folder '{folder}' cannot be read: {error}") from error
-    found = [[path for path in pictures if path.stem == name] for name in ("0", "1")]
-    for i, paths in enumerate(found):
+    candidates = [[path for path in pictures if path.stem == name] for name in ("0", "1")]
+    for i, paths in enumerate(candidates):
         if len(paths) != 1:
-            held = " and ".join(path.name for path in paths) or "none"
-            raise ValueError(f"the folder '{folder}' must hold one photo '{i}.*', but it holds {held}")
-    return found[0][0], found[1][0]
+            present = " and ".join(path.name for path in paths) or "none"
+            raise ValueError(f"the folder '{folder}' must hold one photo '{i}.*', but it holds {present}")
+    ((first,), (last,)) = candidates
+    return first, last

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all processes together have done so far: in a file, and as a bar."""
+"""What all processes together have done so far, kept in a file and shown as a progress bar."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from tqdm.auto import tqdm
 
 
 class Journal:
-    """A file to which every process adds a line for each pair it made or failed at; for people and progress bars."""
+    """A file with a line for each pair that some process made or failed to make.
+
+    People and progress bars read it. Nothing else depends on it: whether a video is done is decided by its sidecar.
+
+    Args:
+        path: The file. Its folder is made where it does not exist, and so is the file with its first line.
+    """
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -22,7 +28,7 @@ class Journal:
         self._read = path.stat().st_size if path.is_file() else 0
 
     def append(self, record: Mapping[str, object]) -> None:
-        """Add a line, by one write, so that lines of several processes do not mix."""
+        """Add a line. It is written at one stroke, so that the lines of several processes do not mix."""
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **record}) + "\n"
         file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
@@ -31,7 +37,7 @@ class Journal:
             os.close(file)
 
     def news(self) -> list[dict]:
-        """The whole lines that came since this was last asked, or since the journal was opened."""
+        """The complete lines that were added since the previous call, or since the journal was opened."""
         records = []
         if self.path.is_file():
             with self.path.open("rb") as file:
@@ -40,19 +46,19 @@ class Journal:
             content = content[: content.rfind(b"\n") + 1]
             self._read += len(content)
             for line in content.splitlines():
-                with suppress(ValueError):  # what a full disk cut off
+                with suppress(ValueError):  # a full disk may have cut a line off
                     records.append(json.loads(line))
         return records
 
 
 class ProgressBar:
-    """Progress over the whole set, whichever process makes it, with the time left.
+    """How many of all jobs have ended, in whichever process, and how long the rest will take.
 
     Args:
-        names: of all jobs.
-        ended: of those that need no work.
-        journal: says what ends elsewhere.
-        hidden: show nothing.
+        names: The names of all jobs.
+        ended: The names of those jobs that need no work.
+        journal: The journal, which tells what other processes have done.
+        hidden: Whether the bar is not shown.
     """
 
     def __init__(self, names: Iterable[str], ended: Iterable[str], journal: Journal, hidden: bool):
@@ -69,7 +75,12 @@ class ProgressBar:
         self._bar.close()
 
     def update(self, ended: Iterable[str], failed: int) -> None:
-        """Count what ended here, so many of it failed, and what the journal says ended elsewhere."""
+        """Show the progress of this moment; what other processes have done is read from the journal.
+
+        Args:
+            ended: The names of all jobs that this process knows to have ended.
+            failed: How many of these failed.
+        """
         ended = self._ended.union(ended, self._names & {record["name"] for record in self._journal.news()})
         self._bar.set_postfix(failed=failed, refresh=False)
         self._bar.update(len(ended) - len(self._ended))

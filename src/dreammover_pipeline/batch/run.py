@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every pair once, by however many processes, whatever happens to any of them.
+"""Makes every video of a batch exactly once, however many processes take part and whatever happens to them.
 
-A pair is claimed by a lock that the kernel drops when its holder dies. Whoever holds it makes the video in a folder of
-the pair's own, renames it into place, and commits by renaming its sidecar into place.
+A process claims a job by a lock that the kernel drops when the process dies. It makes the video in a folder that
+belongs to this job alone, renames the video into its place, and commits it by renaming the sidecar into its place.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended: "done" in this run, "skipped" as done before it, or "failed".
+    """How a job ended.
 
-    `seconds` it took, where known; `note` is the error, or what else there is to say; `record` the file that tells
-    the whole.
+    `status` is "done" for a video that was made in this run, "skipped" for one that was there before, or "failed";
+    `seconds` is how long the job took, None where this process does not know; `note` is what the table says of the
+    job, such as its error; `record` is the path of the sidecar, or of the record of the failure.
     """
 
     job: Job
@@ -48,31 +49,27 @@ class Outcome:
 def run(
     worker: Worker, jobs: Sequence[Job], failures: Mapping[str, str], process: int, processes: int, quiet: bool = False
 ) -> list[Outcome]:
-    """Do a process's part of the jobs: whatever is neither done nor another's, beginning at a place of its own.
+    """Make the videos that are neither there nor being made by another process.
 
-    The first process stays until every job has ended, and takes over those of processes that die; the others leave
-    when nothing is left that is not claimed.
+    Each process begins at another place in the list. The first one stays until every job has ended, and takes over the
+    jobs of processes that die. The others leave when every job that is left is claimed by somebody.
 
     Args:
-        worker: Makes them.
-        jobs: all of them.
-        failures: as `read_failures` gave them when this run began; other failures are of this run and not tried again.
-        process: which of the processes that were launched together this is, from 0.
-        processes: how many these are.
-        quiet: show no progress bar; only the first process has one.
+        worker: The worker that makes the videos.
+        jobs: All jobs, including those that other processes will do.
+        failures: What `read_failures` gave when this run began. These jobs are tried again; a job with a newer record
+            failed in this run, and is not tried again.
+        process: The number of this process among those that were launched together, from 0.
+        processes: How many processes were launched together.
+        quiet: Whether no progress bar is shown. Only the first process ever shows one.
 
     Returns:
-        How jobs ended, in their order, as far as this process knows: all of them for the first one.
+        How the jobs ended, in the order of `jobs`. The first process knows it of all jobs, the others of some.
 
     Raises:
-        RuntimeError: a disk is full, so that no further job could succeed.
+        RuntimeError: A disk is full, so that no further job could succeed.
     """
-    outcomes = {}
-    for job in jobs:
-        if worker.finished(job):
-            outcomes[job.name] = Outcome(job, "skipped", None, "", sidecar_path(job.output))
-            with _claimed(job):  # which clears up, should a kill have come between the commit and that
-                failure_path(job.output).unlink(missing_ok=True)
+    outcomes = _skipped(worker, jobs)
     waiting = [job for job in jobs if job.name not in outcomes]
     offset = len(waiting) * process // processes
     waiting = waiting[offset:] + waiting[:offset]
@@ -81,12 +78,7 @@ def run(
         while waiting:
             claimed_elsewhere = []
             for job in waiting:
-                try:
-                    outcome = _attempt(worker, job, failures.get(job.name))
-                except Exception as error:
-                    if not _disk_is_full(error):
-                        raise
-                    raise RuntimeError(_full_disk(job, error)) from error
+                outcome = _attempt_or_stop(worker, job, failures.get(job.name))
                 if outcome is None:
                     claimed_elsewhere.append(job)
                 else:
@@ -100,12 +92,46 @@ def run(
     return [outcomes[job.name] for job in jobs if job.name in outcomes]
 
 
+def _skipped(worker: Worker, jobs: Sequence[Job]) -> dict[str, Outcome]:
+    """The outcomes of those jobs that are done already, by their names."""
+    outcomes = {}
+    for job in jobs:
+        if worker.finished_record(job):
+            outcomes[job.name] = Outcome(job, "skipped", None, "", sidecar_path(job.output))
+            with _claimed(job):  # claiming removes what is left of a process that was killed after the commit
+                failure_path(job.output).unlink(missing_ok=True)
+    return outcomes
+
+
+def _attempt_or_stop(worker: Worker, job: Job, known_failure: str | None) -> Outcome | None:
+    """Do what `_attempt` does, but stop the whole run when a disk is full.
+
+    Raises:
+        RuntimeError: A disk is full. The message says which job was being made and where to make room.
+    """
+    try:
+        return _attempt(worker, job, known_failure)
+    except Exception as error:
+        if not _disk_is_full(error):
+            raise
+        raise RuntimeError(_full_disk(job, error)) from error
+
+
 def _attempt(worker: Worker, job: Job, known_failure: str | None) -> Outcome | None:
-    """Claim a job and see it to its end; None if another process has it."""
+    """Claim a job and make its video, or record why that failed.
+
+    Args:
+        worker: The worker that makes the video.
+        job: The job.
+        known_failure: The record of a failure that was there before this run began, as text; None without one.
+
+    Returns:
+        How the job ended; None if another process has claimed it.
+    """
     with _claimed(job) as work:
         if work is None:
             return None
-        record = worker.finished(job)  # by another process, before the claim
+        record = worker.finished_record(job)  # another process may have made the video before this one claimed it
         if record:
             return _success(job, record)
         failure = read_failures([job]).get(job.name)
@@ -121,23 +147,25 @@ def _attempt(worker: Worker, job: Job, known_failure: str | None) -> Outcome | N
             failure_path(job.output).unlink(missing_ok=True)
             outcome = _success(job, record)
         if outcome.status == "failed":
-            release_memory()  # the error held the tensors of its frames until here
-        request = record["request"] if record else None
-        worker.journal.append(
-            {
-                "run": worker.process["run"],
-                "name": job.name,
-                "status": outcome.status,
-                "request": request,
-                "seconds": round(outcome.seconds, 3),
-            }
-        )
+            release_memory()  # only now, since the error's traceback kept tensors in memory until here
+        entry = {
+            "run": worker.process["run"],
+            "name": job.name,
+            "status": outcome.status,
+            "request": record["request"] if record else None,
+            "seconds": round(outcome.seconds, 3),
+        }
+        worker.journal.append(entry)
         return outcome
 
 
 @contextmanager
 def _claimed(job: Job) -> Iterator[Path | None]:
-    """Claim a job while the context lasts, with an empty folder to work in; None if another process has it."""
+    """Claim a job while the context lasts.
+
+    Yields:
+        An empty folder to make the video in; None if another process has claimed the job.
+    """
     work = work_path(job.output)
     work.mkdir(parents=True, exist_ok=True)
     lock = FileLock(work / "lock")
@@ -147,9 +175,9 @@ def _claimed(job: Job) -> Iterator[Path | None]:
         yield None
         return
     try:
-        for left in work.glob("making-*"):  # by a kill
+        for left in work.glob("making-*"):  # a process that was killed leaves such a folder behind
             shutil.rmtree(left)
-        # a new name, which an encoder that outlived its killed parent does not know
+        # The name is new, so an encoder that outlives its killed parent process cannot write into this folder.
         folder = Path(tempfile.mkdtemp(prefix="making-", dir=work))
         try:
             yield folder
@@ -160,18 +188,32 @@ def _claimed(job: Job) -> Iterator[Path | None]:
 
 
 def _success(job: Job, record: Mapping) -> Outcome:
+    """The outcome of a job that is done, by its sidecar."""
     notes = []
     if record["output"]["blacked_out"]:
         notes.append(f"the safety checker blacked out {record['output']['blacked_out']} frames")
     if job.recorded and job.recorded["output"]["sha256"] != record["output"]["sha256"]:
         same = job.recorded["stack"] == record["stack"]
-        notes.append(f"not the recorded bytes; the stack is {'the same' if same else 'another'}")
+        stack = "and versions are the same" if same else "or versions differ"
+        notes.append(f"not the recorded bytes; precision, device {stack}")
     seconds = sum(record["seconds"].values())
     return Outcome(job, "done", seconds, "; ".join(notes), sidecar_path(job.output))
 
 
 def _failure(worker: Worker, job: Job, error: Exception, seconds: float, work: Path) -> Outcome:
-    shutil.rmtree(work)  # on a full disk, to have room for the record
+    """Record that a job failed.
+
+    Args:
+        worker: The worker that made the attempt.
+        job: The job.
+        error: Why it failed.
+        seconds: How long the attempt took.
+        work: The folder in which the video was being made.
+
+    Raises:
+        Exception: The error itself, if it says that a disk is full.
+    """
+    shutil.rmtree(work)  # on a full disk this makes room for the record
     work.mkdir()
     if _disk_is_full(error):
         with suppress(OSError):
@@ -183,14 +225,19 @@ def _failure(worker: Worker, job: Job, error: Exception, seconds: float, work: P
 
 
 def _full_disk(job: Job, error: Exception) -> str:
+    """What the user is told when a disk is full."""
     return (
-        f"no space left on a disk while making '{job.name}' ({error}); nothing half-written is left. "
-        f"Free some, of '{job.output.parent}', '{tempfile.gettempdir()}' or the LoRA cache, and give the command again"
+        f"no space left on a disk while making '{job.name}' ({error}); nothing half-written is left. Free some space "
+        f"on the disk of '{job.output.parent}', of '{tempfile.gettempdir()}' or of the LoRA cache, and give the "
+        "command again"
     )
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one behind it, says so: in words, since an encoder and safetensors have no errno."""
+    """Whether an error, or one of the errors that caused it, says that a disk is full.
+
+    The words of the message are looked at, since the errors of the video encoder and of safetensors have no `errno`.
+    """
     words = [os.strerror(code) for code in FULL_DISK]
     while error is not None:
         if any(text in str(error) for text in words):
@@ -200,7 +247,12 @@ def _disk_is_full(error: BaseException | None) -> bool:
 
 
 def table(outcomes: Sequence[Outcome], seconds: float) -> str:
-    """How every job ended, one a line, and the sum of it."""
+    """A table of how every job ended, with a line for each, and a summary in the last line.
+
+    Args:
+        outcomes: How the jobs ended.
+        seconds: How long the whole run took.
+    """
     width = max(len(outcome.job.name) for outcome in outcomes)
     lines = [f"{'output':{width}}  {'status':7}  {'seconds':>8}  note"]
     for outcome in outcomes:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is written beside a video: how it was made and may be made again, or why it was not.
+"""What is written beside a video: a sidecar that tells how the video was made, or a record of why it was not made.
 
-A sidecar is written last and by one rename, so it is the commit: a video without the sidecar of its own bytes is not
-there as far as a batch is concerned, and is made anew.
+A sidecar is put in its place last, by one rename, and so it is the commit: a batch counts a video only if its sidecar
+records the digest of the video's bytes. Any other video is made anew.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from ..storage import digest_of
 from .jobs import Job
 
 FORMAT = 1
-PRIVATE = ".dreammover"  # the folder, beside outputs, of what is nobody else's business
+PRIVATE = ".dreammover"  # the folder beside the outputs for locks, unfinished videos, the journal and LoRAs
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "numpy", "pillow", "imageio-ffmpeg")
 
 
 def sidecar_path(output: Path) -> Path:
-    """Where it is written how a video was made."""
+    """The path of the sidecar, which tells how a video was made."""
     return output.with_name(f"{output.name}.json")
 
 
 def failure_path(output: Path) -> Path:
-    """Where it is written why a video was not made."""
+    """The path of the record that tells why a video was not made."""
     return output.with_name(f"{output.name}.error.json")
 
 
 def work_path(output: Path) -> Path:
-    """The folder in which a video is claimed and made."""
+    """The folder in which a video is claimed by a lock and made before it is put in its place."""
     return output.parent / PRIVATE / "work" / output.name
 
 
 def read_sidecar(path: Path) -> dict | None:
-    """What a sidecar says; None if there is no such file, or it is not a whole sidecar."""
+    """The content of a sidecar; None if the file does not exist, is cut off or is no sidecar."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -53,7 +53,7 @@ def read_sidecar(path: Path) -> dict | None:
 
 
 def read_failures(jobs: Iterable[Job]) -> dict[str, str]:
-    """The failures recorded so far, by the outputs' names, as text."""
+    """The records of failed jobs that exist at this moment, as text, by the names of the jobs."""
     texts = {}
     for job in jobs:
         path = failure_path(job.output)
@@ -62,8 +62,13 @@ def read_failures(jobs: Iterable[Job]) -> dict[str, str]:
     return texts
 
 
-def finished(output: Path, request: str) -> dict | None:
-    """The sidecar of a video that is there, whole and as requested; None if there is no such video."""
+def finished_record(output: Path, request: str) -> dict | None:
+    """The sidecar of a video if the video exists, is whole and is the one requested; None otherwise.
+
+    Args:
+        output: The path of the video.
+        request: The digest that `request_of` gives.
+    """
     record = read_sidecar(sidecar_path(output))
     if record is None or record["request"] != request:
         return None
@@ -74,7 +79,7 @@ def finished(output: Path, request: str) -> dict | None:
 
 
 def digest(path: Path) -> str:
-    """The sha256 of a file, or of a folder of files and their names."""
+    """The sha256 of a file, or of the names and the contents of the files in a folder."""
     if path.is_dir():
         lines = [f"{entry.name} {digest(entry)}\n" for entry in sorted(path.iterdir())]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -83,12 +88,12 @@ def digest(path: Path) -> str:
 
 
 def request_of(job: Job, inputs: Sequence[str], fingerprint: str, dtype: str) -> str:
-    """In short, everything that decides a video.
+    """A digest of everything that decides a video.
 
     Args:
-        job: For its settings and the kind of its file.
-        inputs: Digests of the photos' bytes.
-        fingerprint: Of the checkpoint.
+        job: The job, whose settings and whose output's kind of file count.
+        inputs: The digests of the photos' bytes.
+        fingerprint: The fingerprint of the checkpoint.
         dtype: The precision of the UNet.
     """
     declared = arguments()
@@ -97,7 +102,10 @@ def request_of(job: Job, inputs: Sequence[str], fingerprint: str, dtype: str) ->
 
 
 def stack_of(pipe: DreamMoverPipeline) -> dict[str, object]:
-    """On what a pipeline runs; on an equal stack, equal jobs give equal bytes."""
+    """The precision, the device and the versions that a pipeline runs on.
+
+    Where all of this is equal, equal jobs give videos with equal bytes.
+    """
     device = pipe.device
     cuda = device.type == "cuda"
     return {
@@ -115,15 +123,23 @@ def stack_of(pipe: DreamMoverPipeline) -> dict[str, object]:
     }
 
 
-def written(record: Mapping[str, object], work: Path) -> Path:
-    """A record as JSON in a file of `work`, a folder of the caller's own, ready to be renamed into place."""
+def write_record(record: Mapping[str, object], work: Path) -> Path:
+    """Write a sidecar or the record of a failure as JSON, to be renamed into its place.
+
+    Args:
+        record: The content.
+        work: A folder on the disk of the final place that nobody else writes to.
+
+    Returns:
+        The path of the file.
+    """
     path = work / "record.json"
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 
 def error_record(error: Exception) -> dict[str, object]:
-    """The class of an error, its message in one line, and its traceback with that of what is behind it."""
+    """The class of an error, its message in one line, and its traceback with those of the errors that caused it."""
     return {
         "class": type(error).__name__,
         "message": " ".join(str(error).split()),

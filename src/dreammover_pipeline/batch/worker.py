@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pair to one video, committed with its sidecar, or a record of why not."""
+"""Makes the video of one pair and commits it with its sidecar, or records why the video could not be made."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..arguments import taken
 from ..framing import fit
 from ..images import decode_images, rgb
 from ..media.files import move_over, write_video
+from ..outputs import DreamMoverPipelineOutput
 from ..pipeline import DreamMoverPipeline
 from ..records import PreparedPair
 from ..settings import PREPARING, RENDERING
@@ -29,24 +30,24 @@ from .sidecar import (
     digest,
     error_record,
     failure_path,
-    finished,
+    finished_record,
     request_of,
     sidecar_path,
     stack_of,
-    written,
+    write_record,
 )
 
-PHOTOS = ("img0", "img1")  # as errors call them
+PHOTOS = ("img0", "img1")  # what error messages call the two photos
 
 
 class Worker:
     """Makes videos with one loaded pipeline.
 
     Args:
-        pipe: its progress bars are the caller's business.
-        model: the name it was loaded by.
-        folder: of all outputs; the journal is kept in it.
-        lora_cache: folder of the fitted LoRAs; None for one inside `folder`.
+        pipe: The pipeline. Whether it shows progress bars is left to the caller.
+        model: The name that the pipeline was loaded by.
+        folder: The folder of all outputs, in which the journal is kept too.
+        lora_cache: The folder of the fitted LoRAs; by default it is a folder inside `folder`.
     """
 
     def __init__(self, pipe: DreamMoverPipeline, model: str, folder: Path, lora_cache: Path | None = None):
@@ -58,10 +59,10 @@ class Worker:
         self.journal = Journal(folder / PRIVATE / "journal.jsonl")
 
     def request(self, job: Job) -> tuple[str, list[dict]]:
-        """The request that a job is, and its photos, each with the digest of its bytes.
+        """The digest of everything that decides a job's video, and the photos as a sidecar records them.
 
         Raises:
-            OSError, ValueError: a photo cannot be had.
+            OSError, ValueError: A photo does not exist or cannot be read.
         """
         photos = find_photos(job)
         digests = [digest(photo) for photo in photos]
@@ -72,26 +73,26 @@ class Worker:
         ]
         return request_of(job, digests, fingerprint, dtype), inputs
 
-    def finished(self, job: Job) -> dict | None:
-        """The sidecar of a job that is done; None where it is not, or its photos cannot be read to tell."""
+    def finished_record(self, job: Job) -> dict | None:
+        """The sidecar of a job that is done; None if the job is not done, or if its photos cannot be read."""
         try:
             request, _ = self.request(job)
         except (OSError, ValueError):
             return None
-        return finished(job.output, request)
+        return finished_record(job.output, request)
 
     def make(self, job: Job, work: Path) -> dict:
-        """Make a video and commit it.
+        """Make the video of a job and commit it.
 
         Args:
-            job: which.
-            work: an empty folder of the job's own on the output's disk.
+            job: The job.
+            work: An empty folder on the disk of the output that nobody else writes to.
 
         Returns:
-            Its sidecar.
+            The content of the sidecar.
 
         Raises:
-            Exception: anything; then nothing has changed but what `work` holds.
+            Exception: The video could not be made, for whatever reason. Nothing has changed but the content of `work`.
         """
         started = datetime.now(UTC)
         clock = _Clock(self.pipe.device)
@@ -102,22 +103,13 @@ class Worker:
         clock.stop("prepare")
         output = self.pipe.render(pair, **taken(job.settings, *RENDERING))
         clock.stop("render")
-        frames = output.frames[0]
         video = work / f"video{job.output.suffix}"
-        write_video(frames, video, job.settings["fps"])
+        write_video(output.frames[0], video, job.settings["fps"])
         clock.stop("write")
         record = {
             "dreammover_batch": FORMAT,
             "request": request,
-            "output": {
-                "name": job.name,
-                "sha256": digest(video),
-                "frames": len(frames),
-                "times": list(output.times[0]),
-                "width": frames[0].width,
-                "height": frames[0].height,
-                "blacked_out": sum(output.nsfw_content_detected[0]) if output.nsfw_content_detected else 0,
-            },
+            "output": _recorded_output(job.name, video, output),
             "inputs": inputs,
             "settings": dict(job.settings),
             "model": self.model,
@@ -126,13 +118,13 @@ class Worker:
             "seconds": clock.seconds,
             "process": {**self.process, "started": started.isoformat(timespec="seconds")},
         }
-        sidecar = written(record, work)  # before anything changes, since a disk may be full
+        sidecar = write_record(record, work)  # while the earlier video is still there, since the disk may be full
         move_over(video, job.output)
         os.replace(sidecar, sidecar_path(job.output))
         return record
 
     def _prepare(self, job: Job) -> tuple[PreparedPair, str | None]:
-        """The prepared pair, and where its LoRA came from: "fitted", "cached", or None without a LoRA."""
+        """The prepared pair, and whether its LoRA was "fitted" now or "cached" before; None if it has no LoRA."""
         pipe, settings = self.pipe, job.settings
         first, last = (decode_images(photo, name)[0] for photo, name in zip(find_photos(job), PHOTOS, strict=True))
         arguments = taken(settings, *PREPARING)
@@ -149,10 +141,16 @@ class Worker:
         return pair, "fitted" if cached is None else "cached"
 
     def record_failure(self, job: Job, error: Exception, work: Path) -> None:
-        """Say beside where the video would be why it is not there."""
+        """Record why a video could not be made, in a file beside the place of the video.
+
+        Args:
+            job: The job that failed.
+            error: Why it failed.
+            work: A folder on the disk of the output that nobody else writes to.
+        """
         record = {
             "name": job.name,
-            "where": job.where,
+            "where": job.origin,
             "error": error_record(error),
             "photos": [str(photo) for photo in job.photos],
             "settings": dict(job.settings),
@@ -160,23 +158,48 @@ class Worker:
             "stack": self.stack,
             "process": {**self.process, "failed": datetime.now(UTC).isoformat(timespec="microseconds")},
         }
-        os.replace(written(record, work), failure_path(job.output))
+        os.replace(write_record(record, work), failure_path(job.output))
 
 
 def _require_recorded(job: Job, inputs: Sequence[Mapping]) -> None:
+    """Raise ValueError unless the photos have the bytes that the sidecar of the job records."""
     for now, then in zip(inputs, job.recorded["inputs"], strict=True):
         if now["sha256"] != then["sha256"]:
-            raise ValueError(f"the photo '{now['path']}' is not the one of {job.where}: its bytes have changed")
+            raise ValueError(f"the photo '{now['path']}' is not the one of {job.origin}: its bytes have changed")
+
+
+def _recorded_output(name: str, video: Path, output: DreamMoverPipelineOutput) -> dict[str, object]:
+    """What a sidecar says of the video itself.
+
+    Args:
+        name: The path of the video relative to the folder of all outputs.
+        video: The file or the folder of frames as it was written.
+        output: The output of the pipeline that was written.
+    """
+    frames = output.frames[0]
+    return {
+        "name": name,
+        "sha256": digest(video),
+        "frames": len(frames),
+        "times": list(output.times[0]),
+        "width": frames[0].width,
+        "height": frames[0].height,
+        "blacked_out": sum(output.nsfw_content_detected[0]) if output.nsfw_content_detected else 0,
+    }
 
 
 def _relative(path: Path, folder: Path) -> str:
-    """The way from a folder to a file, so that a tree of both can be moved; absolute between two drives."""
+    """The path of a file relative to a folder, so that both can be moved together; absolute on another drive."""
     path, folder = path.resolve(), folder.resolve()
     return os.path.relpath(path, folder) if path.anchor == folder.anchor else str(path)
 
 
 class _Clock:
-    """Seconds of each stage, the device's work included."""
+    """Measures the seconds of each stage, including the work that the device does on its own.
+
+    Args:
+        device: The device of the pipeline.
+    """
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -184,6 +207,7 @@ class _Clock:
         self.seconds: dict[str, float] = {}
 
     def stop(self, stage: str) -> None:
+        """End a stage, which began when the previous one ended, and note its seconds under its name."""
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
         now = time.perf_counter()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands `dreammover batch` and `dreammover again`.
 
-torch and diffusers take seconds to import, so that happens after the arguments parsed.
+torch and diffusers take seconds to import, so they are imported only after the arguments have been parsed.
 """
 
 from __future__ import annotations
@@ -23,42 +23,77 @@ if TYPE_CHECKING:
 
 
 def add_batch(commands: argparse._SubParsersAction) -> None:
-    """Register the two commands."""
+    """Register the commands `batch` and `again`."""
     text = (
-        "Make one video for each row of a manifest. Give the same command again, after a kill or with more rows, and "
-        "it goes on: what is done is skipped. Start it with accelerate launch, or several times, to use more devices."
+        "Make one video for each row of a manifest. Videos that are done are skipped, so the same command goes on "
+        "after a kill or with more rows. To use more devices, start it with accelerate launch or several times."
     )
     parser = commands.add_parser("batch", help="make many videos, one for each row of a manifest", description=text)
     parser.set_defaults(run=_batch)
     add = parser.add_argument
-    add("manifest", metavar="MANIFEST", help=".jsonl or .csv: img0 and img1 or folder, and what else a row decides")
-    add("--fps", type=float, default=16, metavar="N", help="frames per second (default: %(default)s)")
-    add("--size", type=size, metavar="WxH", help="of the videos; default: each first photo's")
-    add("--seed", type=seed, default=0, metavar="N", help="same seed, same video (default: %(default)s)")
+    add(
+        "manifest",
+        metavar="MANIFEST",
+        help="A .jsonl or .csv file. Each row names two photos or a folder, and may decide settings.",
+    )
+    add(
+        "--fps",
+        type=float,
+        default=16,
+        metavar="N",
+        help="Frames per second where a row names none (default: %(default)s).",
+    )
+    add(
+        "--size",
+        type=size,
+        metavar="WxH",
+        help="Size of the videos where a row names none. By default it is that of a pair's first photo.",
+    )
+    add(
+        "--seed",
+        type=seed,
+        default=0,
+        metavar="N",
+        help="Seed where a row names none. Equal seeds give equal videos (default: %(default)s).",
+    )
     _add_common(parser)
     add_model_options(parser, default="sd15")
     add_method_options(parser, steering=False)
 
-    text = "Make the videos of sidecars once more, from the same photos with every setting and model they record."
+    text = "Make the videos of sidecars once more, from the photos and with the settings and the model they record."
     parser = commands.add_parser("again", help="make a video of a batch once more, from its sidecar", description=text)
     parser.set_defaults(run=_again)
     add = parser.add_argument
-    add("sidecars", nargs="+", metavar="SIDECAR", help="the .json beside a video of dreammover batch")
-    add("--model", metavar="NAME", help="where the model is; default: as recorded")
+    add("sidecars", nargs="+", metavar="SIDECAR", help="The .json file beside a video that dreammover batch made.")
+    add("--model", metavar="NAME", help="The model to load instead of the one that the sidecars name.")
     add_device_options(add)
     _add_common(parser)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
+    """Add the options that both commands have."""
     add = parser.add_argument
-    add("-o", "--output", type=Path, metavar="FOLDER", required=True, help="videos go there, each with a sidecar")
-    add("--lora-cache", type=Path, metavar="FOLDER", help="fitted LoRAs are kept there; default: inside the output's")
-    add("--quiet", action="store_true", help="show no progress bar")
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        required=True,
+        help="The folder for the videos, each with a sidecar beside it.",
+    )
+    add(
+        "--lora-cache",
+        type=Path,
+        metavar="FOLDER",
+        help="The folder for fitted LoRAs. By default it is inside the output folder.",
+    )
+    add("--quiet", action="store_true", help="Show no progress bar.")
 
 
 def _batch(args: argparse.Namespace) -> None:
+    """Make the videos of a manifest."""
     check_model(args.model, args.allow_pickle)
-    pipeline_class()  # first, since it hushes third parties before they are imported
+    pipeline_class()  # this comes first, since it switches off log lines that third parties write when imported
     from ..batch.manifest import read_manifest
 
     jobs = read_manifest(args.manifest, args.output, {**call_arguments(args), "seed": args.seed, "fps": args.fps})
@@ -66,13 +101,20 @@ def _batch(args: argparse.Namespace) -> None:
 
 
 def _again(args: argparse.Namespace) -> None:
+    """Make the videos of sidecars once more.
+
+    Raises:
+        ValueError: The sidecars record several models or precisions.
+    """
     pipeline_class()
     from ..batch.manifest import read_sidecars
 
     jobs = read_sidecars(args.sidecars, args.output)
     models = {(job.recorded["model"]["name"], job.recorded["stack"]["dtype"]) for job in jobs}
     if len(models) > 1:
-        raise ValueError(f"the sidecars record different models or dtypes, {sorted(models)}; take one at a time")
+        raise ValueError(
+            f"the sidecars record several models or dtypes, {sorted(models)}; give one command for each of them"
+        )
     ((model, dtype),) = models
     model = args.model or model
     check_model(model, args.allow_pickle)
@@ -80,10 +122,17 @@ def _again(args: argparse.Namespace) -> None:
 
 
 def _work(jobs: Sequence[Job], args: argparse.Namespace, model: str, dtype: str | None) -> None:
-    """Load the model once and do this process's part of the jobs; the main one says how all of them ended.
+    """Load the model once and do this process's part of the jobs. The main process prints how all jobs ended.
+
+    Args:
+        jobs: All jobs of the batch.
+        args: The options that both commands have.
+        model: The name of the model.
+        dtype: The precision of the model; by default it depends on the device.
 
     Raises:
-        RuntimeError: some pairs failed.
+        RuntimeError: Some pairs failed.
+        ValueError: A job is refused, and none was begun.
     """
     from accelerate import PartialState
 
@@ -95,7 +144,7 @@ def _work(jobs: Sequence[Job], args: argparse.Namespace, model: str, dtype: str 
     start = time.perf_counter()
     check_job_outputs(jobs)
     with _terminable():
-        failures = read_failures(jobs)  # before the processes meet, so that none of them has failed at anything yet
+        failures = read_failures(jobs)  # before the processes meet, so that every one of them is of an earlier run
         device = choose_device(args.device)
         state = PartialState(cpu=device.startswith("cpu"))
         if state.num_processes > 1:
@@ -115,7 +164,7 @@ def _work(jobs: Sequence[Job], args: argparse.Namespace, model: str, dtype: str 
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the process as Ctrl-C does, through every `finally`, with exit code 143."""
+    """While the context lasts, let SIGTERM end the process through every `finally`, with exit code 143."""
     previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield

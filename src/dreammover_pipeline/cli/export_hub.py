@@ -15,17 +15,31 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("export-hub", help="write the code for the Hub or for diffusers", description=text)
     parser.set_defaults(run=_export)
     add = parser.add_argument
-    add("folder", metavar="DIR", nargs="?", help="a new folder: the code-only Hub repository, with its model card")
-    add("--single-file", metavar="PATH", help="NAME.py, for examples/community; NAME_README.md goes beside it")
-    add("--repo", metavar=REPOSITORY, help="where DIR will be uploaded, for the model card's example")
+    add(
+        "folder",
+        metavar="DIR",
+        nargs="?",
+        help="A new folder for the Hub repository: code and model card, no weights.",
+    )
+    add(
+        "--single-file",
+        metavar="PATH",
+        help="A file NAME.py for examples/community; NAME_README.md is written beside it.",
+    )
+    add("--repo", metavar=REPOSITORY, help="The Hub repository that DIR is for; the model card's example names it.")
 
 
 def _export(args: argparse.Namespace) -> None:
+    """Write the folder or the single file.
+
+    Raises:
+        ValueError: The arguments do not name exactly one of both, or `--repo` is given for a single file.
+    """
     if (args.folder is None) == (args.single_file is None):
         raise ValueError("give either DIR or --single-file PATH; see dreammover export-hub --help")
     if args.single_file is not None:
         if args.repo is not None:
-            raise ValueError("--repo is for DIR; a single file has no model card")
+            raise ValueError("--repo is for DIR, since a single file has no model card; leave --repo out")
         section = write_single_file(Path(args.single_file))
         print(f"{args.single_file}: the pipeline in one file; {section}: its README section")
         return

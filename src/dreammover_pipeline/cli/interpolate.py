@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `dreammover interpolate`: a video out of two photos, or one that leads through more of them.
+"""The command `dreammover interpolate`: a video between two photos, or one that leads through several photos.
 
-torch and diffusers take seconds to import, so that happens after the arguments parsed.
+torch and diffusers take seconds to import, so they are imported only after the arguments have been parsed.
 """
 
 from __future__ import annotations
@@ -32,32 +32,48 @@ if TYPE_CHECKING:
     from ..pipeline import DreamMoverPipeline, DreamMoverPipelineOutput
     from ..records import Canvas, PreparedPair
 
-# Options that are about one pair of photos, by the names of their attributes.
-OF_A_PAIR = ("flow", "matches", "save_pair", "points", "mask")
+# The options that only make sense for a single pair of photos, by the names of their attributes.
+PAIR_OPTIONS = ("flow", "matches", "save_pair", "points", "mask")
 
 
 def add_interpolate(commands: argparse._SubParsersAction) -> None:
-    """Register the command."""
+    """Register the command `interpolate`."""
     text = (
-        "Make the frames between two photos of one scene, with the two photos at the ends, or lead through more. "
-        "Of more than two, what is done is kept, and after a kill the same command goes on from there."
+        "Make a video between two photos of one scene, or one that leads through more photos, each in its place. With "
+        "more than two, finished gaps between photos are kept, and after a kill the same command goes on from there."
     )
     parser = commands.add_parser("interpolate", help="make a video out of two photos or more", description=text)
     parser.set_defaults(run=_interpolate)
     add = parser.add_argument
-    add("img0", metavar="A", help="the first photo; its shape is the video's")
-    add("img1", metavar="B", help="the last photo, or the next")
-    add("more", metavar="C", nargs="*", help="further photos that the video leads to")
+    add("img0", metavar="A", help="The first photo. Its size and its aspect ratio decide those of the video.")
+    add("img1", metavar="B", help="The second photo.")
+    add("more", metavar="C", nargs="*", help="Further photos that the video leads through, in their order.")
     add_output_options(parser, gaps=True)
-    add("--size", type=size, metavar="WxH", help="of the video; default: the first photo's, made at the model's own")
-    add("--seed", type=seed, default=0, metavar="N", help="same seed, same video (default: %(default)s)")
-    add("--save-pair", metavar="PATH", help="also write the prepared pair, .safetensors, for dreammover render")
-    add("--one-lora", action="store_true", help="fit one LoRA to all photos instead of one for each two neighbours")
+    add(
+        "--size",
+        type=size,
+        metavar="WxH",
+        help="Size to work at and to return. By default the model's own is worked at and the first photo's returned.",
+    )
+    add(
+        "--seed",
+        type=seed,
+        default=0,
+        metavar="N",
+        help="Seed of the LoRA fit; equal seeds give equal videos (default: %(default)s).",
+    )
+    add(
+        "--save-pair",
+        metavar="PATH",
+        help="Also write the prepared pair to this .safetensors file, for dreammover render.",
+    )
+    add("--one-lora", action="store_true", help="Fit one LoRA to all photos, instead of one for every two neighbours.")
     add_model_options(parser, default="sd15")
     add_method_options(parser, gaps=True)
 
 
 def _interpolate(args: argparse.Namespace) -> None:
+    """Make the video of two photos or of more."""
     _check_numbers_of_gaps(args, 1 + len(args.more))
     if args.more:
         _make_sequence(args, [args.img0, args.img1, *args.more])
@@ -66,6 +82,11 @@ def _interpolate(args: argparse.Namespace) -> None:
 
 
 def _make_pair(args: argparse.Namespace) -> None:
+    """Make the video between two photos, and write what was asked for.
+
+    Raises:
+        ValueError: An argument is not what it may be; raised before any model runs.
+    """
     pairs = [args.save_pair] if args.save_pair else []
     check_output_paths(args, [args.img0, args.img1, *steering_files(args)], pairs)
     settle_length(args)
@@ -85,7 +106,11 @@ def _make_pair(args: argparse.Namespace) -> None:
 
 
 def _decoded(args: argparse.Namespace) -> tuple[list[torch.Tensor], dict[str, object]]:
-    """The two photos, and the arguments of the pipeline with masks decoded; checked before a model is loaded."""
+    """The two photos, and the arguments of the pipeline, all of them with pictures as `decode_images` gives them.
+
+    Raises:
+        ValueError: A photo or a mask cannot be read, or points or masks do not fit the photos.
+    """
     import torch
 
     from ..images import check_mask_sizes, decode_images
@@ -107,22 +132,22 @@ def _make_sequence(args: argparse.Namespace, photos: Sequence[str]) -> None:
         RuntimeError: A gap failed; the gaps before it are kept.
     """
     start = time.perf_counter()
-    for name in OF_A_PAIR:
+    for name in PAIR_OPTIONS:
         if getattr(args, name, None):
             option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} is about one pair of photos, but {len(photos)} came; leave it out")
+            raise ValueError(f"{option} is about one pair of photos, but {len(photos)} came; leave {option} out")
     output = Path(args.output).resolve()
     parts = output.with_name(f"{output.name}.parts")
     check_output_paths(args, photos, [parts])
     counts = _frames_of_gaps(args, len(photos) - 1)
     check_model(args.model, args.allow_pickle)
-    pipeline_class()  # first, since it hushes third parties before they are imported
+    pipeline_class()  # this comes first, since it switches off log lines that third parties write when imported
     from ..images import decode_images
     from ..sequence import texts_of_gaps
 
     decoded = [decode_images(photo, f"photo {i + 1}")[0] for i, photo in enumerate(photos)]
     call = call_arguments(args)
-    texts_of_gaps(call.get("prompt", ""), None, len(photos), 0)  # for its complaints, before a model is loaded
+    texts_of_gaps(call.get("prompt", ""), None, len(photos), 0)  # refuses bad prompts before a model is loaded
     _check_parts(parts)
     pipe = load_chosen(args)
     pipe.set_progress_bar_config(disable=args.quiet)
@@ -145,7 +170,19 @@ def _gaps(
     call: dict[str, object],
     parts: Path,
 ) -> DreamMoverPipelineOutput:
-    """All gaps, of which those that are done are kept in `parts`."""
+    """The video through all photos.
+
+    Args:
+        pipe: The pipeline.
+        args: The options of the command.
+        decoded: The photos as `decode_images` gives them.
+        photos: The names of the photos, for error messages.
+        call: The arguments of the pipeline.
+        parts: The folder in which finished gaps are kept.
+
+    Raises:
+        RuntimeError: A gap could not be made.
+    """
     import torch
 
     generator = torch.Generator("cpu").manual_seed(args.seed)
@@ -153,7 +190,7 @@ def _gaps(
     try:
         return pipe.interpolate_sequence(list(decoded), lora=lora, keep=parts, generator=generator, **call)
     except Exception as error:
-        if not hasattr(error, "gap"):  # it is about the arguments, and no gap was begun
+        if not hasattr(error, "gap"):  # then no gap was begun, and the message is not about one
             raise
         first, last = photos[error.gap : error.gap + 2]
         raise RuntimeError(
@@ -165,7 +202,13 @@ def _gaps(
 def _crossfades(
     decoded: Sequence[torch.Tensor], canvas: Canvas, times: Sequence[Sequence[float]]
 ) -> list[Image.Image]:
-    """What the video would be if each gap were a cross-fade, at the same times."""
+    """The frames of a video in which every gap is a cross-fade between its two photos.
+
+    Args:
+        decoded: The photos as `decode_images` gives them.
+        canvas: The canvas that all photos are put on.
+        times: The δ of the frames of each gap.
+    """
     from ..framing import fit_to_output
     from ..images import rgb
 
@@ -174,29 +217,29 @@ def _crossfades(
 
 
 def _check_numbers_of_gaps(args: argparse.Namespace, gaps: int) -> None:
-    """Refuse lists of numbers that have not one for each gap.
-
-    Raises:
-        ValueError: With the option and how many gaps there are.
-    """
+    """Raise ValueError if an option lists several numbers, but not one for each gap."""
     for option, values in (("--frames", getattr(args, "n_frames", None)), ("--duration", args.duration)):
         if isinstance(values, list) and len(values) != gaps:
             raise ValueError(
                 f"{option} has {len(values)} numbers, but {gaps + 1} photos have {gaps} gap{'s' * (gaps > 1)}; "
-                "give one for all, or one for each gap"
+                "give one number for all gaps, or one for each"
             )
 
 
 def _frames_of_gaps(args: argparse.Namespace, gaps: int) -> list[int]:
-    """How many frames every gap gets, by `--frames` or `--duration`."""
+    """The number of frames of every gap, as `--frames` or `--duration` decide it.
+
+    Raises:
+        ValueError: The duration does not suffice for a frame in every gap, or both options are given.
+    """
     if not isinstance(args.duration, list):
         settle_length(args)
         if args.duration is None:
             frames = getattr(args, "n_frames", arguments()["n_frames"].default)
             return frames if isinstance(frames, list) else [frames] * gaps
-        made = args.n_frames - (gaps - 1)  # the photos between the gaps are frames too
+        made = args.n_frames - (gaps - 1)  # the photos between the gaps are frames of the video too
         if made < gaps:
-            raise ValueError(f"a duration of {args.duration:g} s leaves not a frame for each of the {gaps} gaps")
+            raise ValueError(f"a duration of {args.duration:g} s is too short for a frame in each of the {gaps} gaps")
         return [made // gaps + (k < made % gaps) for k in range(gaps)]
     check_length(args)
     for duration in args.duration:
@@ -209,22 +252,32 @@ def _frames_of_gaps(args: argparse.Namespace, gaps: int) -> list[int]:
 
 
 def _check_parts(parts: Path) -> None:
-    """Refuse to keep unfinished gaps where something else is, since they are removed in the end."""
+    """Raise ValueError if the folder for finished gaps holds anything else, since it is removed in the end."""
     from ..kept_gaps import FILE_NAMES
 
     if parts.exists() and not parts.is_dir():
-        raise ValueError(f"unfinished gaps are kept in a folder '{parts}', but there is a file of that name")
+        raise ValueError(
+            f"finished gaps are kept in a folder '{parts}', but there is a file of that name; move it away"
+        )
     own = re.compile(rf"{FILE_NAMES}|\.dreammover.*")
     others = [entry.name for entry in parts.glob("*") if not own.fullmatch(entry.name)]
     if others:
         raise ValueError(
-            f"unfinished gaps are kept in '{parts}', but besides such it holds '{min(others)}'; move it away"
+            f"finished gaps are kept in '{parts}' for a while, but that folder holds something else, '{min(others)}'; "
+            "move it away"
         )
 
 
 @contextmanager
 def _claimed(parts: Path) -> Iterator[None]:
-    """Keep others from making the same video while the context lasts; a folder that stays empty goes again."""
+    """Keep other processes from making the same video while the context lasts.
+
+    Args:
+        parts: The folder for finished gaps, which is made. If it holds no gap afterwards, it is removed.
+
+    Raises:
+        RuntimeError: Another process is making the same video.
+    """
     from filelock import FileLock, Timeout
 
     parts.mkdir(exist_ok=True)
@@ -233,11 +286,13 @@ def _claimed(parts: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise RuntimeError(f"another process works in '{parts}', on the same video") from error
+        raise RuntimeError(
+            f"another process is making the same video and uses '{parts}'; wait until it ends"
+        ) from error
     try:
         yield
     finally:
         lock.release()
-        with suppress(OSError):  # which it is if gaps are kept in it
+        with suppress(OSError):  # another process may have removed the folder, or may use it by now
             if [entry.name for entry in parts.iterdir()] == [place.name]:
                 shutil.rmtree(parts)

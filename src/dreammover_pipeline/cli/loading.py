@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the name of a model to a pipeline on a device, as every command needs it.
+"""Loads the model that a command names, as a pipeline on a device.
 
 torch and diffusers take seconds to import, so they are imported when a function needs them.
 """
@@ -25,22 +25,38 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def add_model_options(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add the options that say which model to load, in which precision, on which device."""
-    models = f"sd15 ({MODELS['sd15']}), tiny (comes with the program), a Hub id, a folder, or a .safetensors file"
+    """Add the options that say which model to load, in which precision and on which device.
+
+    Args:
+        parser: The parser of a command.
+        default: The name of the model that is loaded by default.
+    """
+    models = f"sd15 ({MODELS['sd15']}), tiny (comes with the program), a Hub id, a folder or a .safetensors file"
     add = parser.add_argument_group("model").add_argument
-    add("--model", default=default, metavar="NAME", help=f"{models} (default: %(default)s)")
-    add("--dtype", choices=DTYPES, help="default: float16 on cuda, float32 elsewhere")
+    add("--model", default=default, metavar="NAME", help=f"Model: {models} (default: %(default)s).")
+    add("--dtype", choices=DTYPES, help="Precision. By default it is float16 on cuda and float32 elsewhere.")
     add_device_options(add)
 
 
 def add_device_options(add: Callable[..., object]) -> None:
-    """Add the options that do not say which model, by the `add_argument` of a parser or of a group."""
-    add("--device", metavar="NAME", help="cuda, mps, cpu, ...; default: the first of these three that is there")
-    add("--allow-pickle", action="store_true", help="also read .bin and .ckpt weights, which can run code")
+    """Add the options that say how a model is loaded, whichever it is.
+
+    Args:
+        add: The `add_argument` of a parser or of a group of options.
+    """
+    add(
+        "--device",
+        metavar="NAME",
+        help="Device, such as cuda, mps or cpu. By default it is the first of these three that exists here.",
+    )
+    add("--allow-pickle", action="store_true", help="Also read weights from .bin and .ckpt files, which can run code.")
 
 
 def pipeline_class() -> type[DreamMoverPipeline]:
-    """The pipeline, imported with the log lines and loading bars of third parties off; downloads still show theirs."""
+    """The class of the pipeline, imported with third parties' log lines and loading bars switched off.
+
+    Bars of downloads are still shown.
+    """
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
 
@@ -53,19 +69,23 @@ def pipeline_class() -> type[DreamMoverPipeline]:
 
 
 def check_model(model: str, allow_pickle: bool = False) -> None:
-    """Refuse a name that is no known model, nothing on this machine and no Hub id either, and pickles.
+    """Refuse a model before anything is imported to load it.
+
+    Args:
+        model: The name: one of `MODELS`, a Hub id, a folder in diffusers layout, or a single file.
+        allow_pickle: Whether files are allowed that can run code.
 
     Raises:
-        ValueError: the name, and what it may be.
+        ValueError: The name can be no model, or it is a file that can run code and this is not allowed.
     """
     source = Path(MODELS.get(model, model))
     is_model_file = source.suffix.lower() in MODEL_FILES
     if source.is_file() and not is_model_file:
-        raise ValueError(f"the model '{model}' is no {' or '.join(MODEL_FILES)} file")
+        raise ValueError(f"the model '{model}' is a file, but no {' or '.join(MODEL_FILES)} file")
     if source.is_file() and source.suffix.lower() == ".ckpt" and not allow_pickle:
         raise ValueError(
-            f"the model '{model}' is a pickle, which can run code as it loads; take a .safetensors file, "
-            "or add --allow-pickle if you trust where it comes from"
+            f"the model '{model}' is a pickle, which can run code while it is loaded; take a .safetensors file, "
+            "or add --allow-pickle if you trust where this one comes from"
         )
     if not source.exists() and (is_model_file or not HUB_ID.fullmatch(str(source))):
         known = " or ".join(MODELS)
@@ -73,10 +93,13 @@ def check_model(model: str, allow_pickle: bool = False) -> None:
 
 
 def choose_device(name: str | None) -> str:
-    """The device asked for, or without a wish the first of cuda, mps and cpu that is there.
+    """The name of the device to use.
+
+    Args:
+        name: The device asked for; by default it is the first of cuda, mps and cpu that exists here.
 
     Raises:
-        ValueError: the device does not exist here.
+        ValueError: The device cannot be used here.
     """
     import torch
 
@@ -84,7 +107,7 @@ def choose_device(name: str | None) -> str:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
-    except Exception as error:  # which kind depends on the device and on the build of torch
+    except Exception as error:  # the class of the error depends on the device and on the build of torch
         raise ValueError(f"the device '{name}' cannot be used here: {error}") from error
     return name
 
@@ -93,13 +116,13 @@ def load_pipeline(model: str, dtype: str | None, device: str, allow_pickle: bool
     """Load a model and put it on a device.
 
     Args:
-        model: one of `MODELS`, a Hub id, a folder in diffusers layout, or a single file.
-        dtype: one of `DTYPES`; None for float16 on cuda and float32 elsewhere.
-        device: as `choose_device` returns it.
-        allow_pickle: whether weights of a folder or of the Hub may be others than safetensors.
+        model: The name: one of `MODELS`, a Hub id, a folder in diffusers layout, or a single file.
+        dtype: The precision, one of `DTYPES`; by default it is float16 on cuda and float32 elsewhere.
+        device: The name of the device, as `choose_device` returns it.
+        allow_pickle: Whether a folder or a Hub repository may hold weights in other files than safetensors.
 
     Raises:
-        RuntimeError: the model cannot be had or read; the message says what else to try.
+        RuntimeError: The model cannot be downloaded or read; the message says what else to try.
     """
     import torch
 
@@ -111,20 +134,26 @@ def load_pipeline(model: str, dtype: str | None, device: str, allow_pickle: bool
         load = partial(pipeline.from_pretrained, use_safetensors=None if allow_pickle else True)
     try:
         pipe = load(source, dtype=getattr(torch, dtype or ("float16" if device.startswith("cuda") else "float32")))
-    except Exception as error:  # diffusers raises nearly anything on a checkpoint it cannot get or read
+    except Exception as error:  # diffusers raises errors of many classes if it cannot download or read a checkpoint
         raise RuntimeError(_loading_failed(source, error)) from error
     return pipe.to(device)
 
 
 def load_chosen(args: argparse.Namespace) -> DreamMoverPipeline:
-    """`load_pipeline` by the options of `add_model_options`."""
+    """Load the model that the options of `add_model_options` name, and put it on the device that they name."""
     return load_pipeline(args.model, args.dtype, choose_device(args.device), args.allow_pickle)
 
 
 def _loading_failed(source: str, error: Exception) -> str:
+    """What the user is told when a model cannot be loaded.
+
+    Args:
+        source: The path or the Hub id of the model.
+        error: What diffusers raised.
+    """
     if Path(source).exists():
         return f"cannot load the model '{source}' ({_in_short(error)})"
-    # diffusers wraps what happened in words that point to a traceback
+    # The error that diffusers raises only points to a traceback; what happened is said by the error that caused it.
     return (
         f"cannot get the model '{source}' from the Hugging Face Hub ({_in_short(error.__cause__ or error)}); "
         "try --model tiny, which needs no network, or --model with a local folder in diffusers layout"
@@ -132,5 +161,6 @@ def _loading_failed(source: str, error: Exception) -> str:
 
 
 def _in_short(error: BaseException) -> str:
+    """The class of an error and the first line of its message."""
     first_line = (str(error).strip() or "no reason given").splitlines()[0]
     return f"{type(error).__name__}: {first_line}"

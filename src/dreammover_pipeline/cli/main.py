@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `dreammover`.
 
-torch and diffusers take seconds to import, so that happens after the arguments parsed.
+torch and diffusers take seconds to import, so they are imported only after the arguments have been parsed.
 
-Exit codes: 0 done, 1 failed while running, 2 bad input, 130 interrupted, 143 terminated (by SIGTERM, in a batch).
+Exit codes: 0 done; 1 failed while running; 2 bad input; 130 interrupted; 143 terminated by SIGTERM, which `batch` and
+`again` catch.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from .ui import add_ui
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; everything that goes wrong becomes one line on stderr.
+    """Run the command. Everything that goes wrong becomes one line on stderr.
 
     Args:
-        argv: the arguments after the program's name; those of the process by default.
+        argv: The arguments after the program's name; by default they are those of the process.
 
     Returns:
         The exit code.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # third parties' only: the pipeline's own go through logging
+            warnings.simplefilter("ignore")  # only third parties warn in this way; the pipeline uses logging
             args = _parser().parse_args(argv)
             args.run(args)
         return 0
@@ -44,17 +45,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(130, "interrupted")
     except (RuntimeError, OSError) as error:
         return _fail(1, error)
-    except Exception as error:  # not meant to be read by users, so its message alone may say nothing
+    except Exception as error:  # this was not written for users, so its message may say little without its class
         return _fail(1, f"{type(error).__name__}: {error}")
 
 
 def _fail(code: int, reason: Exception | str) -> int:
+    """Print one line that says why the command failed, and return the exit code."""
     print("dreammover: error:", " ".join(str(reason).split()), file=sys.stderr)
     return code
 
 
 class _Parser(argparse.ArgumentParser):
-    def __init__(self, **settings):  # of the commands, too: they are made of their parent's class
+    """A parser that raises ValueError instead of ending the process. argparse also uses it for the commands."""
+
+    def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str):
@@ -62,6 +66,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    """The parser of the program and of all its commands."""
     parser = _Parser(prog="dreammover", description="A short video out of two photos.")
     parser.add_argument("--version", action="version", version=f"dreammover {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of the method that several commands share, made from the declarations in `settings.py`.
 
-They carry no defaults: what is not typed is not forwarded, and the help shows the pipeline's own defaults.
+These options have no defaults of their own: what is not typed is not passed on to the pipeline, and the help shows the
+pipeline's defaults.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from pathlib import Path
 from ..arguments import ASK_PYTHON, Argument, Blocks, Numbers, Pictures, Text, WholeNumbers, arguments_of, taken
 from ..settings import GROUPS, PRESETS, RENDERING, arguments
 
-# Arguments that only make sense for one pair.
+# The arguments that only make sense for one pair of photos.
 STEERING = ("points", "mask")
-# How the value of an option is called in the help, where that does not follow from its values.
+# What the help calls the value of an option, where that does not follow from the values that the argument takes.
 METAVARS = {"points": "JSON|FILE", "easing": "NAME"}
 
 
 class PipelineDefaults(argparse.HelpFormatter):
-    """Help that shows the pipeline's own defaults."""
+    """A formatter of help texts that shows the pipeline's defaults."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         declared = arguments().get(action.dest)
@@ -39,19 +40,19 @@ def add_method_options(
     """Add the options that become arguments of the pipeline; this group must be the last one to be added.
 
     Args:
-        parser: Of a command.
-        rendering_only: Whether only those of `render` are wanted.
-        steering: Whether those that are about one pair's photos are wanted too.
-        gaps: Whether there may be more than two photos, and so several gaps between them.
+        parser: The parser of a command.
+        rendering_only: Whether only the arguments of the pipeline's `render` are wanted.
+        steering: Whether the arguments that only make sense for one pair of photos are wanted.
+        gaps: Whether the command takes more than two photos, and so has several gaps between photos.
     """
     group = parser.add_argument_group("method", argument_default=argparse.SUPPRESS)
     if not rendering_only:
-        text = "Options that belong together; others beside it prevail."
+        text = "A set of values for some options; options that are typed beside it prevail."
         group.add_argument("--preset", choices=PRESETS, help=text)
     for name, declared in arguments_of(*(RENDERING if rendering_only else GROUPS)).items():
         if declared.option is not ASK_PYTHON and (steering or name not in STEERING):
             group.add_argument(declared.option, dest=name, **_parsing(declared, gaps))
-    parser.formatter_class = PipelineDefaults  # last: newer Pythons format each help once when it is added
+    parser.formatter_class = PipelineDefaults  # set last, since newer Pythons format each help when it is added
 
 
 def _parsing(declared: Argument, gaps: bool) -> dict[str, object]:
@@ -59,7 +60,7 @@ def _parsing(declared: Argument, gaps: bool) -> dict[str, object]:
     text = declared.about.replace("`", "").replace("%", "%%")
     values = declared.values
     if gaps and declared.name == "n_frames":
-        several = " With commas it is one number for each gap between two photos."
+        several = " Several numbers between commas are one for each gap between two photos."
         return {"type": for_each_gap(int), "metavar": "N[,N...]", "help": text + several}
     if isinstance(values, WholeNumbers):
         return {"type": int, "metavar": "N", "help": text}
@@ -69,14 +70,18 @@ def _parsing(declared: Argument, gaps: bool) -> dict[str, object]:
         return {"type": int, "nargs": "+" if values.least else "*", "metavar": "N", "help": text}
     if isinstance(values, Pictures) or (isinstance(values, Text) and values.of_each_photo):
         metavar = "PATH" if isinstance(values, Pictures) else "TEXT"
-        return {"action": "append", "metavar": metavar, "help": f"{text} Given twice it is one for each photo."}
+        return {
+            "action": "append",
+            "metavar": metavar,
+            "help": f"{text} Given twice, the option is one for each photo.",
+        }
     return {"metavar": METAVARS.get(declared.name, "TEXT" if isinstance(values, Text) else "NAME"), "help": text}
 
 
 def call_arguments(args: argparse.Namespace) -> dict[str, object]:
-    """The arguments of the pipeline that were typed, and those of a preset that were not.
+    """The arguments of the pipeline that were typed, and those that a typed preset decides.
 
-    `args.size`, where given, becomes `width` and `height`.
+    `--size` becomes the arguments `width` and `height`.
     """
     call = PRESETS.get(getattr(args, "preset", None), {}) | taken(vars(args), *GROUPS)
     for name in ("prompt", "mask"):
@@ -90,19 +95,24 @@ def call_arguments(args: argparse.Namespace) -> dict[str, object]:
 
 
 def steering_files(args: argparse.Namespace) -> list[str]:
-    """The files that typed `--points` and `--mask` read."""
+    """The paths of the files that are read for the options `--points` and `--mask`."""
     points = getattr(args, "points", "[")
     return [*([] if _is_json(points) else [points]), *getattr(args, "mask", [])]
 
 
 def read_points(text: str) -> object:
-    """The points of `--points`: JSON itself, or the path of a file that holds it.
+    """The points that the option `--points` gives.
+
+    Args:
+        text: JSON, or the path of a file that holds JSON.
 
     Raises:
         ValueError: There is no such file, or what it holds is no JSON.
     """
     source = "--points" if _is_json(text) else f"'{text}', the file of --points,"
-    form = "write [[[x0, y0], [x1, y1]], ...] in pixels of the two photos, or the path of a file that holds this"
+    form = (
+        "write [[[x0, y0], [x1, y1]], ...] in pixels of the two photos, or the path of a file that holds such a list"
+    )
     if not _is_json(text):
         try:
             text = Path(text).read_text(encoding="utf-8")
@@ -117,22 +127,27 @@ def read_points(text: str) -> object:
 
 
 def _is_json(text: str) -> bool:
+    """Whether the value of `--points` is JSON itself rather than the path of a file."""
     return text.lstrip().startswith("[")
 
 
 def for_each_gap(number: type) -> Callable[[str], object]:
-    """A type of options: a number, or several between commas, which become a list."""
+    """A type for options that take one number, or several between commas, which become a list.
+
+    Args:
+        number: The type of the numbers.
+    """
 
     def parse(text: str) -> object:
         values = [number(part) for part in text.split(",")]
         return values if len(values) > 1 else values[0]
 
-    parse.__name__ = number.__name__  # by which argparse calls it
+    parse.__name__ = number.__name__  # argparse writes this name into its error messages
     return parse
 
 
 def size(text: str) -> tuple[int, int]:
-    """(width, height) in pixels of a typed size, such as 768x512."""
+    """The width and the height, in pixels, of a typed size such as 768x512."""
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"'{text}' is no size; write width x height in pixels, like 768x512")

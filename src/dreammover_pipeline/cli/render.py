@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `dreammover render`: another video of a pair that was prepared before.
+"""The command `dreammover render`: a video of a pair that was prepared and kept in a file.
 
-torch and diffusers take seconds to import, so that happens after the arguments parsed.
+torch and diffusers take seconds to import, so they are imported only after the arguments have been parsed.
 """
 
 from __future__ import annotations
@@ -20,26 +20,35 @@ if TYPE_CHECKING:
 
 
 def add_render(commands: argparse._SubParsersAction) -> None:
-    """Register the command."""
-    text = "Make a video of a pair that `interpolate --save-pair` prepared: other frames without the work before them."
+    """Register the command `render`."""
+    text = (
+        "Make another video of a pair that dreammover interpolate --save-pair wrote, without preparing the pair again."
+    )
     parser = commands.add_parser("render", help="make another video of a prepared pair", description=text)
     parser.set_defaults(run=_render)
-    parser.add_argument("pair", metavar="PAIR", help="the .safetensors file, prepared with the same model")
+    parser.add_argument(
+        "pair", metavar="PAIR", help="The .safetensors file of the pair, prepared with the same model."
+    )
     add_output_options(parser)
     add_model_options(parser, default="sd15")
     add_method_options(parser, rendering_only=True)
 
 
 def _render(args: argparse.Namespace) -> None:
+    """Make the video of a prepared pair, and write what was asked for.
+
+    Raises:
+        ValueError: An argument is not what it may be, or the file holds no pair of this model.
+    """
     check_output_paths(args, [args.pair])
     settle_length(args)
     check_model(args.model, args.allow_pickle)
     if not Path(args.pair).is_file():
         raise ValueError(f"there is no file '{args.pair}'")
-    pipeline_class()  # first, since it hushes third parties before they are imported
+    pipeline_class()  # this comes first, since it switches off log lines that third parties write when imported
     from ..storage import read_pair
 
-    read_pair(args.pair, "cpu")  # for its complaints, before a model is loaded that decides whether it fits
+    read_pair(args.pair, "cpu")  # refuses a file that holds no pair before a model is loaded
     call = call_arguments(args)
 
     def make(pipe: DreamMoverPipeline) -> tuple[PreparedPair, DreamMoverPipelineOutput]:

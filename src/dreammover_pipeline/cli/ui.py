@@ -19,10 +19,10 @@ HOST, PORT, MAX_UPLOAD_MB = "127.0.0.1", 7860, 20.0
 
 
 def add_ui(commands: argparse._SubParsersAction) -> None:
-    """Register the command."""
+    """Register the command `ui`."""
     text = (
-        "Serve a web page that makes videos, until Ctrl-C. All uploads and videos are removed then. "
-        "This needs the extra 'demo'."
+        "Serve a web page that makes videos, until Ctrl-C is pressed. Then all uploads and videos are removed. "
+        "The command needs the extra 'demo' of the package."
     )
     parser = commands.add_parser("ui", help="make videos on a web page", description=text)
     parser.set_defaults(run=_ui)
@@ -31,15 +31,15 @@ def add_ui(commands: argparse._SubParsersAction) -> None:
         "--host",
         default=HOST,
         metavar="ADDRESS",
-        help="address to listen on; 0.0.0.0 lets other machines in (default: %(default)s)",
+        help="Address to listen on; 0.0.0.0 lets other machines in (default: %(default)s).",
     )
-    add("--port", type=_port, default=PORT, metavar="N", help="port to listen on (default: %(default)s)")
+    add("--port", type=_port, default=PORT, metavar="N", help="Port to listen on (default: %(default)s).")
     add(
         "--max-upload-mb",
         type=_megabytes,
         default=MAX_UPLOAD_MB,
         metavar="X",
-        help="largest photo that may be uploaded, in megabytes (default: %(default)g)",
+        help="Size in megabytes of the largest file that may be uploaded (default: %(default)g).",
     )
     add_model_options(parser, default="sd15")
 
@@ -56,18 +56,18 @@ def serve(
     """Serve the page until the process is interrupted or terminated.
 
     Args:
-        model: "sd15", "tiny", a Hub id, a folder in diffusers layout, or a single file.
-        dtype: the precision, "float32", "float16" or "bfloat16"; None for float16 on cuda and float32 elsewhere.
-        device: where the model runs; None for the first of cuda, mps and cpu that this machine has.
-        host: the address to listen on.
-        port: the port to listen on.
-        max_upload_mb: how many megabytes an uploaded file may have.
-        allow_pickle: whether weights may come from other files than safetensors.
+        model: The model: "sd15", "tiny", a Hub id, a folder in diffusers layout, or a single file.
+        dtype: The precision, "float32", "float16" or "bfloat16"; by default float16 on cuda and float32 elsewhere.
+        device: The device that the model runs on; by default the first of cuda, mps and cpu that this machine has.
+        host: The address to listen on.
+        port: The port to listen on.
+        max_upload_mb: How many megabytes an uploaded file may have.
+        allow_pickle: Whether weights may come from other files than safetensors.
 
     Raises:
-        ValueError: there is no such model or device.
+        ValueError: The model or the device does not exist.
         RuntimeError: Gradio is not installed, or the model cannot be loaded.
-        OSError: another program uses the port.
+        OSError: Another program uses the port.
     """
     if find_spec("gradio") is None:
         raise RuntimeError("the web page needs gradio; install it with: pip install 'dreammover-pipeline[demo]'")
@@ -94,16 +94,19 @@ def _until_stopped() -> Iterator[threading.Event]:
 
 
 def _ui(args: argparse.Namespace) -> None:
+    """Serve the page as the options of the command say."""
     serve(args.model, args.dtype, args.device, args.host, args.port, args.max_upload_mb, args.allow_pickle)
 
 
 def _port(text: str) -> int:
+    """A typed port."""
     if not text.isdecimal() or not 0 < int(text) < 2**16:
         raise argparse.ArgumentTypeError(f"'{text}' is no port; write a whole number from 1 to 65535")
     return int(text)
 
 
 def _megabytes(text: str) -> float:
+    """A typed number of megabytes."""
     try:
         megabytes = float(text)
     except ValueError:

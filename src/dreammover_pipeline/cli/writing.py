@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a pipeline's frames to files, for the commands that make one video: its options, its checks, its pictures.
+"""Writes the frames of a pipeline to files, for the commands that make one video, and checks their options.
 
-torch and diffusers take seconds to import, so that happens after the arguments parsed.
+torch and diffusers take seconds to import, so they are imported only after the arguments have been parsed.
 """
 
 from __future__ import annotations
@@ -29,32 +29,61 @@ if TYPE_CHECKING:
 
 
 def add_output_options(parser: argparse.ArgumentParser, gaps: bool = False) -> None:
-    """Add the options that say what files to write; with `gaps`, of what may be more than two photos."""
+    """Add the options that say what files to write and how the video is played.
+
+    Args:
+        parser: The parser of a command.
+        gaps: Whether the command takes more than two photos, and so has several gaps between photos.
+    """
     add = parser.add_argument
-    add("-o", "--output", metavar="PATH", required=True, help="video.mp4, video.gif, or a folder for PNGs")
-    add("--fps", type=float, default=16, metavar="N", help="frames per second (default: %(default)s)")
+    add(
+        "-o",
+        "--output",
+        metavar="PATH",
+        required=True,
+        help="The video: an .mp4 file, a .gif file, or a folder for PNG files.",
+    )
+    add("--fps", type=float, default=16, metavar="N", help="Frames per second (default: %(default)s).")
     seconds = for_each_gap(float) if gaps else float
-    length = "length of the whole video, instead of --frames" + "; with commas, from A to B, B to C, ..." * gaps
+    length = "Length of the whole video, instead of --frames."
+    if gaps:
+        length += " Several numbers between commas are the lengths from A to B, from B to C and so on."
     add("--duration", type=seconds, metavar="SECONDS", help=length)
-    add("--hold", type=float, default=0, metavar="SECONDS", help="how long the photos stand still at the ends")
-    add("--ping-pong", action="store_true", help="run back to the first photo too, for a video that is repeated")
-    add("--sheet", metavar="PATH", help="also write a contact sheet of all frames, .png or .jpg")
-    add("--flow", metavar="PATH", help="also write a picture of the flow between the photos, .png or .jpg")
-    add("--matches", metavar="PATH", help="also write what was matched with what and how surely, .png or .jpg")
-    add("--compare", metavar="PATH", help="also write the video beside a cross-fade: .mp4, .gif, or a folder for PNGs")
-    add("--quiet", action="store_true", help="show no progress bars")
+    add(
+        "--hold",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="How long the first and the last photo stand still (default: %(default)s).",
+    )
+    add(
+        "--ping-pong",
+        action="store_true",
+        help="Let the video run back to the first photo, so that it can be repeated.",
+    )
+    add("--sheet", metavar="PATH", help="Also write a contact sheet of all frames to this .png or .jpg file.")
+    add(
+        "--flow", metavar="PATH", help="Also write a picture of the flow between the photos to this .png or .jpg file."
+    )
+    add(
+        "--matches",
+        metavar="PATH",
+        help="Also write a picture of the matches and how sure they are to this .png or .jpg file.",
+    )
+    add("--compare", metavar="PATH", help="Also write the video beside a cross-fade, as --output takes it.")
+    add("--quiet", action="store_true", help="Show no progress bars.")
 
 
 def check_output_paths(args: argparse.Namespace, inputs: Sequence[str], others: Sequence[str] = ()) -> None:
     """Refuse outputs that cannot be written or would replace another output or an input.
 
     Args:
-        args: with the options of `add_output_options`.
-        inputs: paths that are read.
-        others: further paths that are written.
+        args: The options that `add_output_options` adds.
+        inputs: The paths that are read.
+        others: The paths that are written besides those that the options name.
 
     Raises:
-        ValueError: with the reason.
+        ValueError: An output is refused.
     """
     videos = [path for path in (args.output, args.compare) if path is not None]
     for path in videos:
@@ -65,18 +94,18 @@ def check_output_paths(args: argparse.Namespace, inputs: Sequence[str], others: 
         check_picture_path(path)
     outputs = [*videos, *pictures, *others]
     for output, other in [*permutations(outputs, 2), *product(outputs, inputs)]:
-        if Path(other).resolve().is_relative_to(Path(output).resolve()):  # the same place, or in the folder of frames
+        if Path(other).resolve().is_relative_to(Path(output).resolve()):  # an output may be a folder of frames
             raise ValueError(f"writing '{output}' would replace '{other}'; choose another path")
 
 
 def check_length(args: argparse.Namespace) -> None:
-    """Check how the video is to be played.
+    """Refuse a hold that cannot be, and a duration beside a number of frames.
 
     Args:
-        args: with the options of `add_output_options` and `add_method_options`.
+        args: The options that `add_output_options` and `add_method_options` add.
 
     Raises:
-        ValueError: with the reason.
+        ValueError: An option is refused.
     """
     check_hold(args.hold)
     if args.duration is not None and hasattr(args, "n_frames"):
@@ -84,7 +113,14 @@ def check_length(args: argparse.Namespace) -> None:
 
 
 def settle_length(args: argparse.Namespace) -> None:
-    """`check_length`, and make `n_frames` of a duration; the frame rate is checked already."""
+    """Do what `check_length` does, and where a duration was typed put the number of frames into `args.n_frames`.
+
+    Args:
+        args: The options that `add_output_options` and `add_method_options` add, with a frame rate that was checked.
+
+    Raises:
+        ValueError: An option is refused.
+    """
     check_length(args)
     if args.duration is not None:
         args.n_frames = frames_to_fill(args.duration, args.fps, args.hold, args.ping_pong)
@@ -94,11 +130,14 @@ def make_video(
     args: argparse.Namespace,
     make: Callable[[DreamMoverPipeline], tuple[PreparedPair, DreamMoverPipelineOutput]],
 ) -> None:
-    """Load the model, have it make the output, and write what was asked for.
+    """Load the model, make the video of one pair with it, and write what was asked for.
 
     Args:
-        args: with the options of `add_output_options` and `add_model_options`.
-        make: from the pipeline to one prepared pair and its output, with the photos at the ends.
+        args: The options that `add_output_options` and `add_model_options` add.
+        make: Takes the pipeline, and gives the prepared pair and its output with the photos at the ends.
+
+    Raises:
+        RuntimeError: The model cannot be loaded, or memory does not suffice.
     """
     start = time.perf_counter()
     pipe = load_chosen(args)
@@ -127,17 +166,17 @@ def write_frames(
     flagged: int,
     fade: Callable[[], list[Image.Image]],
 ) -> int:
-    """Write what is made of frames alone: the video, and where asked for the contact sheet and the comparison.
+    """Write the video, and where they were asked for a contact sheet and a comparison with a cross-fade.
 
     Args:
-        args: with the options of `add_output_options`.
-        frames: the photos among them.
-        times: of each, for the sheet.
-        flagged: how many of them the safety checker blacked out, to warn of them.
-        fade: makes the cross-fade that they are compared with.
+        args: The options that `add_output_options` adds.
+        frames: The frames, with the photos in their places.
+        times: The times that the contact sheet shows, one for each frame.
+        flagged: How many frames the safety checker blacked out; if there are any, a warning is printed.
+        fade: Makes the frames of the cross-fade, as many as `frames`.
 
     Returns:
-        How many frames the video has.
+        How many frames the video has as it is played.
     """
     if flagged:
         print(f"dreammover: warning: the safety checker blacked out {flagged} frames", file=sys.stderr)
@@ -152,4 +191,5 @@ def write_frames(
 
 
 def _played(frames: Sequence[Image.Image], args: argparse.Namespace) -> list[Image.Image]:
+    """The frames in the order in which they are shown, with those that are shown for longer repeated."""
     return play(frames, args.fps, args.hold, args.ping_pong)
