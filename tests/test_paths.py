@@ -22,7 +22,7 @@ def times_of(*values):
 
 
 def coin(degrees, scale=1.0, shift=(0.0, 0.0)):
-    """The flow of a coin that turns in the middle before a ground that rests; where it lies, and its cells from there."""
+    """The flow of a coin that turns before a ground that rests; where it lies, and its cells from its middle."""
     cells = cell_grid(SIZE, SIZE, torch.zeros(1, dtype=torch.float64))[0]
     arm = cells - (SIZE - 1) / 2
     inside = arm.norm(dim=0) <= RADIUS

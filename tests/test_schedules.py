@@ -138,13 +138,16 @@ def test_a_timestep_without_signal_is_refused_and_the_one_before_is_not():
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (DDIMScheduler(**BETAS, prediction_type="sample"), "`scheduler` predicts 'sample'; only epsilon and v_"),
-        (PNDMScheduler(**BETAS, prediction_type="sample"), "`scheduler` predicts 'sample'"),
+        (
+            DDIMScheduler(**BETAS, prediction_type="sample"),
+            "`scheduler` has prediction type 'sample'; only epsilon and v_",
+        ),
+        (PNDMScheduler(**BETAS, prediction_type="sample"), "`scheduler` has prediction type 'sample'"),
         (FlowMatchEulerDiscreteScheduler(), "`scheduler` FlowMatchEulerDiscreteScheduler has no noise schedule"),
         (diffusers.EDMEulerScheduler(), "`scheduler` EDMEulerScheduler has no noise schedule"),
         (
             diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-            "`scheduler` predicts 'flow_prediction'",
+            "`scheduler` has prediction type 'flow_prediction'",
         ),
     ],
     ids=["sample", "pndm-sample", "flow-matching", "edm", "flow-sigmas"],

@@ -241,12 +241,12 @@ def test_another_format_version_is_refused(pipe, file, version):
         ({"change": lambda header: header.pop("canvas")}, "it lacks 'canvas'"),
         ({"change": lambda header: header["canvas"].pop("height")}, "height"),
         ({"change": lambda header: header["schedule"].pop("timesteps")}, "it lacks 'timesteps'"),
-        ({"change": lambda header: header["schedule"]["timesteps"].reverse()}, "timesteps must ascend"),
+        ({"change": lambda header: header["schedule"]["timesteps"].reverse()}, "`timesteps` must ascend"),
         ({"change": lambda header: header.update(lora_scale=None)}, "float"),
         ({"change": lambda header: header.update(fingerprints=None)}, "not iterable"),
-        ({"inversion.eps": torch.zeros(2, 4, 8, 7)}, "eps must be"),
-        ({"flow.forward": torch.zeros(1, 2, 9, 8)}, "backward must be"),
-        ({"prompt_embeds": torch.zeros(3, 24, 32)}, "prompt_embeds must be"),
+        ({"inversion.eps": torch.zeros(2, 4, 8, 7)}, "`eps` must be"),
+        ({"flow.forward": torch.zeros(1, 2, 9, 8)}, "`backward` must be"),
+        ({"prompt_embeds": torch.zeros(3, 24, 32)}, "`prompt_embeds` must be"),
     ],
 )
 def test_a_damaged_pair_is_refused(pipe, file, changes, reason):

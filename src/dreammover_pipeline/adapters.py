@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters and offloading: a LoRA beside the user's own adapters, and weights that are kept elsewhere meanwhile.
+"""Adapters and offloading: a LoRA beside the user's own adapters, and weights that are kept off the device.
 
-Peft adds layers to a model and flips flags of those that are there; diffusers' offloading moves weights away and hooks
-every layer. What is changed here for the length of a context is undone when the context ends, also after an exception,
-so that the user's adapters, loaded, disabled or fused, are afterwards what they were.
+Peft adds layers to a model and changes flags of its existing adapter layers; diffusers' offloading moves weights away
+and hooks every layer. Whatever the contexts here change is restored when they end, also after an exception, so that
+the user's adapters, whether loaded, disabled or fused, are afterwards as they were before.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from diffusers.utils import is_peft_available
 ADAPTER = "dreammover_pair"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
-# The three things of a user's adapter layer that putting another adapter on it changes: which adapters are active,
-# whether they are disabled, and which are fused into the weights.
+# The flags of an adapter layer that change when another adapter is added: which adapters are active, whether adapters
+# are disabled, and which adapters are fused into the weights.
 _Flags = tuple[str | list[str], bool, list[str]]
 
 
 def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
-    """The model itself where torch.compile has wrapped it, whose modules are the ones to change."""
+    """The model inside torch.compile's wrapper, whose modules can be changed; a model without one as it is."""
     return getattr(model, "_orig_mod", model)
 
 
@@ -32,19 +32,19 @@ def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
 
 @contextmanager
 def isolated_adapter(unet: torch.nn.Module, rank: int) -> Iterator[dict[str, torch.nn.Module]]:
-    """Add a LoRA that acts beside the user's adapters; afterwards the UNet's modules and flags are what they were.
+    """Add a LoRA that acts beside the user's adapters; afterwards the UNet's modules and flags are restored.
 
     All parameters of the UNet are frozen while the context lasts.
 
     Args:
-        unet: the UNet to add it to, compiled or not.
-        rank: the LoRA's rank; its alpha equals the rank.
+        unet: The UNet to add the LoRA to, compiled or not.
+        rank: The LoRA's rank; its alpha equals the rank.
 
     Yields:
         The layers that carry the LoRA, by their names in the UNet.
 
     Raises:
-        ImportError: peft is not installed.
+        ImportError: The library peft is not installed.
     """
     try:
         from peft import LoraConfig
@@ -55,8 +55,8 @@ def isolated_adapter(unet: torch.nn.Module, rank: int) -> Iterator[dict[str, tor
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
     with _restored_adapters(model) as users:
         for layer in _tuner_layers(model).values():
-            layer.merged_adapters = []  # peft would unmerge them; as they are, the fused weights serve as the base
-        with torch.random.fork_rng(devices=[]):  # peft draws initial weights that are overwritten
+            layer.merged_adapters = []  # else peft would unmerge fused adapters; the base is to include them
+        with torch.random.fork_rng(devices=[]):  # peft draws initial weights, which the caller overwrites
             model.add_adapter(config, adapter_name=ADAPTER)
         for name, layer in _tuner_layers(model).items():
             layer.enable_adapters(True)
@@ -71,7 +71,7 @@ def isolated_adapter(unet: torch.nn.Module, rank: int) -> Iterator[dict[str, tor
 
 @contextmanager
 def _restored_adapters(model: torch.nn.Module) -> Iterator[dict[str, _Flags]]:
-    """Take the pair's adapter off at the end and put back every flag; yields the flags of the user's layers."""
+    """Remove the pair's adapter at the end and restore every flag; yields the flags of the user's layers, by name."""
     users = _tuner_layers(model)
     flags = {
         name: (layer._active_adapter, layer._disable_adapters, layer.merged_adapters) for name, layer in users.items()
@@ -99,7 +99,7 @@ def _remove_adapter(model: torch.nn.Module, users: dict[str, torch.nn.Module]) -
         if name not in users:
             model.set_submodule(name, layer.base_layer)
         elif ADAPTER in layer.lora_A:
-            layer.set_adapter([])  # so that peft does not choose, and announce, another one
+            layer.set_adapter([])  # else peft would activate another adapter, and warn that it does
             layer.delete_adapter(ADAPTER)
 
 
@@ -121,10 +121,10 @@ def adapter_weights(layers: dict[str, torch.nn.Module]) -> dict[str, torch.nn.Pa
     """The parameters of the pair's LoRA, by the names that diffusers gives them in a file.
 
     Args:
-        layers: what `isolated_adapter` yields.
+        layers: The layers that `isolated_adapter` yields.
 
     Returns:
-        For every layer "<name>.lora_A.weight" (rank, in) and "<name>.lora_B.weight" (out, rank).
+        Two parameters for every layer: "<name>.lora_A.weight" (rank, in) and "<name>.lora_B.weight" (out, rank).
     """
     return {
         f"{name}.{part}.weight": getattr(layer, part)[ADAPTER].weight
@@ -136,17 +136,18 @@ def adapter_weights(layers: dict[str, torch.nn.Module]) -> dict[str, torch.nn.Pa
 def acting_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, float]]:
     """The tensors that decide what a model computes: its own, and those of the adapters that act on it.
 
-    An adapter acts while it is active, enabled and not fused; a fused one is in the model's own tensors already. What
-    only wraps a model (layers of adapters, torch.compile) does not show in the names, nor do the names of adapters.
+    An adapter acts while it is active, enabled and not fused; a fused adapter is already part of the model's own
+    tensors. Names do not show what wraps a model (adapter layers, torch.compile), nor what its adapters are called.
 
     Args:
-        model: any model, offloaded or not.
+        model: Any model, offloaded or not.
 
     Yields:
-        Name, tensor (a parameter or a persistent buffer), and weight: an adapter's scale, 1 for the model's own.
+        The name of a tensor; the tensor, which is a parameter or a persistent buffer; and its weight, which is 1 for a
+        tensor of the model and the adapter's scale for a tensor of an adapter.
 
     Raises:
-        ValueError: the model's tensors are on disk, or nowhere.
+        ValueError: The model's tensors are on disk, or cannot be found.
     """
     model = uncompiled(model)
     require_in_memory(model)
@@ -171,14 +172,14 @@ def acting_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, 
 
 
 def base_weight(model: torch.nn.Module, name: str) -> torch.Tensor:
-    """The tensor, wherever it is kept, that holds a layer's weight below a user's adapters.
+    """The tensor that holds a layer's own weight, without the user's adapters, wherever it is kept.
 
     Args:
-        model: the model, not wrapped by torch.compile.
-        name: the layer's name in the model.
+        model: The model that the layer is in, not wrapped by torch.compile.
+        name: The layer's name in the model.
 
     Raises:
-        ValueError: the weight is on the meta device and kept nowhere else.
+        ValueError: The weight is on the meta device, and no offloading hook keeps it elsewhere.
     """
     layer = model.get_submodule(name)
     if hasattr(layer, "base_layer"):
@@ -187,7 +188,7 @@ def base_weight(model: torch.nn.Module, name: str) -> torch.Tensor:
 
 
 def _offloaded(model: torch.nn.Module, name: str) -> torch.Tensor:
-    """A tensor that accelerate keeps elsewhere while the model is not running (enable_sequential_cpu_offload)."""
+    """A tensor of a layer-by-layer offloaded model (enable_sequential_cpu_offload), from where accelerate keeps it."""
     owner, _, leaf = name.rpartition(".")
     hook = getattr(model.get_submodule(owner), "_hf_hook", None)
     for part in getattr(hook, "hooks", [hook]):
@@ -197,12 +198,12 @@ def _offloaded(model: torch.nn.Module, name: str) -> torch.Tensor:
 
 
 def require_in_memory(model: torch.nn.Module) -> None:
-    """Raise where a model's weights are on disk.
+    """Raise unless a model's weights are in memory.
 
-    Group offloading to disk leaves uninitialised tensors behind, which must not be taken for the weights.
+    Group offloading to disk leaves uninitialised tensors in the model, which must not be taken for its weights.
 
     Raises:
-        ValueError: the model is group-offloaded to disk.
+        ValueError: The model is group-offloaded to disk.
     """
     from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
 
@@ -216,15 +217,15 @@ def require_in_memory(model: torch.nn.Module) -> None:
 
 @contextmanager
 def without_group_offloading(unet: torch.nn.Module, resident: bool = False) -> Iterator[None]:
-    """Pause group offloading while the context lasts; a UNet that is not group-offloaded is left alone.
+    """Suspend group offloading while the context lasts; a UNet that is not group-offloaded is not changed.
 
-    Group offloading works on copies of the weights that it makes when it is applied, so whoever changes weights has to
-    have it applied anew afterwards, as happens here at the end.
+    Group offloading works on copies of the weights that it makes when it is applied. After weights have changed it
+    must be applied again, which happens when the context ends.
 
     Args:
-        unet: the UNet, compiled or not.
-        resident: whether all weights are to be on the device meanwhile. A backward pass needs that, since group
-            offloading brings weights for forward passes only.
+        unet: The UNet, compiled or not.
+        resident: Whether all weights are on the device while the context lasts. A backward pass needs them there,
+            since group offloading loads weights for forward passes only.
     """
     from diffusers.hooks import group_offloading as offloading
 
@@ -249,19 +250,19 @@ def without_group_offloading(unet: torch.nn.Module, resident: bool = False) -> I
 
 
 def _reapply_group_offloading(model: torch.nn.Module) -> None:
-    """Group offloading hooks every layer it finds: let it find the new ones, and forget the ones that are gone."""
+    """Apply group offloading again if it is on, so that it hooks new layers and forgets those that were removed."""
     from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 
     _maybe_remove_and_reapply_group_offloading(model)
 
 
 def load_beside(pipe, weights: dict[str, torch.Tensor], adapter_name: str) -> None:
-    """Load LoRA weights into a pipeline's UNet as an adapter that acts beside those that act already.
+    """Load LoRA weights into a pipeline's UNet as an adapter that acts beside those that are already active.
 
     Args:
         pipe: A diffusers pipeline.
-        weights: By diffusers' names.
-        adapter_name: A name that no loaded adapter has.
+        weights: The LoRA weights, by the names that diffusers gives them in a file.
+        adapter_name: A name for the adapter that no loaded adapter has.
     """
     unet = pipe.unet
     active = unet.active_adapters() if unet._hf_peft_config_loaded else []

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reference attention: in-between frames keep their queries and look at the keys and values of the two inputs.
+"""Reference attention: in-between frames keep their own queries and attend to the keys and values of the two inputs.
 
-The processors wrap the ones they replace. A stock self-attention that is handed the inputs' tokens as
-`encoder_hidden_states` projects exactly K⁰⊕K¹ and V⁰⊕V¹, because projections act on every token alone; so LoRA
-layers, sliced attention and whatever else the user installed go on working.
+Each attention processor wraps the one that it replaces. The wrapped one gets the inputs' tokens as
+`encoder_hidden_states` and projects them to exactly K⁰⊕K¹ and V⁰⊕V¹, because projections act on every token by itself.
+So LoRA layers, sliced attention and whatever else the user installed go on working.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ def self_attention_names(unet: torch.nn.Module, block: int) -> list[str]:
 
 
 class References:
-    """The two inputs' tokens at the current step, one tensor (G·2, L, C) a layer, for G groups of guidance."""
+    """The two inputs' tokens at the current denoising step, one tensor (G·2, L, C) for each self-attention layer.
+
+    G is the number of groups in a batch: 2 with classifier-free guidance (unconditional, conditional), otherwise 1.
+
+    Args:
+        layers: Names of the self-attention layers, as in `unet.attn_processors`.
+    """
 
     def __init__(self, layers: Sequence[str]):
         self.layers = layers
@@ -31,8 +37,8 @@ class References:
 
     @contextmanager
     def record(self) -> Iterator[None]:
-        """While it lasts, forwards carry the two inputs: they attend to themselves and their tokens are kept."""
-        self.tokens.clear()  # else torch.compile would take the first recording and later ones for two cases
+        """Expect the two inputs, not frames, while the context lasts: they attend to themselves and are recorded."""
+        self.tokens.clear()  # with tokens left over, torch.compile would compile a second case for later recordings
         self.recording = True
         try:
             yield
@@ -43,26 +49,26 @@ class References:
 class ReferenceAttnProcessor:
     """Self-attention of in-between frames on the two inputs: Q = Q^δ, K = K⁰⊕K¹, V = V⁰⊕V¹.
 
-    The frames' own keys and values are replaced, not appended, and never computed.
+    These keys and values replace the frames' own, which are never computed.
 
     Source: DreamMover Eq. (9), §3.4 and DreamMover Eq. (10), §3.4.
     """
 
     def __init__(self, name: str, inner, references: References):
         self.name = name
-        # A fused processor projects q, k and v of one sequence at once and cannot take another sequence for k and v;
-        # the separate projections it was fused from are still there.
+        # A fused processor projects q, k and v of one sequence at once and cannot take k and v from another sequence.
+        # It is replaced by one that uses the separate projections, which fusing leaves in the layer.
         self.inner = AttnProcessor2_0() if type(inner).__name__.startswith("Fused") else inner
         self.references = references
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
-        """Attend. Recording: `hidden_states` (G·2, L, C) are the inputs. Otherwise (G·F, L, C) are frames."""
+        """Attend from `hidden_states`: the two inputs (G·2, L, C) while they are recorded, else frames (G·F, L, C)."""
         if self.references.recording:
             self.references.tokens[self.name] = hidden_states
             return self.inner(attn, hidden_states, attention_mask=attention_mask)
         tokens = self.references.tokens[self.name]
         groups, (batch, length, channels) = len(tokens) // 2, hidden_states.shape
-        # All queries of a group form one long sequence, so the two inputs' K and V are projected once, not per frame.
+        # All queries of a group form one long sequence, so that the inputs' K and V are projected once for all frames.
         queries = hidden_states.reshape(groups, batch // groups * length, channels)
         tokens = tokens.reshape(groups, 2 * length, channels)
         attended = self.inner(attn, queries, encoder_hidden_states=tokens)
@@ -73,18 +79,19 @@ class ReferenceAttnProcessor:
 def reference_attention(unet: torch.nn.Module, blocks: Sequence[int]) -> Iterator[References]:
     """Install reference attention in the self-attentions of some up blocks, and put everything back afterwards.
 
-    At every step first run the two inputs through the UNet inside `references.record()`, then the frames, in as many
-    pieces as fit. With guidance both batches are (unconditional, conditional), concatenated.
+    At every step the caller first runs the two inputs through the UNet inside `references.record()`, and then the
+    frames, in any number of pieces. With guidance, the batch of inputs and that of frames are each (unconditional,
+    conditional), concatenated.
 
     Source: DreamMover §3.4. Official code differs: the last six of nine layers found by counting calls; here the
     blocks are named, `up_blocks.2` and `up_blocks.3` being the same six layers.
 
     Args:
-        unet: a `UNet2DConditionModel`.
-        blocks: indices into `unet.up_blocks`; a block without attention adds nothing.
+        unet: A `UNet2DConditionModel`.
+        blocks: Indices into `unet.up_blocks`; a block without self-attention changes nothing.
 
     Yields:
-        The references the processors share.
+        The `References` that all installed processors share.
     """
     installed = dict(unet.attn_processors)
     references = References([name for block in blocks for name in self_attention_names(unet, block)])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The algebra of deterministic DDIM, and nothing else: no models, no schedulers, no loops.
 
-Convention: everything is computed, and returned, in the precision of its input, float32 at least. `alpha_bar` is ᾱ,
-the cumulative product of 1 − β: a float, or a tensor (B,) with one value per sample.
+Conventions: everything is computed and returned in the precision of its input, but at least in float32. `alpha_bar` is
+ᾱ, the cumulative product of 1 − β: a float, or a tensor (B,) with one value per sample. k is a step of the schedule.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def working_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def _signal_and_noise_rates(alpha_bar, like: torch.Tensor):
-    """√ᾱ and √(1−ᾱ), shaped to multiply `like` (B, …)."""
+    """The rates √ᾱ of the signal and √(1−ᾱ) of the noise, shaped to multiply the tensor `like` (B, …)."""
     if not isinstance(alpha_bar, torch.Tensor):
         return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
     alpha_bar = alpha_bar.to(like.device, working_dtype(like))
@@ -31,12 +31,12 @@ def predict_clean(latents: torch.Tensor, eps: torch.Tensor, alpha_bar: float | t
     Source: DreamMover Eq. (3), §3.1.
 
     Args:
-        latents: z_k, (B, C, h, w).
-        eps: the noise predicted in them, (B, C, h, w).
+        latents: The noisy latents z_k, (B, C, h, w).
+        eps: The noise ε predicted in the noisy latents, (B, C, h, w).
         alpha_bar: ᾱ_k in (0, 1].
 
     Returns:
-        z_{k→0}, (B, C, h, w).
+        The predicted clean latents z_{k→0}, (B, C, h, w).
     """
     signal, noise = _signal_and_noise_rates(alpha_bar, latents)
     dtype = working_dtype(latents)
@@ -44,19 +44,20 @@ def predict_clean(latents: torch.Tensor, eps: torch.Tensor, alpha_bar: float | t
 
 
 def recompose(clean: torch.Tensor, eps: torch.Tensor, alpha_bar: float | torch.Tensor) -> torch.Tensor:
-    """The noisy latent made of a clean one and a noise: z_k = √ᾱ_k z_0 + √(1−ᾱ_k) ε.
+    """The noisy latent composed of a clean latent and noise: z_k = √ᾱ_k z_0 + √(1−ᾱ_k) ε.
 
-    With the prediction of one step and the ᾱ of its neighbour this is a DDIM step, either way.
+    With the clean latent and the noise predicted at one step, and the ᾱ of the step before or after it, this is a step
+    of DDIM in that direction.
 
     Source: DreamMover Eq. (2), §3.1 and DreamMover Eq. (8), §3.3.
 
     Args:
-        clean: z_0, (B, C, h, w).
-        eps: (B, C, h, w).
+        clean: The clean latents z_0, (B, C, h, w).
+        eps: The noise ε, (B, C, h, w).
         alpha_bar: ᾱ_k in [0, 1].
 
     Returns:
-        z_k, (B, C, h, w).
+        The noisy latents z_k, (B, C, h, w).
     """
     signal, noise = _signal_and_noise_rates(alpha_bar, clean)
     dtype = working_dtype(clean)
@@ -64,19 +65,19 @@ def recompose(clean: torch.Tensor, eps: torch.Tensor, alpha_bar: float | torch.T
 
 
 def eps_from_v(v: torch.Tensor, latents: torch.Tensor, alpha_bar: float | torch.Tensor) -> torch.Tensor:
-    """The noise a v-prediction stands for: ε = √ᾱ_k v + √(1−ᾱ_k) z_k.
+    """The noise that a v-prediction stands for: ε = √ᾱ_k v + √(1−ᾱ_k) z_k.
 
-    ᾱ is that of the timestep the network was asked at, whatever step the latents are at (in inversion they differ).
+    ᾱ_k is that of the timestep given to the network, which in inversion is not the timestep that the latents are at.
 
     Source: progressive distillation (arXiv 2202.00512), appendix D.
 
     Args:
-        v: the network's output, (B, C, h, w).
-        latents: the network's input z_k, (B, C, h, w).
-        alpha_bar: ᾱ at the network's timestep, in [0, 1].
+        v: The network's output v, (B, C, h, w).
+        latents: The network's input z_k, (B, C, h, w).
+        alpha_bar: ᾱ_k at the timestep given to the network, in [0, 1].
 
     Returns:
-        ε, (B, C, h, w).
+        The noise ε, (B, C, h, w).
     """
     signal, noise = _signal_and_noise_rates(alpha_bar, latents)
     dtype = working_dtype(latents)
@@ -84,17 +85,17 @@ def eps_from_v(v: torch.Tensor, latents: torch.Tensor, alpha_bar: float | torch.
 
 
 def v_from_eps(clean: torch.Tensor, eps: torch.Tensor, alpha_bar: float | torch.Tensor) -> torch.Tensor:
-    """What a v-prediction network should say: v = √ᾱ_k ε − √(1−ᾱ_k) z_0; the target of its LoRA fit.
+    """What a v-prediction network should predict: v = √ᾱ_k ε − √(1−ᾱ_k) z_0. It is the target of such a LoRA fit.
 
     Source: progressive distillation (arXiv 2202.00512), appendix D.
 
     Args:
-        clean: z_0, (B, C, h, w).
-        eps: the noise added to it, (B, C, h, w).
+        clean: The clean latents z_0, (B, C, h, w).
+        eps: The noise ε added to the clean latents, (B, C, h, w).
         alpha_bar: ᾱ_k in [0, 1].
 
     Returns:
-        v, (B, C, h, w).
+        The target v, (B, C, h, w).
     """
     signal, noise = _signal_and_noise_rates(alpha_bar, clean)
     dtype = working_dtype(clean)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features of the UNet's up blocks, read off by a forward hook that is gone afterwards."""
+"""Features of the UNet's up blocks, read by a forward hook that is removed afterwards."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 
 @contextmanager
 def captured_up_block(unet: torch.nn.Module, block: int) -> Iterator[list[torch.Tensor]]:
-    """Collect what `unet.up_blocks[block]` puts out while the context lasts.
+    """Collect the outputs of `unet.up_blocks[block]` while the context lasts.
 
     Args:
-        unet: a `UNet2DConditionModel`.
-        block: index into `unet.up_blocks`. (Official code counts the mid block as 0: its 2 is our 1.)
+        unet: A `UNet2DConditionModel`.
+        block: Index into `unet.up_blocks`. (Official code counts the mid block as 0, so that its 2 is 1 here.)
 
     Yields:
-        A list to which every forward appends one tensor (B, C', h', w').
+        A list to which every forward pass appends one tensor (B, C', h', w').
     """
     outputs: list[torch.Tensor] = []
     handle = unet.up_blocks[block].register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
-        # A hook registered after a torch.compile'd forward never fires, so this forward runs eagerly.
+        # A hook that is registered after torch.compile has compiled a forward never fires, so forwards run eagerly.
         with torch.compiler.set_stance("force_eager"):
             yield outputs
     finally:
@@ -33,17 +33,17 @@ def captured_up_block(unet: torch.nn.Module, block: int) -> Iterator[list[torch.
 def up_block_features(
     unet: torch.nn.Module, blocks: Sequence[int], forward: Callable[[], object]
 ) -> list[torch.Tensor]:
-    """Features of some up blocks during one forward of the UNet.
+    """Features of some up blocks during one forward pass of the UNet.
 
     Source: DreamMover §3.2: the second up block at step 14 of the inversion.
 
     Args:
-        unet: a `UNet2DConditionModel`.
-        blocks: indices into `unet.up_blocks`.
-        forward: runs the UNet once.
+        unet: A `UNet2DConditionModel`.
+        blocks: Indices into `unet.up_blocks`.
+        forward: Function that runs the UNet once.
 
     Returns:
-        One (B, C', h', w') for each block, in the UNet's dtype.
+        One tensor (B, C', h', w') for each block, in the UNet's dtype.
     """
     with ExitStack() as stack:
         outputs = [stack.enter_context(captured_up_block(unet, block)) for block in blocks]

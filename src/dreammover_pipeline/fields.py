@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Geometry of flow fields on grids: coordinates, looking up where a flow points, and the same flow on another grid.
 
-Conventions, here and everywhere: flow is (B, 2, h, w) in cells of its own grid; channel 0 is dx (columns, to the
-right), channel 1 dy (rows, downwards); the flow at a cell of the source says by how much it moves. Cell centres have
-integer coordinates (`align_corners=True`), so an integer flow moves values exactly.
+Conventions in the whole package: flow is (B, 2, h, w) in cells of its own grid; channel 0 is dx (columns, to the
+right), channel 1 is dy (rows, downwards); the flow at a source cell says by how much that cell moves. Cell centres
+have integer coordinates (`align_corners=True`), so an integer flow moves values exactly.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .records import BidirectionalFlow, Canvas
 
 
 def cell_grid(h: int, w: int, like: torch.Tensor) -> torch.Tensor:
-    """(1, 2, h, w) coordinates (x, y) of every cell, in the dtype and on the device of `like`."""
+    """The coordinates (x, y) of every cell, (1, 2, h, w), in the dtype and on the device of `like`."""
     y, x = torch.meshgrid(
         torch.arange(h, device=like.device, dtype=like.dtype),
         torch.arange(w, device=like.device, dtype=like.dtype),
@@ -26,20 +26,21 @@ def cell_grid(h: int, w: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def backward_warp(x: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
-    """Look every cell up where the flow points: out(p) = x(p + flow(p)), bilinear, zero outside the grid.
+    """Take every cell's value from where the flow points: out(p) = x(p + flow(p)), bilinear, zero outside the grid.
 
     Source: DreamMover §3.2, the warp inside the importance metric of Eq. (4).
 
     Args:
-        x: (B, C, h, w).
-        flow: (B, 2, h, w) in cells.
+        x: The values to look up, (B, C, h, w).
+        flow: The displacement from each cell to the place it is looked up at, (B, 2, h, w), in cells.
 
     Returns:
-        (B, C, h, w).
+        The values found, (B, C, h, w).
     """
     h, w = x.shape[-2:]
     dtype = working_dtype(x)
-    # Cells have integer centres; grid_sample's edge-based coordinates express that on grids of one cell too.
+    # Cells have integer centres. Coordinates relative to the grid's edges (align_corners=False) can express that even
+    # on a grid of one cell.
     target = cell_grid(h, w, flow.to(dtype)) + flow.to(dtype)
     extent = torch.tensor([w, h], device=x.device, dtype=dtype).reshape(1, 2, 1, 1)
     normalised = ((2 * target + 1) / extent - 1).movedim(1, -1)  # (B, h, w, 2)
@@ -47,14 +48,14 @@ def backward_warp(x: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
 
 
 def upsampled_flow(flow: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Flow of cells as flow of a finer grid's cells, bilinear.
+    """Flow on a coarse grid as flow on a finer grid, interpolated bilinearly.
 
     Args:
-        flow: (B, 2, h, w) in cells of the coarse grid.
-        size: (H, W) of the fine grid, which covers the same picture.
+        flow: Flow on the coarse grid, (B, 2, h, w), in cells of that grid.
+        size: Size (H, W) of the fine grid, which covers the same picture.
 
     Returns:
-        (B, 2, H, W) in cells of the fine grid.
+        Flow on the fine grid, (B, 2, H, W), in cells of that grid.
     """
     scale = torch.tensor([size[1] / flow.shape[-1], size[0] / flow.shape[-2]]).reshape(1, 2, 1, 1).to(flow)
     return F.interpolate(flow, size=size, mode="bilinear", align_corners=False) * scale
@@ -64,11 +65,11 @@ def flow_at_cell_centres(flow: torch.Tensor, size: tuple[int, int]) -> torch.Ten
     """Flow of pixels as flow of cells: a cell moves like the one pixel that its centre lies in.
 
     Args:
-        flow: (B, 2, H, W) in pixels.
-        size: (h, w) of the cells' grid, which covers the same picture.
+        flow: Flow of the pixels, (B, 2, H, W), in pixels.
+        size: Size (h, w) of the grid of cells, which covers the same picture.
 
     Returns:
-        (B, 2, h, w) in cells.
+        Flow of the cells, (B, 2, h, w), in cells.
     """
     (h, w), (height, width) = size, flow.shape[-2:]
     row = ((torch.arange(h) + 0.5) * height / h).long()
@@ -78,16 +79,16 @@ def flow_at_cell_centres(flow: torch.Tensor, size: tuple[int, int]) -> torch.Ten
 
 
 def pixel_flow(flow: BidirectionalFlow, canvas: Canvas) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flow of latent cells as flow of the output's pixels: a pixel moves like the cell its centre lies in.
+    """Flow of latent cells as flow of the output's pixels: a pixel moves like the cell that its centre lies in.
 
-    Nearest, not bilinear: a matched cell knows nothing finer, and blending across an edge would invent motion.
+    The flow is not interpolated: matches are no finer than a cell, and blending across an edge would invent motion.
 
     Args:
-        flow: the flow both ways, in cells of the whole canvas.
-        canvas: where the picture sits on the canvas, and at which size it is put out.
+        flow: The flow between the two images in both directions, in latent cells of the whole canvas.
+        canvas: Where the picture sits on the canvas, and the size that frames are returned at.
 
     Returns:
-        The flow forward and the flow backward, (1, 2, H, W) each, in pixels of the output.
+        The forward flow and the backward flow, (1, 2, H, W) each, in pixels of the output.
     """
     h, w = flow.forward.shape[-2:]
     row = (torch.arange(canvas.output_height) + 0.5) * (canvas.content_height / canvas.output_height)

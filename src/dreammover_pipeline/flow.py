@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dense correspondence: a flow matched from features, and smoothed where it is unsure.
 
-Conventions of coordinates and flow: see `fields.py`.
+The conventions for coordinates and flow are those of `fields.py`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from .records import BidirectionalFlow
 
 # Rows of the similarity matrix held at once: at 512² a block is 1024 × 4096 float32, 16 MiB.
 MATCH_ROWS = 1024
-SMOOTHING_RADIUS = 2  # cells; the window of `smooth_flow`
-SMOOTHING_SIGMA = 1.5  # cells; of its Gaussian
-REST_DOUBT = 1.5  # cells; round-trip error beyond which a match is doubtful
-REST_WEIGHT = 0.5  # how sure a cell is at least that was found to rest
-DOUBT = 1e-3  # weight of a vector whose way back does not agree at all, so that every window has a mean
+SMOOTHING_RADIUS = 2  # radius in cells of the window that a pass of `smooth_flow` averages over
+SMOOTHING_SIGMA = 1.5  # standard deviation in cells of the Gaussian that weights this window
+REST_DOUBT = 1.5  # round-trip error in cells beyond which a match is doubtful
+REST_WEIGHT = 0.5  # least weight of a cell that was found to rest
+DOUBT = 1e-3  # weight of a cell whose match does not lead back to it at all, so that every window has a mean
 
 
 @contextmanager
 def _exact_matmul(device_type: str) -> Iterator[None]:
-    """Full float32 products, whatever autocast, TF32 or bf16 setting the caller has: in bf16 45 % of matches move."""
+    """Compute matrix products in full float32 while the context lasts.
+
+    The caller's autocast, TF32 or bf16 setting would lower their precision; in bf16, 45 % of the matches change.
+    """
     if hasattr(torch.backends.mkldnn, "matmul"):  # since torch 2.9 every backend has a setting of its own
         backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
         attribute, exact = "fp32_precision", "ieee"
@@ -49,11 +52,11 @@ def unit_features(features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor
     """Features on the latent grid, each of length 1, so that their products are cosine similarities.
 
     Args:
-        features: (2, C', h', w').
-        size: (h, w) of the latent grid; the features are upsampled to it bilinearly (align_corners=False).
+        features: UNet features of the first and the second image, (2, C', h', w').
+        size: Size (h, w) of the latent grid; the features are upsampled to it bilinearly (align_corners=False).
 
     Returns:
-        (2, C', h·w).
+        The features of every cell of the latent grid, (2, C', h·w).
     """
     features = F.interpolate(features.to(working_dtype(features)), size=size, mode="bilinear", align_corners=False)
     return F.normalize(features.flatten(2), dim=1)
@@ -64,18 +67,19 @@ def match_features(
 ) -> BidirectionalFlow:
     """Match every cell of each image with the most similar cell of the other, by cosine similarity.
 
-    F^{0→1}(p) = argmax_q cos(f⁰(p), f¹(q)) − p, and F^{1→0} the argmax over the other axis of the same matrix. Ties
-    go to the lowest index. One matrix product, in row blocks, so memory stays bounded.
+    F^{0→1}(p) = argmax_q cos(f⁰(p), f¹(q)) − p, and F^{1→0} is the argmax over the other axis of the same matrix. Of
+    equal similarities the one of lowest index wins. The matrix is computed in blocks of rows, so memory stays bounded.
 
     Source: DreamMover Eq. (5), §3.2. Official code differs: a Python loop over the cells, one way at a time.
 
     Args:
-        features: (2, C', h', w'), first and second image.
-        size: (h, w) of the latent grid; the features are upsampled to it as by `unit_features`.
-        bias: from a slice of the first image's cells to what is added to their similarities, (cells in it, h·w).
+        features: UNet features of the first and the second image, (2, C', h', w').
+        size: Size (h, w) of the latent grid, to which `unit_features` upsamples the features.
+        bias: Function from a slice of the first image's cells to what is added to their similarities, (cells in the
+            slice, h·w).
 
     Returns:
-        The flow both ways on the latent grid, in cells.
+        The flow in both directions on the latent grid, in cells.
     """
     h, w = size
     first, second = unit_features(features, size)
@@ -89,57 +93,60 @@ def match_features(
 
 
 def distance_bias(size: tuple[int, int], penalty: float, like: torch.Tensor) -> Callable[[slice], torch.Tensor] | None:
-    """A bias for `match_features`: of places that look alike, the nearer one.
+    """A bias for `match_features` that prefers, of places that look alike, the nearer one.
 
-    A match loses `penalty` times its distance, in shorter sides of the grid. Where features tell places apart that is
-    little; on surfaces that look the same everywhere it decides.
+    From the similarity of a match, `penalty` times its distance is subtracted, the distance measured in shorter sides
+    of the grid. Where features tell places apart this changes little; on surfaces that look the same everywhere it
+    decides the match.
 
     Source: ours; DreamMover matches without regard to distance.
 
     Args:
-        size: (h, w) of the latent grid.
-        penalty: cosine similarity that a match over the grid's shorter side loses, ≥ 0.
-        like: of the dtype and on the device that the bias is wanted in.
+        size: Size (h, w) of the latent grid.
+        penalty: What is subtracted from the cosine similarity of a match that lies one shorter side of the grid away,
+            ≥ 0.
+        like: A tensor on the device that the bias is to be on; the bias has its dtype too, or float32 if that is a
+            half precision.
 
     Returns:
-        A function from a slice of the first image's cells, in row-major order, to (cells in it, h·w); None for no
-        penalty.
+        A function from a slice of the first image's cells, in row-major order, to their bias, (cells in the slice,
+        h·w); None if `penalty` is 0.
     """
     if not penalty:
         return None
     cells = cell_grid(*size, like.to(working_dtype(like)))[0].flatten(1).T / min(size)  # (h·w, 2)
 
     def bias(rows: slice) -> torch.Tensor:
-        # not by a matrix product, which would leave a cell some way from itself
+        # A matrix product would be rounded, so that the distance of a cell from itself would not be zero.
         return -penalty * torch.cdist(cells[rows], cells, compute_mode="donot_use_mm_for_euclid_dist")
 
     return bias
 
 
 def join_features(blocks: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
-    """Features of several blocks as one, whose cosine similarity is the mean of the blocks' own.
+    """Join the features of several blocks; their cosine similarity is the mean of the blocks' cosine similarities.
 
     Source: ours; DreamMover matches the features of one block.
 
     Args:
-        blocks: (2, C', h', w') each, of any size.
-        size: (h, w) of the latent grid; all are upsampled to it by `unit_features`.
+        blocks: The features of each block for the first and the second image, (2, C', h', w') each, of any size.
+        size: Size (h, w) of the latent grid, to which `unit_features` upsamples the features of every block.
 
     Returns:
-        (2, ΣC', h, w).
+        The joined features, (2, ΣC', h, w).
     """
     return torch.cat([unit_features(x, size) for x in blocks], 1).unflatten(2, size)
 
 
 def round_trip_error(flow: BidirectionalFlow) -> torch.Tensor:
-    """How far from a cell its match's own match lies: |F(p) + F'(p + F(p))|, F' the flow the other way.
+    """How far a cell's match is from leading back to it: |F(p) + F'(p + F(p))|, F' being the flow the other way.
 
     Args:
-        flow: the flow both ways.
+        flow: The flow between the two images, in both directions.
 
     Returns:
-        (2, 1, h, w) in cells, for the cells of the first and of the second image; infinite where p + F(p) leaves the
-        grid.
+        The error in cells at each cell of the first and of the second image, (2, 1, h, w); infinite where p + F(p)
+        lies outside the grid.
     """
     there, back = flow.stacked(), flow.reversed().stacked()
     found = backward_warp(torch.cat([back, torch.ones_like(back[:, :1])], 1), there)
@@ -176,7 +183,7 @@ def regularise(
         trust: From the agreement of cells to how sure they are.
 
     Returns:
-        The flow both ways, in fractions of cells.
+        The regular flow in both directions, in fractions of cells.
     """
     stacked = flow.stacked()
     if rests is not None:
@@ -233,25 +240,25 @@ def resting_cells(features: torch.Tensor, flow: BidirectionalFlow, tolerance: fl
 
 
 def agreement(flow: BidirectionalFlow) -> torch.Tensor:
-    """How sure cells are of their match: exp(−e²/2) + 0.001, e the round-trip error in cells; (2, 1, h, w)."""
+    """How far to trust each cell's match: exp(−e²/2) + 0.001, e the round-trip error in cells; (2, 1, h, w)."""
     return (-round_trip_error(flow).square() / 2).exp() + DOUBT
 
 
 def neighbourhood_mean(flow: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The mean of the 5×5 cells around each, weighted by a Gaussian of the distance and by a weight of their own.
+    """The mean flow of the 5×5 cells around each cell, weighted by a Gaussian of the distance and by `weight`.
 
     Args:
-        flow: (B, 2, h, w).
-        weight: (B, 1, h, w), ≥ 0.
+        flow: The flow to average, (B, 2, h, w).
+        weight: The weight of each cell, (B, 1, h, w), ≥ 0.
 
     Returns:
-        (B, 2, h, w); not a number where all weights around are zero.
+        The mean flow, (B, 2, h, w); NaN where the weights of all 5×5 cells are zero.
     """
     side = 2 * SMOOTHING_RADIUS + 1
     offsets = cell_grid(side, side, flow).flatten(2) - SMOOTHING_RADIUS  # (1, 2, side²)
     near = (-offsets.square().sum(1) / (2 * SMOOTHING_SIGMA**2)).exp()[..., None]  # (1, side², 1)
     windows = F.unfold(torch.cat([flow, weight], 1), side, padding=SMOOTHING_RADIUS)
-    dx, dy, weight = windows.unflatten(1, (3, side * side)).unbind(1)  # (B, side², h·w); off the grid weight is 0
+    dx, dy, weight = windows.unflatten(1, (3, side * side)).unbind(1)  # (B, side², h·w); outside the grid, weight is 0
     weight = weight * near
     mean = torch.stack([(part * weight).sum(1) / weight.sum(1) for part in (dx, dy)], 1)
     return mean.unflatten(2, flow.shape[-2:])
@@ -260,7 +267,7 @@ def neighbourhood_mean(flow: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
 def _mutual_argmax(
     rows: torch.Tensor, columns: torch.Tensor, bias: Callable[[slice], torch.Tensor] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Argmax over each row and column of rows (n, C') @ columns (C', m), plus the bias, without holding the sum."""
+    """The argmax of each row and of each column of rows (n, C') @ columns (C', m) + bias, without holding the sum."""
     best_column = torch.empty(rows.shape[0], dtype=torch.long, device=rows.device)
     best_value = rows.new_full((columns.shape[1],), -torch.inf)
     best_row = torch.zeros(columns.shape[1], dtype=torch.long, device=rows.device)
@@ -271,7 +278,7 @@ def _mutual_argmax(
             similarity = similarity + bias(block)
         best_column[block] = similarity.argmax(1)
         value, row = similarity.max(0)
-        better = value > best_value  # strictly: an equal value further down never replaces a lower index
+        better = value > best_value  # strictly, so that of equal values the one of lowest index is kept
         best_row = torch.where(better, row + start, best_row)
         best_value = torch.where(better, value, best_value)
     return best_column, best_row

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How photos of any size are put on the canvas that the models see, and how frames are taken off it again.
+"""Framing: photos of any size are put on the canvas that the models see, and frames are taken off it again.
 
-An image is (3, H, W) in [0, 1], sizes are (height, width) in pixels. Pictures are scaled alike in both directions;
-what overhangs is cropped half on either side, what is missing is padded at the right and bottom.
+An image is (3, H, W) in [0, 1], sizes are (height, width) in pixels. Pictures are scaled by the same factor in both
+directions. What is too long is cropped, half on either side; what is missing is padded at the right and at the bottom.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from .records import Canvas
 def plan_canvas(
     size: Size, native_side: float, multiple: int, min_side: int, height: int | None = None, width: int | None = None
 ) -> Canvas:
-    """Decides the size the models work at and the size frames come back at.
+    """Decides the size that the models work at and the size that frames are returned at.
 
     With neither `height` nor `width`, the picture takes an area of about native_side² at the first image's aspect
-    ratio, and frames come back at the first image's own size. Otherwise both are the size asked for, a missing side
-    following from the aspect ratio. The canvas is the picture's size rounded up to `multiple`.
+    ratio, and frames are returned at the first image's own size. Otherwise the picture and the returned frames have
+    the size asked for, and a side that is not given follows from the first image's aspect ratio. The canvas is the
+    picture's size rounded up to multiples of `multiple`.
 
     Args:
-        size: (H, W) of the first image.
-        native_side: Side of the square the checkpoint was trained on, in pixels.
-        multiple: What the canvas sides are multiples of, in pixels.
-        min_side: Shortest canvas side the models can process, in pixels.
-        height, width: Size asked for, in pixels.
+        size: Size (H, W) of the first image, in pixels.
+        native_side: Side of the square that the checkpoint was trained on, in pixels.
+        multiple: Number that both sides of the canvas are multiples of, in pixels.
+        min_side: Shortest side of a canvas that the models can process, in pixels.
+        height: Height of the frames asked for, in pixels; None if it is not given.
+        width: Width of the frames asked for, in pixels; None if it is not given.
 
     Raises:
         TypeError: `height` or `width` is not an integer.
-        ValueError: `height` or `width` is not positive, or the working size is too small or absurdly large.
+        ValueError: `height` or `width` is not positive, or the canvas is too small or has more than `MAX_PIXELS`.
     """
     for side, name in ((height, "height"), (width, "width")):
         if side is not None:
@@ -59,7 +61,7 @@ def fit(image: torch.Tensor, canvas: Canvas) -> torch.Tensor:
     """Puts an image (3, H, W) on the canvas: it covers the content box, and the box's edge is repeated as padding.
 
     Returns:
-        (3, canvas.height, canvas.width) in [0, 1]. Where no scaling is needed, the pixels are those of `image`.
+        The canvas (3, canvas.height, canvas.width) in [0, 1]. An image that needs no scaling keeps its pixel values.
     """
     content = _cover(image, canvas.content_height, canvas.content_width)
     padding = (0, canvas.width - canvas.content_width, 0, canvas.height - canvas.content_height)
@@ -67,15 +69,15 @@ def fit(image: torch.Tensor, canvas: Canvas) -> torch.Tensor:
 
 
 def fit_points(points: torch.Tensor, size: Size, canvas: Canvas) -> torch.Tensor:
-    """Where `fit` puts places of an image; what it cuts away lies outside the canvas' content box.
+    """Where `fit` puts points of an image; a point that is cropped lies outside the content box of the canvas.
 
     Args:
-        points: (k, 2), x and y in pixels of the image, (0, 0) the centre of the top left one.
-        size: (H, W) of the image.
-        canvas: that it is fitted to.
+        points: Points (k, 2), x and y in pixels of the image, where (0, 0) is the centre of the top left pixel.
+        size: Size (H, W) of the image, in pixels.
+        canvas: The canvas that the image is put on.
 
     Returns:
-        (k, 2), in pixels of the canvas, likewise.
+        The points (k, 2), x and y in pixels of the canvas, where (0, 0) is the centre of the top left pixel.
     """
     cropping = _cropping(size, canvas.content_height, canvas.content_width)
     part, scaled, before, after = (torch.tensor(pair[::-1]).to(points) for pair in cropping)
@@ -83,26 +85,27 @@ def fit_points(points: torch.Tensor, size: Size, canvas: Canvas) -> torch.Tensor
 
 
 def fit_to_output(image: torch.Tensor, canvas: Canvas) -> torch.Tensor:
-    """An image (3, H, W) as it stands at an end of the video.
+    """An image (3, H, W) at the output size, as it stands at an end of the video.
 
     Returns:
-        (3, canvas.output_height, canvas.output_width) in [0, 1]. If that is its size, it comes back as it is.
+        The image (3, canvas.output_height, canvas.output_width) in [0, 1]. An image that already has this size keeps
+        its pixel values.
     """
     return _cover(image, canvas.output_height, canvas.output_width)
 
 
 def unfit(frames: torch.Tensor, canvas: Canvas) -> torch.Tensor:
-    """Takes frames (F, 3, canvas.height, canvas.width) off the canvas: padding cut away, then resized.
+    """Takes frames (F, 3, canvas.height, canvas.width) off the canvas: padding is cut away, and the rest is resized.
 
     Returns:
-        (F, 3, canvas.output_height, canvas.output_width), float32, clamped to [0, 1].
+        The frames (F, 3, canvas.output_height, canvas.output_width), float32, clamped to [0, 1].
     """
     content = frames[:, :, : canvas.content_height, : canvas.content_width].to(torch.float32)
     return _resize(content, canvas.output_height, canvas.output_width)
 
 
 def _content_size(size: Size, native_side: int, height: int | None, width: int | None) -> Size:
-    if height is None and width is None:  # fix the short side, so that rounding it leaves the aspect ratio alone
+    if height is None and width is None:  # round the shorter side, and let the longer follow, to keep the aspect ratio
         short = max(1, round(native_side * math.sqrt(min(size) / max(size))))
         height, width = (short, None) if size[0] <= size[1] else (None, short)
     if height is None:
@@ -113,13 +116,14 @@ def _content_size(size: Size, native_side: int, height: int | None, width: int |
 
 
 def _cropping(size: Size, height: int, width: int) -> tuple[Size, Size, Size, Size]:
-    """How an image of a size comes to cover (height, width): a part of it is scaled, and its middle stays.
+    """How an image of size (H, W) is made to cover (height, width): a part of it is scaled, and the middle is kept.
 
     Returns:
-        The size of the part and of the part scaled, and how much is cut before and after at the top and the left.
+        The size of the part; its size when scaled; what is cropped at the top and at the left before scaling, in
+        pixels of the image; and what is cropped there after scaling, in scaled pixels.
     """
     scale = max(height / size[0], width / size[1])
-    # Most of the overhang goes before scaling, or a long strip would be blown up to its whole length first.
+    # Most is cropped before scaling, since otherwise a long strip would first be enlarged to its whole length.
     before = tuple(
         max(0, full - math.ceil(side / scale)) // 2 for full, side in zip(size, (height, width), strict=True)
     )
@@ -129,7 +133,7 @@ def _cropping(size: Size, height: int, width: int) -> tuple[Size, Size, Size, Si
 
 
 def _cover(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Scales (3, H, W) until it covers (height, width), and crops what overhangs, half on either side."""
+    """Scales an image (3, H, W) until it covers (height, width), and crops what is too long, half on either side."""
     part, scaled, (top, left), (lower, further) = _cropping(tuple(image.shape[1:]), height, width)
     picture = _resize(image[None, :, top : top + part[0], left : left + part[1]], *scaled)[0]
     return picture[:, lower : lower + height, further : further + width]
@@ -138,4 +142,4 @@ def _cover(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def _resize(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
     if images.shape[-2:] != (height, width):
         images = F.interpolate(images, (height, width), mode="bicubic", antialias=True)
-    return images.clamp(0, 1)  # bicubic overshoots at edges, and so does a decoder
+    return images.clamp(0, 1)  # bicubic interpolation and the VAE's decoder both overshoot at edges

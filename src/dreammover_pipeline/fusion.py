@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two-level fusion of a pair's latents at step T: layout is averaged, detail never.
 
+Layout is the predicted clean latents, detail the predicted noise.
+
 Shapes: a pair's tensors are (2, C, h, w), first and second image; `times` (F,) holds the δ in (0, 1) of the frames
-asked for; results are (F, C, h, w). `metric` (2, 1, h, w) is the importance of each image's cells on the way to the
-other. Frames do not depend on each other, so `times` may be cut into pieces.
+asked for; results are (F, C, h, w). `metric` (2, 1, h, w) is the importance of every cell of the two images, the log
+of its weight where several cells land on one place. Frames do not depend on each other, so `times` may be cut into
+pieces.
 """
 
 from __future__ import annotations
@@ -24,11 +27,11 @@ def photometric_error(pair: torch.Tensor, flow: BidirectionalFlow) -> torch.Tens
     Source: DreamMover §3.2, the brightness constancy inside the metric of Eq. (4).
 
     Args:
-        pair: (2, C, h, w).
-        flow: the flow both ways.
+        pair: The latents of the two images, (2, C, h, w).
+        flow: The flow between the two images, in both directions.
 
     Returns:
-        (2, 1, h, w), ≥ 0.
+        The error at each cell of the first and of the second image, (2, 1, h, w), ≥ 0.
     """
     matched = backward_warp(pair.flip(0), flow.stacked())
     return (pair.to(matched.dtype) - matched).abs().mean(1, keepdim=True)
@@ -42,10 +45,10 @@ def photometric_importance(
     Source: DreamMover Eq. (4), §3.2: the metric of the softmax splat, on the predicted clean latents.
 
     Args:
-        clean: z_{T→0} of the pair, (2, C, h, w).
-        flow: the flow both ways.
-        alpha: how strongly an unmatched cell is held back.
-        limit: bound of |M|.
+        clean: The predicted clean latents z_{T→0} of the two images, (2, C, h, w).
+        flow: The flow between the two images, in both directions.
+        alpha: The factor α; the larger it is, the less weight a cell gets that differs from its match.
+        limit: The largest value that |M| may take.
 
     Returns:
         M, the log of each cell's weight, (2, 1, h, w).
@@ -61,8 +64,8 @@ def agreement_importance(flow: BidirectionalFlow, limit: float = 10.0) -> torch.
     outweighs whatever moves in front of it.
 
     Args:
-        flow: the flow both ways.
-        limit: bound of |M|; a cell whose match lies outside has it.
+        flow: The flow between the two images, in both directions.
+        limit: The largest value that |M| may take, which it takes in cells whose match lies outside the grid.
 
     Returns:
         M, the log of each cell's weight, (2, 1, h, w).
@@ -75,18 +78,20 @@ def fuse_high_level(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Layout: both images splatted to δ and averaged by time, (1−δ) σ(z⁰, F^{0→δ}) + δ σ(z¹, F^{1→δ}).
 
-    Where only one image arrives it stands alone; where neither does, the two unwarped latents are averaged.
+    A cell that only one image reaches takes that image's value alone; a cell that neither image reaches takes the
+    average by time of the two unwarped latents.
 
     Source: DreamMover Eq. (7), §3.3; on holes the paper is silent.
 
     Args:
-        pair: z_{T→0}, (2, C, h, w).
-        paths: The way of every cell of both images.
-        metric: importance, (2, 1, h, w).
-        times: δ, (F,).
+        pair: The predicted clean latents z_{T→0} of the two images, (2, C, h, w).
+        paths: The path of every cell of both images through time.
+        metric: The importance of each cell of the two images, (2, 1, h, w).
+        times: The time δ of each frame, (F,).
 
     Returns:
-        z^δ_{T→0} (F, C, h, w) and its coverage (F, 1, h, w), the number of images that reach a cell.
+        The frames' clean latents z^δ_{T→0} (F, C, h, w) and their coverage (F, 1, h, w), the number of images that
+        reach a cell.
     """
     frames = len(times)
     times = times.to(pair.device, working_dtype(pair))
@@ -95,7 +100,8 @@ def fuse_high_level(
         warped, weight = softmax_splat(x.expand(frames, -1, -1, -1), f, m.expand(frames, -1, -1, -1))
         splatted.append(warped)
         reached.append(weight > 0)
-    # A hole of one image takes the other's value, a hole of both its own unwarped one: then Eq. (7) holds everywhere.
+    # A cell that one image does not reach takes the other's value for it, and a cell that neither reaches takes the
+    # two unwarped values; Eq. (7) then holds in every cell.
     first = torch.where(reached[0], splatted[0], torch.where(reached[1], splatted[1], pair[0]))
     second = torch.where(reached[1], splatted[1], torch.where(reached[0], splatted[0], pair[1]))
     coverage = reached[0].to(first.dtype) + reached[1].to(first.dtype)
@@ -105,20 +111,21 @@ def fuse_high_level(
 def fuse_low_level(eps: torch.Tensor, paths: MotionPaths, metric: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
     """Detail: every cell takes one value of one image, ε^δ = WTA(ε⁰, ε¹); nothing is averaged.
 
-    Both noise maps are warped so that a cell keeps the heaviest value that lands on it; of the two, the one of higher
-    time-weighted importance wins, (1−δ) e^{M⁰} against δ e^{M¹}, the first image in a draw. Where neither arrives the
-    unwarped noise of the image nearer in time stands (the second at δ = ½).
+    Each image's noise is warped so that a cell keeps, of the values that land on it, the one of highest importance.
+    Between the two images the one of higher time-weighted importance wins, (1−δ) e^{M⁰} against δ e^{M¹}; a draw goes
+    to the first image. A cell that neither image reaches takes the unwarped noise of the image nearer in time (the
+    second at δ = ½).
 
     Source: DreamMover §3.3, the winner-takes-all of the low level. Official code differs: see `select_unwarped`.
 
     Args:
-        eps: ε_T, (2, C, h, w).
-        paths: The way of every cell of both images.
-        metric: importance, (2, 1, h, w).
-        times: δ, (F,).
+        eps: The noise ε_T of the two images at step T, (2, C, h, w).
+        paths: The path of every cell of both images through time.
+        metric: The importance of each cell of the two images, (2, 1, h, w).
+        times: The time δ of each frame, (F,).
 
     Returns:
-        ε^δ, (F, C, h, w).
+        The frames' noise ε^δ, (F, C, h, w).
     """
     frames = len(times)
     times = times.to(eps.device, working_dtype(eps))
@@ -136,18 +143,19 @@ def fuse_low_level(eps: torch.Tensor, paths: MotionPaths, metric: torch.Tensor, 
 def fuse_direct(
     latents: torch.Tensor, paths: MotionPaths, metric: torch.Tensor, times: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One-level fusion: the noisy latents themselves splatted and averaged, which blurs their noise.
+    """One-level fusion: the noisy latents themselves are splatted and averaged, which blurs their noise.
 
     Source: DreamMover Eq. (6), §3.3: the form the paper argues against, kept for its ablation.
 
     Args:
-        latents: z_T, (2, C, h, w).
-        paths: The way of every cell of both images.
-        metric: importance, (2, 1, h, w).
-        times: δ, (F,).
+        latents: The noisy latents z_T of the two images, (2, C, h, w).
+        paths: The path of every cell of both images through time.
+        metric: The importance of each cell of the two images, (2, 1, h, w).
+        times: The time δ of each frame, (F,).
 
     Returns:
-        z^δ_T (F, C, h, w) and its coverage (F, 1, h, w).
+        The frames' noisy latents z^δ_T (F, C, h, w) and their coverage (F, 1, h, w), the number of images that reach
+        a cell.
     """
     return fuse_high_level(latents, paths, metric, times)
 
@@ -155,20 +163,22 @@ def fuse_direct(
 def select_unwarped(
     latents: torch.Tensor, clean: torch.Tensor, flow: BidirectionalFlow, times: torch.Tensor
 ) -> torch.Tensor:
-    """The released code's mix: per cell one of the two *unwarped* z_T, by clip(0.3 − error, 0.001, 1) × time.
+    """Mix the noisy latents as the released code does: each cell is that of one of the two *unwarped* z_T.
 
-    The noise for Eq. (8) is then predicted on this mix by the UNet.
+    The image of larger weight wins, the first in a draw. A weight is clip(0.3 − error, 0.001, 1), with the error of
+    `photometric_error`, times 1−δ for the first image and δ for the second. The UNet then predicts the noise for
+    Eq. (8) from this mix.
 
     Source: DreamMover §3.3, as its released code has it, to compare with `fuse_low_level`.
 
     Args:
-        latents: z_T, (2, C, h, w).
-        clean: z_{T→0}, (2, C, h, w).
-        flow: the flow both ways.
-        times: δ, (F,).
+        latents: The noisy latents z_T of the two images, (2, C, h, w).
+        clean: The predicted clean latents z_{T→0} of the two images, (2, C, h, w).
+        flow: The flow between the two images, in both directions.
+        times: The time δ of each frame, (F,).
 
     Returns:
-        (F, C, h, w).
+        The mixed latents of each frame, (F, C, h, w).
     """
     delta = times.to(latents.device, working_dtype(latents)).reshape(-1, 1, 1, 1)
     weight = (0.3 - photometric_error(clean, flow)).clamp(0.001, 1)
@@ -176,15 +186,15 @@ def select_unwarped(
 
 
 def slerp(first: torch.Tensor, second: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-    """Spherical interpolation along the last axis; linear where the two are all but parallel.
+    """Spherical interpolation along the last axis; linear interpolation between vectors that are nearly parallel.
 
     Args:
-        first: (…, D), at δ = 0.
-        second: (…, D), at δ = 1.
-        times: δ, (F,).
+        first: The vectors at δ = 0, (…, D).
+        second: The vectors at δ = 1, (…, D).
+        times: The time δ of each frame, (F,).
 
     Returns:
-        (F, …, D).
+        The interpolated vectors of each frame, (F, …, D).
     """
     dtype = working_dtype(first)
     a, b = first.to(dtype), second.to(dtype)

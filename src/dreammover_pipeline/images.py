@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any photo in: files, PIL images, arrays and tensors of many kinds become tensors, each checked and decoded once."""
+"""Decoding of photos: files, PIL images, arrays and tensors of many kinds are checked and become tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 Photo = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
 Size = tuple[int, int]
 
-# Room for a 108-megapixel photo, which is 1.3 GB as float32 RGB; beyond that a file is more likely an attack.
+# Large enough for a 108-megapixel photo, which takes 1.3 GB as float32 RGB; a larger file is more likely an attack.
 MAX_PIXELS = 2**27
 
 _DTYPES = ("uint8", "uint16", "float16", "bfloat16", "float32", "float64")
@@ -29,20 +29,21 @@ def is_batch(source: Photo | Sequence[Photo]) -> bool:
 
 
 def decode_images(source: Photo | Sequence[Photo], name: str) -> list[torch.Tensor]:
-    """Reads one image or a batch of them as it is stored, with its EXIF orientation applied.
+    """Reads one image, or a batch of images, with the values as they are stored and EXIF orientation applied.
 
     Args:
-        source: One image: a path, a PIL image, a numpy array (H, W) or (H, W, C), a torch tensor (H, W) or (C, H, W),
-            with C = 1, 3 or 4; uint8, uint16 or floats in [0, 1]. Or a batch: a list or tuple of these, a numpy array
-            (B, H, W, C), a torch tensor (B, C, H, W).
-        name: The argument's name, for error messages.
+        source: One image: a path, a PIL image, a numpy array (H, W) or (H, W, C), or a torch tensor (H, W) or
+            (C, H, W), with C = 1, 3 or 4; uint8, uint16 or floats in [0, 1]. Or a batch: a list or tuple of images, a
+            numpy array (B, H, W, C), or a torch tensor (B, C, H, W).
+        name: What error messages call the image or the batch.
 
     Returns:
-        One CPU tensor (C, H, W) for each image, C = 1, 3 or 4, in the image's own dtype, for `rgb`.
+        One CPU tensor (C, H, W) for each image, C = 1, 3 or 4, in the image's own dtype. `rgb` makes colours of it.
 
     Raises:
-        TypeError: Something that is no image, or a dtype that is not allowed.
-        ValueError: A file, PIL mode, shape, size or range of values that is not allowed, or an empty batch.
+        TypeError: An image is of a type or of a dtype that is not allowed.
+        ValueError: A file cannot be read, a PIL mode, shape, size or range of values is not allowed, or the batch is
+            empty.
     """
     if not is_batch(source):
         return [_decode_image(source, name)]
@@ -52,25 +53,29 @@ def decode_images(source: Photo | Sequence[Photo], name: str) -> list[torch.Tens
 
 
 def load_images(source: Photo | Sequence[Photo], name: str) -> list[torch.Tensor]:
-    """Reads one image or a batch of them as `decode_images` does, and makes each what `rgb` makes of it.
+    """Reads one image, or a batch of images, in red, green and blue.
+
+    Args:
+        source: One image or a batch of images, in any form that `decode_images` takes.
+        name: What error messages call the image or the batch.
 
     Returns:
         One float32 CPU tensor (3, H, W) in [0, 1] for each image, sharing no memory with `source`.
 
     Raises:
-        TypeError, ValueError: What `decode_images` raises.
+        TypeError, ValueError: `decode_images` cannot read an image.
     """
     return [rgb(values) for values in decode_images(source, name)]
 
 
 def rgb(values: torch.Tensor) -> torch.Tensor:
-    """A decoded image in red, green and blue: grey three times over, alpha composited on white.
+    """A decoded image in red, green and blue: grey is repeated in all three, and alpha is composited on white.
 
     Args:
-        values: (C, H, W) as `decode_images` returns it.
+        values: An image (C, H, W), as `decode_images` returns it.
 
     Returns:
-        (3, H, W), float32 in [0, 1], in memory of its own.
+        The image (3, H, W), float32 in [0, 1], in memory of its own.
     """
     pixels = values.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if not values.is_floating_point():
@@ -86,15 +91,15 @@ def load_masks(
     """Reads the mask of a pair of photos, or the two masks.
 
     Args:
-        source: One image of the first photo's size, or two, each of its photo's size; None for none.
-        sizes: (H, W) of the two photos.
-        name: The argument's name, for error messages.
+        source: One mask of the first photo's size, or two masks, each of its own photo's size; None for no mask.
+        sizes: Size (H, W) of each of the two photos, in pixels.
+        name: Name of the argument that holds the masks, for error messages.
 
     Returns:
-        One or two float32 CPU tensors (3, H, W) in [0, 1]; None for none.
+        One or two float32 CPU tensors (3, H, W) in [0, 1]; None for no mask.
 
     Raises:
-        TypeError, ValueError: An image cannot be had or has another size, or there are more than two.
+        TypeError, ValueError: A mask cannot be read or differs in size from its photo, or there are more than two.
     """
     if source is None:
         return None
@@ -102,12 +107,15 @@ def load_masks(
 
 
 def check_mask_sizes(masks: list[torch.Tensor], sizes: Sequence[Size], name: str = "mask") -> list[torch.Tensor]:
-    """The masks as they came; raises ValueError unless they are one or two, each of its photo's size.
+    """Checks the number and the sizes of masks, and returns the masks unchanged.
 
     Args:
-        masks: (C, H, W) each.
-        sizes: (H, W) of the two photos.
-        name: The argument's name, for error messages.
+        masks: The decoded masks, (C, H, W) each.
+        sizes: Size (H, W) of each of the two photos, in pixels.
+        name: Name of the argument that holds the masks, for error messages.
+
+    Raises:
+        ValueError: There are more than two masks, or one differs in size from its photo.
     """
     if len(masks) > 2:
         raise ValueError(f"`{name}` must be one image, or two, one for each photo; {len(masks)} came")
@@ -142,7 +150,7 @@ def _from_file(path: str | os.PathLike, name: str) -> torch.Tensor:
 
 
 def _from_pil(image: Image.Image, name: str) -> torch.Tensor:
-    _check_size(image.height, image.width, name)  # known from the header, before anything is decoded
+    _check_size(image.height, image.width, name)  # the file's header tells the size, before anything is decoded
     with _pillow_errors(name):
         upright = ImageOps.exif_transpose(image)
     if upright.mode in _MODES_16_BIT:
@@ -154,7 +162,7 @@ def _from_pil(image: Image.Image, name: str) -> torch.Tensor:
 
 @contextmanager
 def _pillow_errors(name: str) -> Iterator[None]:
-    """Turns what Pillow raises into a ValueError, and leaves the judging of sizes to `_check_size`."""
+    """Turns errors of Pillow into ValueErrors, and silences its warning about sizes, which `_check_size` judges."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -170,7 +178,7 @@ def _grey_16_bit(image: Image.Image, name: str) -> np.ndarray:
     low, high = values.min(), values.max()
     if low < 0 or high > 65535:
         raise ValueError(f"{name} has values from {low} to {high}; 16-bit grey has 0 to 65535")
-    # A PNG may declare one grey value transparent; Pillow's own way to composite it would cut the image to 8 bits.
+    # A PNG may declare one grey value transparent, which becomes white. Pillow could do so only in 8 bits.
     return np.where(values == image.info.get("transparency"), 65535, values).astype(np.uint16)
 
 
@@ -187,7 +195,7 @@ def _from_array(array: np.ndarray | torch.Tensor, name: str) -> torch.Tensor:
     _check_size(*size, name)
     if isinstance(array, torch.Tensor):
         return _check_range(array.detach().to("cpu", copy=True).reshape(-1, *size), name)
-    # A plain copy: torch takes neither foreign byte orders nor negative strides, and warns about read-only memory.
+    # Copied, because torch takes neither foreign byte orders nor negative strides, and warns about read-only memory.
     native = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
     return _check_range(torch.from_numpy(native).reshape(*size, -1).movedim(-1, 0), name)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of single values, made before any model runs.
 
-Every error names the argument and says what came and what is allowed. Nothing here imports torch.
+Every error names the argument and says what came and what is allowed. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numbers import Integral, Real
 
 
 def check_integer(name: str, value, minimum: int) -> None:
-    """Raise unless `value` is an integer of at least `minimum`."""
+    """Raise TypeError or ValueError unless `value` is an integer of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` must be an integer, not {value!r} of type {type(value).__name__}")
     if value < minimum:
@@ -21,7 +21,7 @@ def check_integer(name: str, value, minimum: int) -> None:
 
 
 def check_number(name: str, value, minimum: float, inclusive: bool = True) -> None:
-    """Raise unless `value` is a finite real number of at least (or, not inclusive, above) `minimum`."""
+    """Raise unless `value` is a finite real number of at least `minimum`, or above it if not `inclusive`."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number, not {value!r} of type {type(value).__name__}")
     if not math.isfinite(value) or value < minimum or (value == minimum and not inclusive):
@@ -30,7 +30,7 @@ def check_number(name: str, value, minimum: float, inclusive: bool = True) -> No
 
 
 def check_choice(name: str, value, allowed: Sequence[str]) -> None:
-    """Raise unless `value` is one of `allowed`."""
+    """Raise ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, not {value!r}")
 
@@ -45,17 +45,18 @@ def check_steps(num_inference_steps: int, inversion_steps: int, feature_step: in
 
 
 def as_float32(value: float) -> float:
-    """The float32 nearest to a number: what the number becomes in the tensors that everything is computed with."""
+    """The float32 nearest to a number, which the number becomes in the tensors that frames are computed with."""
     return c_float(value).value
 
 
 def frame_times(n_frames, times) -> tuple[float, ...]:
-    """The δ of the frames asked for: `times` where given, else δ_i = i/(n+1), i = 1 … n.
+    """The time δ of each frame asked for: `times` if they are given, else δ_i = i/(n+1), i = 1 … n.
 
     Source: DreamMover §3.2, the positions of the in-between frames.
 
     Raises:
-        TypeError, ValueError: `n_frames` is not an integer of at least 1, or `times` is empty or leaves (0, 1).
+        TypeError, ValueError: `n_frames` is not an integer of at least 1, or `times` is empty, holds something that is
+            no number, or holds a number outside (0, 1).
     """
     if times is None:
         check_integer("n_frames", n_frames, 1)
@@ -78,10 +79,11 @@ def feature_blocks(blocks: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def check_feature_blocks(blocks: object) -> None:
-    """Raise TypeError or ValueError unless this is an index of at least 0, or several."""
+    """Raise TypeError or ValueError unless `blocks` is an integer of at least 0, or a sequence of some."""
     if isinstance(blocks, bool) or not isinstance(blocks, (Integral, Sequence)) or isinstance(blocks, str):
         raise TypeError(
-            f"`feature_block` must be an integer or several, not {blocks!r} of type {type(blocks).__name__}"
+            "`feature_block` must be an integer or a sequence of integers, "
+            f"not {blocks!r} of type {type(blocks).__name__}"
         )
     indices = feature_blocks(blocks)
     for index in indices:
@@ -91,20 +93,20 @@ def check_feature_blocks(blocks: object) -> None:
 
 
 def check_feature_blocks_exist(blocks: int | Sequence[int], up_blocks: int) -> None:
-    """Raise ValueError unless every block is the index of one of the UNet's `up_blocks` blocks."""
+    """Raise ValueError unless every block is an index into the UNet's up blocks, whose number is `up_blocks`."""
     for index in feature_blocks(blocks):
         if index >= up_blocks:
             raise ValueError(f"`feature_block` {index} does not exist; the UNet has up blocks 0 … {up_blocks - 1}")
 
 
 def check_attention_blocks(blocks: object) -> None:
-    """Raise TypeError unless this is a sequence of integers."""
+    """Raise TypeError unless `blocks` is a sequence of integers."""
     if isinstance(blocks, str) or not isinstance(blocks, Iterable) or not all(type(block) is int for block in blocks):
         raise TypeError(f"`attention_blocks` must be a sequence of integers, not {blocks!r}")
 
 
 def check_attention_blocks_exist(blocks: Sequence[int], self_attentions: Sequence[int]) -> None:
-    """Raise ValueError unless every block exists and, if any are named, at least one of them has self-attention.
+    """Raise ValueError unless every block exists and, if there are any, at least one of them has self-attention.
 
     Args:
         blocks: The `attention_blocks` argument.
@@ -117,4 +119,6 @@ def check_attention_blocks_exist(blocks: Sequence[int], self_attentions: Sequenc
             )
     if blocks and not any(self_attentions[block] for block in blocks):
         able = [block for block, count in enumerate(self_attentions) if count]
-        raise ValueError(f"`attention_blocks` {tuple(blocks)} have no self-attention in this UNet; {able} have")
+        raise ValueError(
+            f"`attention_blocks` {tuple(blocks)} have no self-attention in this UNet; name at least one of {able}"
+        )

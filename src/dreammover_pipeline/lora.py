@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One LoRA for a pair of photos: fitted to the two of them, put on for a while, taken off without a trace.
+"""One LoRA for a pair of photos: it is fitted to both, acts on the UNet for a while, and is removed without a trace.
 
-During the fit peft carries the LoRA; afterwards it acts fused into the weights, so that the UNet runs at its own speed
-and a compiled one is not compiled anew. What keeps it apart from the user's own adapters is in `adapters.py`.
+During the fit, peft carries the LoRA. Afterwards it acts fused into the weights, so that the UNet runs at its usual
+speed and a compiled UNet is not compiled again. `adapters.py` keeps the LoRA apart from the user's own adapters.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ FIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 class LoraFit:
     """How a pair's LoRA is fitted. Source: DreamMover §4.1 (rank 16, 80 steps, learning rate 5e-4)."""
 
-    steps: int  # AdamW steps on two images at random timesteps; more keeps identity better and moves less freely
-    rank: int  # capacity; alpha equals rank, so a saved LoRA needs no metadata
-    learning_rate: float  # AdamW's learning rate; a fit that diverges needs a lower one
+    steps: int  # AdamW steps on two images at random timesteps; more keeps identity better and motion less free
+    rank: int  # the LoRA's rank; its alpha equals the rank, so a saved LoRA needs no metadata
+    learning_rate: float  # the learning rate of AdamW; a fit that diverges needs a lower one
 
     def __post_init__(self):
         check_integer("steps", self.steps, 1)
@@ -60,38 +60,40 @@ def fit_pair_lora(
 ) -> dict[str, torch.Tensor]:
     """Fit one LoRA on the UNet's attention projections to the latents of two images or more, by noise prediction.
 
-    The base weights stay frozen and the UNet comes back as it was. `seed` decides the result wholly: everything random
-    is drawn on the CPU from a generator of its own, so the global one is neither read nor moved and every device sees
-    the same draws. No step waits for a GPU. A compiled UNet runs uncompiled: compiling a backward pass takes longer
-    than a fit. A group-offloaded UNet is wholly on the device during the fit.
+    The base weights stay frozen, and the UNet is afterwards as it was before. `seed` alone decides the result:
+    everything random is drawn from a CPU generator of the fit's own, so the global generator is neither used nor
+    changed, and the draws are the same on every device. No step waits for a GPU. A compiled UNet runs uncompiled,
+    because compiling a backward pass takes longer than a fit. A group-offloaded UNet is wholly on the device during
+    the fit.
 
     Source: DreamMover §3.4 and §4.1. Official code differs: it encodes and crops the images anew at every step.
 
     Args:
-        unet: a `UNet2DConditionModel`, in float32, float16 or bfloat16.
-        clean: z_0 of the n images, (n, C, h, w), n at least 2. Every step sees two of them.
-        prompt_embeds: the embedded prompt of each image, (n, L, D).
+        unet: A `UNet2DConditionModel` in float32, float16 or bfloat16.
+        clean: The clean latents z_0 of n images, (n, C, h, w), n at least 2. Every step uses two of the images.
+        prompt_embeds: The embedded prompt of each image, (n, L, D).
         alphas_cumprod: ᾱ at every trained timestep, (T,).
-        fit: the number of steps, the rank and the learning rate.
-        seed: any integer.
-        prediction_type: what the UNet predicts, "epsilon" or "v_prediction".
-        on_step: called after each step.
-        gradient_checkpointing: compute activations again for the backward pass instead of keeping them: about a
-            quarter of the memory, four thirds of the time, the same result.
+        fit: The number of steps, the rank and the learning rate of the fit.
+        seed: Any integer; it decides the initial weights, and the images, timesteps and noise of every step.
+        prediction_type: What the UNet predicts, "epsilon" or "v_prediction".
+        on_step: Function called after each step.
+        gradient_checkpointing: Whether activations are computed again for the backward pass instead of being kept,
+            which takes about a quarter of the memory and four thirds of the time, and gives the same result.
 
     Returns:
-        The weights in float32, by diffusers' names: "….to_q.lora_A.weight" (r, in), "….to_q.lora_B.weight" (out, r).
+        The LoRA weights in float32, by the names that diffusers gives them in a file: "….to_q.lora_A.weight" (r, in),
+        "….to_q.lora_B.weight" (out, r), and so on.
 
     Raises:
-        ValueError: the UNet is offloaded or quantised so that it cannot be trained through.
-        RuntimeError: the fit diverged.
+        ValueError: The UNet is offloaded or quantised in a way that gradients cannot pass through.
+        RuntimeError: The fit diverged.
     """
     _check_trainable(unet)
     generator = torch.Generator("cpu").manual_seed(seed)
     device, dtype = clean.device, unet.dtype
     alphas_cumprod = alphas_cumprod.to(device)
     with (
-        # The caller may be in no_grad or inference_mode; tensors made there cannot be trained through, copies can.
+        # The caller may be in no_grad or inference_mode. Tensors made there cannot be trained through; copies can.
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.compiler.set_stance("force_eager"),
@@ -101,9 +103,9 @@ def fit_pair_lora(
     ):
         clean, prompt_embeds = clean.clone(), prompt_embeds.to(dtype).clone()
         parameters = _initialise(layers, generator)
-        # the fused one knows without asking the device whether the scaler saw an overflow
+        # Fused AdamW skips a step that overflowed without the CPU waiting for the GPU to report the overflow.
         optimizer = torch.optim.AdamW(parameters, lr=fit.learning_rate, fused=True)
-        # float16 gradients underflow unscaled
+        # Without a scaled loss, float16 gradients underflow.
         scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=dtype == torch.float16)
         for _ in range(fit.steps):
             images, texts = _draw_two(clean, prompt_embeds, generator)
@@ -114,20 +116,26 @@ def fit_pair_lora(
             scaler.update()
             on_step()
         weights = {name: parameter.detach().clone() for name, parameter in adapter_weights(layers).items()}
+    _check_converged(weights, dtype, fit.learning_rate)
+    return weights
+
+
+def _check_converged(weights: dict[str, torch.Tensor], dtype: torch.dtype, learning_rate: float) -> None:
+    """Raise RuntimeError unless all fitted weights are finite."""
     if not all(weight.isfinite().all() for weight in weights.values()):
         raise RuntimeError(
-            f"the LoRA fit diverged in {dtype} at learning rate {fit.learning_rate}; "
-            "lower lora_learning_rate, or load the model in bfloat16 or float32"
+            f"the LoRA fit diverged in {dtype} at learning rate {learning_rate}; "
+            "lower `lora_learning_rate`, or load the model in bfloat16 or float32"
         )
-    return weights
 
 
 def _draw_two(
     clean: torch.Tensor, prompt_embeds: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The latents and texts that a step sees: the pair, or of more than two images two different ones, drawn anew.
+    """The latents and embedded prompts of the two images that a step uses.
 
-    So in k steps on n images each is seen about 2k/n times.
+    Of more than two images, every step draws two different ones, so that k steps use each of n images about 2k/n
+    times.
     """
     if len(clean) == 2:
         return clean, prompt_embeds
@@ -143,9 +151,9 @@ def _prediction_loss(
     prediction_type: str,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """The mean squared error of what the UNet predicts for two images, timesteps and noises being drawn.
+    """The mean squared error of the UNet's prediction for two images, at drawn timesteps and with drawn noise.
 
-    The UNet is run in the precision of `texts`.
+    The UNet is run in the precision of `texts`, the embedded prompts of the two images.
     """
     timesteps = _placed(torch.randint(len(alphas_cumprod), (2,), generator=generator), images.device)
     noise = _placed(torch.randn(images.shape, generator=generator), images.device).to(images.dtype)
@@ -157,12 +165,12 @@ def _prediction_loss(
 
 
 def _placed(draw: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """What was drawn on the CPU, on a device; only from pinned memory does a copy to a GPU not halt the host."""
+    """Move values drawn on the CPU to a device; to a GPU from pinned memory, so that the CPU need not wait."""
     return draw.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else draw.to(device)
 
 
 def _initialise(layers: dict[str, torch.nn.Module], generator: torch.Generator) -> list[torch.nn.Parameter]:
-    """Make A a gaussian of deviation 1/r and B zero, both float32 and trainable; returns all of them."""
+    """Draw the LoRA's A from a Gaussian of standard deviation 1/r and set B to zero, both in float32 and trainable."""
     parameters = adapter_weights(layers)
     for name, parameter in parameters.items():
         parameter.data = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
@@ -174,7 +182,7 @@ def _initialise(layers: dict[str, torch.nn.Module], generator: torch.Generator) 
 
 @contextmanager
 def _checkpointing(unet: torch.nn.Module, wanted: bool) -> Iterator[None]:
-    """Have the UNet compute activations again in a backward pass, if wanted and not so already."""
+    """Switch gradient checkpointing of the UNet on while the context lasts, if wanted and not already on."""
     model = uncompiled(unet)
     if not wanted or model.is_gradient_checkpointing:
         yield
@@ -187,7 +195,7 @@ def _checkpointing(unet: torch.nn.Module, wanted: bool) -> Iterator[None]:
 
 
 def _check_trainable(unet: torch.nn.Module) -> None:
-    """Raise unless gradients can pass through the UNet: its weights must be at hand, and in a precision of floats."""
+    """Raise ValueError unless gradients can pass through the UNet: weights in memory, and in one of `FIT_DTYPES`."""
     require_in_memory(unet)
     if any(parameter.is_meta for parameter in unet.parameters()):
         raise ValueError(
@@ -210,9 +218,9 @@ def pair_lora(unet: torch.nn.Module, weights: dict[str, torch.Tensor] | None, sc
     """Have a fitted LoRA act on the UNet while the context lasts, beside whatever adapters the user has.
 
     Args:
-        unet: the UNet that the LoRA was fitted on.
-        weights: what `fit_pair_lora` returned; None leaves the UNet as it is.
-        scale: multiplies the LoRA's effect; 1 is what was fitted.
+        unet: The UNet that the LoRA was fitted on.
+        weights: The LoRA weights that `fit_pair_lora` returned; None leaves the UNet as it is.
+        scale: Factor that multiplies the LoRA's effect; 1 gives the effect that was fitted.
     """
     if weights is None:
         yield
@@ -224,7 +232,7 @@ def pair_lora(unet: torch.nn.Module, weights: dict[str, torch.Tensor] | None, sc
 
 @contextmanager
 def _fused(unet: torch.nn.Module, weights: dict[str, torch.Tensor], scale: float) -> Iterator[None]:
-    """Put W + scale · B A, computed in float32 at least, in the place of every W that the LoRA acts on."""
+    """Replace every weight W that the LoRA acts on by W + scale · B A, computed at least in float32."""
     model = uncompiled(unet)
     require_in_memory(model)
     originals = {}
@@ -245,26 +253,26 @@ def _fused(unet: torch.nn.Module, weights: dict[str, torch.Tensor], scale: float
 
 @contextmanager
 def _adapted(unet: torch.nn.Module, weights: dict[str, torch.Tensor], scale: float) -> Iterator[None]:
-    """Put the LoRA beside weights that are stored too coarsely to hold it."""
+    """Have the LoRA act as an adapter beside the weights, which are stored too coarsely (quantised) to be changed."""
     rank = next(weight.shape[0] for name, weight in weights.items() if "lora_A" in name)
     with isolated_adapter(unet, rank) as layers:
         for name, parameter in adapter_weights(layers).items():
-            parameter.data = weights[name].to(parameter.device)  # peft makes it as coarse as the layer's own
+            parameter.data = weights[name].to(parameter.device)  # peft's own parameter is as coarse as the layer's
         for layer in layers.values():
             layer.set_scale(ADAPTER, scale)
         yield
 
 
 def check_pair_lora(unet: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Raise unless these are LoRA weights that fit a UNet: every name there is, none else, and one rank throughout.
+    """Raise unless LoRA weights fit a UNet: they have exactly the names that it needs, and all have the same rank.
 
     Args:
-        unet: the UNet that the LoRA is to act on; a user's adapters on it do not matter.
-        weights: LoRA weights, in the form in which `fit_pair_lora` returns them.
+        unet: The UNet that the LoRA is to act on; a user's adapters on it do not matter.
+        weights: LoRA weights in the form in which `fit_pair_lora` returns them.
 
     Raises:
-        TypeError: the weights are not a dict of floating point tensors.
-        ValueError: a weight is missing, unknown, or of a shape that does not fit.
+        TypeError: The weights are not a dict of floating point tensors.
+        ValueError: A weight is missing, is unknown, or has a shape that does not fit.
     """
     if not isinstance(weights, dict):
         raise TypeError(f"`lora` must be a dict of tensors, not {type(weights).__name__}")
@@ -276,7 +284,7 @@ def check_pair_lora(unet: torch.nn.Module, weights: dict[str, torch.Tensor]) -> 
     for name, side in sides.items():
         weight = weights[name]
         if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-            raise TypeError(f"`lora` must hold floating point tensors, but {name!r} is none")
+            raise TypeError(f"`lora` must hold floating point tensors, but {name!r} is not one")
         rank = rank or max(weight.numel() // side, 1)
         shape = (rank, side) if "lora_A" in name else (side, rank)
         if tuple(weight.shape) != shape:
@@ -284,7 +292,7 @@ def check_pair_lora(unet: torch.nn.Module, weights: dict[str, torch.Tensor]) -> 
 
 
 def _sides(unet: torch.nn.Module) -> dict[str, int]:
-    """The length of each LoRA weight along the side that is not the rank, by the weight's name."""
+    """The length of the axis of each LoRA weight that is not the rank, by the weight's name."""
     sides = {}
     for name, layer in uncompiled(unet).named_modules():
         if name.endswith(tuple(f".{target}" for target in TARGETS)):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much goes through the UNet at once, and what happens where that was too much.
+"""How many frames go through the UNet at once, and what happens if memory runs out.
 
-Frames never see each other, so any number of them gives the same result.
+Frames never see each other, so the size of a batch does not change the result.
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ from contextlib import contextmanager
 
 import torch
 
-# Peak activations in elements per latent cell and first-block channel, counted on the Stable Diffusion 1.5 UNet in
-# float16 with fused attention: of one frame's forward, 65 MiB at 512²; of the LoRA fit's forward and backward on both
-# images, 2046 MiB at 512² (495 with gradient checkpointing). In float32 the fit takes 1.5 times that, not twice.
+# Peak activations, as a number of elements for each latent cell and each channel of the UNet's first block, counted on
+# the Stable Diffusion 1.5 UNet in float16 with fused attention. The forward pass of one frame takes 65 MiB at 512².
+# The forward and backward pass of the LoRA fit on both images takes 2046 MiB at 512² (495 MiB with gradient
+# checkpointing); in float32 the fit takes 1.5 times its float16 memory, not twice.
 FRAME_ELEMENTS = 26
 FIT_ELEMENTS = 818
-CPU_FRAMES = 8  # on a CPU a bigger batch is no faster
-SHARE_OF_FREE_MEMORY = 0.8
-LARGEST_BATCH = 64
-# How backends without an exception of their own say it: CPU, MPS, and MPS for a single tensor that is too big.
+CPU_FRAMES = 8  # frames in a batch on a CPU, where a bigger batch is no faster
+SHARE_OF_FREE_MEMORY = 0.8  # share of the free memory that activations are planned to take at most
+LARGEST_BATCH = 64  # frames in a batch at most, however much memory is free
+# Parts of the message with which a backend that has no exception for it reports that memory has run out: the CPU, MPS,
+# and MPS for a single tensor that is too big.
 OUT_OF_MEMORY = ("DefaultCPUAllocator: ", "MPS backend out of memory", "Invalid buffer size: ")
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes the device can still give, what torch holds in its cache included; None where nothing tells."""
+    """Bytes that can still be allocated on the device, torch's cache included; None on devices that do not tell."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -36,14 +38,14 @@ def free_memory(device: torch.device) -> int | None:
 def affordable_frames(
     device: torch.device, cells: int, channels: int, dtype: torch.dtype, weights_to_come: int = 0
 ) -> int:
-    """Frames that fit one UNet forward, at least 1.
+    """How many frames fit into one forward pass of the UNet, at least 1.
 
     Args:
-        device: where the UNet runs.
-        cells: latent cells h·w of a frame, twice that under guidance.
-        channels: channels of the UNet's first block.
-        dtype: the UNet's.
-        weights_to_come: bytes of weights that will be moved to the device before it runs.
+        device: The device that the UNet runs on.
+        cells: Number h·w of latent cells in a frame, twice that number with guidance.
+        channels: Number of channels of the UNet's first block.
+        dtype: The UNet's dtype.
+        weights_to_come: Bytes of weights that will be moved to the device before the UNet runs.
     """
     free = free_memory(device)
     if free is None:
@@ -55,7 +57,15 @@ def affordable_frames(
 def affords_fit(device: torch.device, cells: int, channels: int, dtype: torch.dtype, weights_to_come: int = 0) -> bool:
     """Whether a LoRA fit on two images can keep its activations; if not, it needs gradient checkpointing.
 
-    Args are those of `affordable_frames`. True where nothing tells the free memory.
+    Args:
+        device: The device that the UNet runs on.
+        cells: Number h·w of latent cells in an image.
+        channels: Number of channels of the UNet's first block.
+        dtype: The UNet's dtype.
+        weights_to_come: Bytes of weights that will be moved to the device before the UNet runs.
+
+    Returns:
+        True if the activations fit, and also on devices that do not tell how much memory is free.
     """
     free = free_memory(device)
     fit = FIT_ELEMENTS * cells * channels * dtype.itemsize
@@ -63,30 +73,35 @@ def affords_fit(device: torch.device, cells: int, channels: int, dtype: torch.dt
 
 
 def split_evenly(count: int, largest: int) -> list[int]:
-    """Sizes of the fewest batches of at most `largest`, as equal as can be: 32 by 20 is [16, 16], not [20, 12]."""
+    """Split `count` frames into the fewest batches of at most `largest`, as equal as possible.
+
+    For example, 32 frames in batches of at most 20 become [16, 16], not [20, 12].
+    """
     batches = -(-count // largest)
     return [count // batches + (i < count % batches) for i in range(batches)]
 
 
 class Batches:
-    """Applies a function to many frames in batches that fit; where memory runs out, batches are halved from then on.
+    """Applies a function to many frames in batches; when memory runs out, all further batches are half as large.
 
     Args:
-        largest: frames in a batch, at most; holds the size found.
+        largest: Most frames in a batch. The attribute of this name is lowered when memory runs out.
     """
 
     def __init__(self, largest: int):
         self.largest = largest
 
     def map(self, function: Callable[..., torch.Tensor], *tensors: torch.Tensor | None) -> torch.Tensor:
-        """Concatenated results of `function` on slices of the tensors' first axes. What is done is not done again.
+        """Concatenate the results of `function` on slices of the tensors along their first axis.
+
+        When memory runs out, batches that are already done are not computed again.
 
         Args:
-            function: called with one slice (B, …) of each tensor, None where that is None.
-            tensors: (F, …) each; the first one is not None.
+            function: Called with one slice (B, …) of each tensor, and with None in the place of a tensor that is None.
+            tensors: Tensors (F, …) with one entry per frame, or None; the first one is not None.
 
         Raises:
-            RuntimeError: memory does not suffice for one frame; other errors pass likewise.
+            RuntimeError: Memory does not suffice for a single frame. Other errors of `function` are not caught either.
         """
         results, done, frames = [], 0, len(tensors[0])
         while done < frames:
@@ -99,14 +114,14 @@ class Batches:
             except RuntimeError as error:
                 if size == 1 or not is_out_of_memory(error):
                     raise
-            # Only out here is the error gone, and with its traceback the tensors of the forward that failed.
+            # After the `except` block the error is gone, and with its traceback the tensors of the failed forward.
             free_cache(tensors[0].device)
             self.largest = -(-size // 2)
         return torch.cat(results)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the CPU had no memory left."""
+    """Whether the error says that a GPU or the CPU has no memory left."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
@@ -114,10 +129,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def advice_on_out_of_memory(doing: str) -> Iterator[None]:
-    """An out-of-memory error that passes says what was being done, and what to try.
+    """Have an out-of-memory error raised inside the context say what was being done, and what to try instead.
+
+    Args:
+        doing: What was being done, to follow "out of memory" in the message, such as "in the LoRA fit".
 
     Raises:
-        torch.OutOfMemoryError: instead of whatever the backend raised, from it.
+        torch.OutOfMemoryError: The code inside the context ran out of memory; the backend's error is its cause.
     """
     try:
         yield
@@ -131,7 +149,7 @@ def advice_on_out_of_memory(doing: str) -> Iterator[None]:
 
 
 def free_cache(device: torch.device) -> None:
-    """Give back what torch holds on a device without using it."""
+    """Free the memory that torch keeps in its cache on a device; on a CPU there is none."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":

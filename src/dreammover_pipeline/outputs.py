@@ -16,15 +16,16 @@ from .records import BidirectionalFlow
 
 @dataclass
 class DreamMoverPipelineOutput(BaseOutput):
-    """What `DreamMoverPipeline` returns; every field has one entry per pair, so `frames[0]` is the video of a pair.
+    """What `DreamMoverPipeline` returns; every field has one entry per pair, so `frames[0]` is the first pair's video.
 
     Args:
-        frames: by `output_type`: "pil" lists of images, "np" (B, F, H, W, 3) and "pt" (B, F, 3, H, W) in [0, 1] on
-            the CPU, "latent" (B, F, C, h, w).
-        flow: the `BidirectionalFlow` of each pair, on its latent grid in latent cells.
-        nsfw_content_detected: for each pair, the safety checker's verdict on each frame (flagged frames are black);
+        frames: The frames of B pairs, in the form that `output_type` names: "pil" is lists of images; "np" is an array
+            (B, F, H, W, 3) and "pt" a tensor (B, F, 3, H, W), both in [0, 1] on the CPU; "latent" is a tensor
+            (B, F, C, h, w).
+        flow: The `BidirectionalFlow` of each pair on its latent grid, in latent cells.
+        nsfw_content_detected: For each pair, whether the safety checker flagged each frame (flagged frames are black);
             None without a safety checker.
-        times: for each pair, the δ of each frame, 0 and 1 for included inputs.
+        times: For each pair, the time δ of each frame; included inputs are at 0 and 1.
     """
 
     frames: list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor
@@ -34,7 +35,7 @@ class DreamMoverPipelineOutput(BaseOutput):
 
 
 def as_output(frame: torch.Tensor, output_type: str):
-    """A frame (1, 3, H, W) as [PIL image], array (1, H, W, 3) or tensor (1, 3, H, W)."""
+    """A frame (1, 3, H, W) as a list of one PIL image, an array (1, H, W, 3), or the tensor itself."""
     if output_type == "pt":
         return frame
     array = VaeImageProcessor.pt_to_numpy(frame)
@@ -42,7 +43,7 @@ def as_output(frame: torch.Tensor, output_type: str):
 
 
 def joined(outputs: list[DreamMoverPipelineOutput]) -> DreamMoverPipelineOutput:
-    """The output of several pairs, made of one output each; a single one is passed on, its frames not copied."""
+    """One output for several pairs, joined from an output for each; a single output is returned without a copy."""
     if len(outputs) == 1:
         return outputs[0]
     frames = [output.frames for output in outputs]
@@ -57,5 +58,5 @@ def joined(outputs: list[DreamMoverPipelineOutput]) -> DreamMoverPipelineOutput:
 
 
 def returned(output: DreamMoverPipelineOutput, return_dict: bool) -> DreamMoverPipelineOutput | tuple:
-    """The output as it was asked for: itself, or the tuple of its fields (`to_tuple` would leave out None)."""
+    """The output itself if `return_dict`, else the tuple of all its fields (`to_tuple` would leave out None)."""
     return output if return_dict else (output.frames, output.flow, output.nsfw_content_detected, output.times)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The texts of a call, checked and dealt out to its pairs: prompts, or their embeddings instead."""
+"""The texts of a call, checked and assigned to its pairs: prompts, or embeddings instead of prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class PairText:
-    """What the two photos of a pair show: two prompts, or instead of them their embeddings (2, L, D)."""
+    """What the two photos of a pair show: either two prompts, or two embeddings (2, L, D) instead of them."""
 
     prompts: tuple[str, str] | None = None
     embeds: torch.Tensor | None = None
@@ -18,24 +18,24 @@ class PairText:
 
 @dataclass(frozen=True, eq=False)
 class NegativeText:
-    """What guidance leads a pair's frames away from: a prompt (None for the empty one), or embeddings (1, L, D)."""
+    """What guidance leads a pair's frames away from: a prompt (None is the empty prompt), or embeddings (1, L, D)."""
 
     prompt: str | None = None
     embeds: torch.Tensor | None = None
 
 
 def pair_texts(prompt, prompt_embeds, pairs: int, batched: bool, width: int) -> list[PairText]:
-    """What the photos of every pair show.
+    """What the photos of every pair show, from the `prompt` or the `prompt_embeds` argument.
 
     Args:
-        prompt: The `prompt` argument.
-        prompt_embeds: The `prompt_embeds` argument.
-        pairs: How many pairs there are.
-        batched: Whether they came as a batch.
-        width: The length of a token's embedding.
+        prompt: The `prompt` argument of the call.
+        prompt_embeds: The `prompt_embeds` argument of the call.
+        pairs: Number of pairs in the call.
+        batched: Whether the photos came as a batch.
+        width: Length of a token's embedding.
 
     Raises:
-        TypeError, ValueError: Neither prompts nor embeddings came, or both, or they are not what they may be.
+        TypeError, ValueError: Neither prompts nor embeddings were given, or both were, or their form is not allowed.
     """
     if prompt_embeds is None:
         return [PairText(prompts) for prompts in pair_prompts(prompt, pairs, batched)]
@@ -49,11 +49,16 @@ def pair_texts(prompt, prompt_embeds, pairs: int, batched: bool, width: int) -> 
 def pair_prompts(prompt, pairs: int, batched: bool) -> list[tuple[str, str]]:
     """The two prompts of every pair.
 
-    For one pair the argument is a string, or two strings, one for each image. For a batch it is a string or a tuple of
+    For one pair, `prompt` is a string, or two strings, one for each image. For a batch, it is a string or a tuple of
     two strings for all pairs, or a list that holds a string or two strings for each pair.
 
+    Args:
+        prompt: The `prompt` argument of the call.
+        pairs: Number of pairs in the call.
+        batched: Whether the photos came as a batch.
+
     Raises:
-        TypeError, ValueError: The argument has another form.
+        TypeError, ValueError: `prompt` has a form that is not allowed.
     """
 
     def both(item, where: str) -> tuple[str, str]:
@@ -66,23 +71,29 @@ def pair_prompts(prompt, pairs: int, batched: bool) -> list[tuple[str, str]]:
     if isinstance(prompt, (str, tuple)) or (not batched and isinstance(prompt, list) and len(prompt) == 2):
         return [both(prompt, "`prompt`")] * pairs
     if not isinstance(prompt, list):
-        return [both(prompt, "`prompt`")]  # raises, in words
+        return [both(prompt, "`prompt`")]  # always raises, with a message that says which forms are allowed
     if len(prompt) != pairs:
         raise ValueError(f"`prompt` has {len(prompt)} entries for {pairs} pair{'s' * (pairs != 1)} of images")
     return [both(item, f"`prompt[{i}]`") for i, item in enumerate(prompt)]
 
 
 def pair_embeds(name: str, embeds, pairs: int) -> list[torch.Tensor]:
-    """The two embeddings (2, L, D) of every pair, from (pairs, L, D), or from (2·pairs, L, D) with one per image.
+    """The two embeddings (2, L, D) of every pair, from a tensor of embeddings for all pairs of a call.
+
+    Args:
+        name: Name of the argument, for error messages.
+        embeds: Embeddings (pairs, L, D), each for both images of a pair, or (2·pairs, L, D), each for one image.
+        pairs: Number of pairs in the call.
 
     Raises:
-        TypeError, ValueError: The argument is no floating point tensor, or has another shape.
+        TypeError, ValueError: `embeds` is not a floating point tensor, or its shape is not allowed.
     """
     if not isinstance(embeds, torch.Tensor) or not embeds.is_floating_point():
         raise TypeError(f"`{name}` must be a floating point tensor, not {type(embeds).__name__}")
     if embeds.ndim != 3 or embeds.shape[0] not in (pairs, 2 * pairs):
         raise ValueError(
-            f"`{name}` must be ({pairs}, L, D), or ({2 * pairs}, L, D) with one per image; not {tuple(embeds.shape)}"
+            f"`{name}` must be ({pairs}, L, D), one embedding per pair, or ({2 * pairs}, L, D), one per image; "
+            f"not {tuple(embeds.shape)}"
         )
     return list(embeds.repeat_interleave(2 * pairs // embeds.shape[0], dim=0).unflatten(0, (pairs, 2)))
 
@@ -91,13 +102,13 @@ def pair_negatives(negative_prompt, negative_prompt_embeds, pairs: int, width: i
     """What guidance leads the frames of every pair away from.
 
     Args:
-        negative_prompt: The `negative_prompt` argument.
-        negative_prompt_embeds: The `negative_prompt_embeds` argument.
-        pairs: How many pairs there are.
-        width: The length of a token's embedding.
+        negative_prompt: The `negative_prompt` argument of the call.
+        negative_prompt_embeds: The `negative_prompt_embeds` argument of the call.
+        pairs: Number of pairs in the call.
+        width: Length of a token's embedding.
 
     Raises:
-        TypeError, ValueError: Both a prompt and embeddings came, or they are not what they may be.
+        TypeError, ValueError: Both negative prompts and negative embeddings were given, or their form is not allowed.
     """
     if negative_prompt_embeds is None:
         single = negative_prompt is None or isinstance(negative_prompt, str)
@@ -113,7 +124,7 @@ def pair_negatives(negative_prompt, negative_prompt_embeds, pairs: int, width: i
     _check_width("negative_prompt_embeds", negative_prompt_embeds, width)
     if len(negative_prompt_embeds) != pairs:
         raise ValueError(
-            f"`negative_prompt_embeds` must hold one per pair, {pairs}, not {len(negative_prompt_embeds)}"
+            f"`negative_prompt_embeds` must hold one embedding per pair, {pairs}, not {len(negative_prompt_embeds)}"
         )
     return [NegativeText(embeds=item) for item in negative_prompt_embeds.split(1)]
 

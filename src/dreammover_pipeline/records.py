@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small frozen records that pass between the stages. They check their own shapes, so no stage checks them again.
 
-`h, w` are latent cells, `H, W` pixels. The leading 2 of a pair's tensors is (first image, second image).
+Shapes: `h, w` count latent cells, and `H, W` pixels. An axis of length 2 that leads a pair's tensors is (first image,
+second image).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ def _require(ok: bool, message: str) -> None:
 class Canvas:
     """Where a picture sits while the models see it.
 
-    `height, width` is the working size in pixels; the picture fills its top-left `content_height, content_width`
-    and the rest is padding; frames come back at `output_height, output_width`.
+    All sizes are in pixels. `height, width` is the working size, which the models see. The picture fills the top left
+    `content_height, content_width` of it; the rest is padding. Frames are returned at `output_height, output_width`.
     """
 
     height: int
@@ -43,7 +44,8 @@ class Canvas:
 class Schedule:
     """The N steps of a deterministic DDIM schedule, counted from the clean end.
 
-    Step k (1 … N) is trained timestep `timesteps[k - 1]`; `alpha_bars[k]` is ᾱ there and `alpha_bars[0]` the final ᾱ.
+    Step k (1 … N) is at the trained timestep `timesteps[k - 1]`, where ᾱ is `alpha_bars[k]`; `alpha_bars[0]` is the ᾱ
+    of the clean end.
     """
 
     timesteps: tuple[int, ...]
@@ -52,18 +54,23 @@ class Schedule:
     def __post_init__(self):
         _require(
             len(self.alpha_bars) == len(self.timesteps) + 1,
-            f"{len(self.timesteps)} timesteps need one more alpha_bars, not {len(self.alpha_bars)}",
+            f"`alpha_bars` must hold one value more than the {len(self.timesteps)} `timesteps`, "
+            f"not {len(self.alpha_bars)} values",
         )
-        _require(list(self.timesteps) == sorted(set(self.timesteps)), "timesteps must ascend")
+        _require(list(self.timesteps) == sorted(set(self.timesteps)), "`timesteps` must ascend strictly")
 
     def timestep(self, step: int) -> int:
-        """The trained timestep τ of step 1 … N."""
+        """The trained timestep τ of a step, which counts 1 … N from the clean end."""
         return self.timesteps[step - 1]
 
 
 @dataclass(frozen=True, eq=False)
 class Inversion:
-    """The DDIM inversion of a pair: `path` (T+1, 2, C, h, w) from clean to step T, `eps` (2, C, h, w) at step T."""
+    """The DDIM inversion of a pair.
+
+    `path` (T+1, 2, C, h, w) holds the latents from the clean ones to those at step T; `eps` (2, C, h, w) is the noise
+    predicted at step T; `schedule` says at which timesteps the steps are.
+    """
 
     path: torch.Tensor
     eps: torch.Tensor
@@ -72,26 +79,29 @@ class Inversion:
     def __post_init__(self):
         _require(
             self.path.ndim == 5 and self.path.shape[1] == 2,
-            f"path must be (T+1, 2, C, h, w), not {tuple(self.path.shape)}",
+            f"`path` must be (T+1, 2, C, h, w), not {tuple(self.path.shape)}",
         )
         _require(
             self.eps.shape == self.path.shape[1:],
-            f"eps must be {tuple(self.path.shape[1:])}, not {tuple(self.eps.shape)}",
+            f"`eps` must be {tuple(self.path.shape[1:])} as in `path`, not {tuple(self.eps.shape)}",
         )
-        _require(self.steps <= len(self.schedule.timesteps), "the path is longer than its schedule")
+        _require(
+            self.steps <= len(self.schedule.timesteps),
+            f"`path` has {self.steps} steps, but its `schedule` has only {len(self.schedule.timesteps)}",
+        )
 
     @property
     def steps(self) -> int:
-        """T, the depth of the inversion."""
+        """The depth T of the inversion."""
         return self.path.shape[0] - 1
 
     @property
     def alpha_bar(self) -> float:
-        """ᾱ at step T."""
+        """The ᾱ of the schedule at step T, the end of the inversion."""
         return self.schedule.alpha_bars[self.steps]
 
     def at(self, timestep: int) -> torch.Tensor:
-        """The pair's latents (2, C, h, w) at trained timestep τ of one of its steps."""
+        """The pair's latents (2, C, h, w) at a trained timestep τ, which must be that of one of the T steps."""
         return self.path[self.schedule.timesteps.index(timestep) + 1]
 
 
@@ -99,7 +109,8 @@ class Inversion:
 class BidirectionalFlow:
     """Dense flow between the two images, (1, 2, h, w) each way, in latent cells; channel 0 is dx, channel 1 dy.
 
-    The value at a cell says where that cell goes: `forward` at a cell of the first image, into the second.
+    The value at a cell is the displacement of that cell: `forward` holds the displacement from each cell of the first
+    image to the second image, `backward` that from each cell of the second image to the first.
     """
 
     forward: torch.Tensor
@@ -107,17 +118,18 @@ class BidirectionalFlow:
 
     def __post_init__(self):
         shape = tuple(self.forward.shape)
-        _require(len(shape) == 4 and shape[:2] == (1, 2), f"forward must be (1, 2, h, w), not {shape}")
+        _require(len(shape) == 4 and shape[:2] == (1, 2), f"`forward` must be (1, 2, h, w), not {shape}")
         _require(
-            tuple(self.backward.shape) == shape, f"backward must be {shape} too, not {tuple(self.backward.shape)}"
+            tuple(self.backward.shape) == shape,
+            f"`backward` must be {shape} as `forward` is, not {tuple(self.backward.shape)}",
         )
 
     def reversed(self) -> BidirectionalFlow:
-        """The same flow with the two images' roles swapped."""
+        """The same flow with the roles of the two images swapped."""
         return BidirectionalFlow(self.backward, self.forward)
 
     def stacked(self) -> torch.Tensor:
-        """(2, 2, h, w): forward, backward."""
+        """Both directions in one tensor (2, 2, h, w): first `forward`, then `backward`."""
         return torch.cat([self.forward, self.backward])
 
 
@@ -125,8 +137,9 @@ class BidirectionalFlow:
 class FusedFrames:
     """In-between frames at step T: `latents` (F, C, h, w), ready to denoise.
 
-    `clean` (F, C, h, w) and `eps` (F, C, h, w) are the two levels they were recomposed from, None where the fusion
-    has no levels; `coverage` (F, 1, h, w) counts the images (0, 1, 2) that reach a cell; `times` (F,) are the δ.
+    `clean` (F, C, h, w) and `eps` (F, C, h, w) are the two levels that `latents` were recomposed from, both None if
+    the fusion has no levels; `coverage` (F, 1, h, w) is the number of images (0, 1 or 2) that reach a cell; `times`
+    (F,) holds the time δ of each frame.
     """
 
     latents: torch.Tensor
@@ -139,18 +152,19 @@ class FusedFrames:
         frames, _, h, w = self.latents.shape
         _require(
             self.coverage.shape == (frames, 1, h, w),
-            f"coverage must be {(frames, 1, h, w)}, not {tuple(self.coverage.shape)}",
+            f"`coverage` must be {(frames, 1, h, w)}, not {tuple(self.coverage.shape)}",
         )
-        _require(self.times.shape == (frames,), f"times must be ({frames},), not {tuple(self.times.shape)}")
-        _require(bool(((self.times > 0) & (self.times < 1)).all()), "times must lie in (0, 1)")
+        _require(self.times.shape == (frames,), f"`times` must be ({frames},), not {tuple(self.times.shape)}")
+        _require(bool(((self.times > 0) & (self.times < 1)).all()), "`times` must lie in (0, 1)")
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedPair:
     """Everything about a pair that does not depend on the frames asked for; `DreamMoverPipeline.render` takes it.
 
-    `images` are the two inputs at the output size, (3, H, W) in [0, 1]; `prompt_embeds` is (2, L, D), one per image;
-    `lora` holds the pair's LoRA weights, or None where none was fitted.
+    `images` are the two inputs at the output size, (3, H, W) in [0, 1] each; `canvas` is where both sit for the
+    models; `inversion` and `flow` are those of the pair; `prompt_embeds` (2, L, D) holds the embedded prompt of each
+    image; `lora` holds the weights of the pair's LoRA, None if none was fitted; `lora_scale` multiplies its effect.
     """
 
     images: tuple[torch.Tensor, torch.Tensor]
@@ -164,10 +178,10 @@ class PreparedPair:
     def __post_init__(self):
         _require(
             self.prompt_embeds.ndim == 3 and self.prompt_embeds.shape[0] == 2,
-            f"prompt_embeds must be (2, L, D), not {tuple(self.prompt_embeds.shape)}",
+            f"`prompt_embeds` must be (2, L, D), not {tuple(self.prompt_embeds.shape)}",
         )
         _require(
             self.flow.forward.shape[-2:] == self.inversion.path.shape[-2:],
-            f"flow on {tuple(self.flow.forward.shape[-2:])} cells does not fit latents on "
-            f"{tuple(self.inversion.path.shape[-2:])}",
+            f"`flow` on {tuple(self.flow.forward.shape[-2:])} cells does not fit the `inversion`, whose latents have "
+            f"{tuple(self.inversion.path.shape[-2:])} cells",
         )

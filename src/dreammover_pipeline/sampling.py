@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two loops over a plain callable: into the noise, and back out of it.
+"""The two loops of deterministic DDIM: inversion into the noise, and denoising back out of it.
 
-`predict_noise(latents, timestep) -> eps` may be a UNet, a UNet with reference attention, or a lambda in a test.
+Both call `predict_noise(latents, timestep) -> eps`, which may be a UNet, a UNet with reference attention, or a lambda
+in a test.
 """
 
 from __future__ import annotations
@@ -25,20 +26,21 @@ def invert(
 ) -> Inversion:
     """Deterministic DDIM inversion of a pair, from the clean latents to step `steps`, keeping the whole path.
 
-    From step k−1 to k the noise is predicted at (z_{k−1}, τ_k).
+    For the way from step k−1 to step k the noise is predicted at (z_{k−1}, τ_k).
 
     Source: DreamMover Eq. (2), §3.1. Official code differs: it inverts three times, to 14, 30 and 30 steps; here the
     shallower states are a prefix of the one path.
 
     Args:
-        clean: z_0 of the two images, (2, C, h, w).
-        predict_noise: ε at (latents (2, C, h, w), timestep); called `steps` + 1 times, the last for ε at step T.
-        schedule: the schedule to climb.
-        steps: T, 1 … len(schedule.timesteps).
-        on_step: called after each prediction.
+        clean: The clean latents z_0 of the two images, (2, C, h, w).
+        predict_noise: Function from latents (2, C, h, w) and a timestep to their noise ε. It is called `steps` + 1
+            times, the last time for ε at step T.
+        schedule: The DDIM schedule whose steps are inverted.
+        steps: The depth T of the inversion, 1 … len(schedule.timesteps).
+        on_step: Function called after each prediction of noise.
 
     Returns:
-        The path and the noise at its end.
+        The latents at every step from 0 to T, and the noise predicted at step T.
     """
     latents = clean.to(working_dtype(clean))
     path = [latents]
@@ -50,7 +52,8 @@ def invert(
         on_step()
     eps = predict_noise(latents, schedule.timestep(steps)).to(latents.dtype)
     on_step()
-    # Models leave a memory format behind on which rounding depends, and a saved pair has none.
+    # A model's output may have a memory format of its own, on which later rounding depends; a pair loaded from a file
+    # is contiguous.
     return Inversion(torch.stack(path).contiguous(), eps.contiguous(), schedule)
 
 
@@ -67,15 +70,16 @@ def denoise(
     Source: DreamMover Eq. (2), §3.1 and §3.4.
 
     Args:
-        latents: z_T, (F, C, h, w).
-        predict_noise: ε at (latents (F, C, h, w), timestep); called `steps` times.
-        schedule: the schedule to descend.
-        steps: T, 1 … len(schedule.timesteps).
-        on_step: called after each step with (i from 0, timestep, latents); what it returns goes on.
-        interrupted: asked before each step; True leaves the latents as they are.
+        latents: The noisy latents z_T of the frames, (F, C, h, w).
+        predict_noise: Function from latents (F, C, h, w) and a timestep to their noise ε; called `steps` times.
+        schedule: The DDIM schedule whose steps are taken.
+        steps: The step T at which denoising starts, 1 … len(schedule.timesteps).
+        on_step: Function called after each step with (i from 0, timestep, latents); the latents that it returns
+            replace those it was given.
+        interrupted: Function called before each step; if it returns True, denoising ends with the latents as they are.
 
     Returns:
-        z_0, (F, C, h, w).
+        The clean latents z_0 of the frames, (F, C, h, w), or the latents at the step where denoising was interrupted.
     """
     latents = latents.to(working_dtype(latents))
     for i, k in enumerate(range(steps, 0, -1)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From any Stable Diffusion scheduler to a correct deterministic DDIM, and from that to the numbers the loops use."""
+"""Deterministic DDIM from any Stable Diffusion scheduler, and the timesteps and ᾱ that the sampling loops use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, SchedulerMixin
 from .records import Schedule
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
-# What the pipeline's own DDIM takes over of the configuration of a checkpoint's scheduler.
+# The settings of a deterministic DDIM that decide the frames, by their names in a diffusers configuration.
 SCHEDULE_SETTINGS = (
     "num_train_timesteps",
     "beta_start",
@@ -26,23 +26,25 @@ SCHEDULE_SETTINGS = (
 
 
 def deterministic_ddim(scheduler: SchedulerMixin) -> DDIMScheduler:
-    """A DDIM with the scheduler's noise schedule and no clipping; the scheduler given is left alone.
+    """A DDIM scheduler with the noise schedule of `scheduler` and without clipping; `scheduler` is not changed.
 
-    Of another sampler's configuration only the noise schedule is taken: its spacing and offsets are its own affair,
-    and for keys it lacks DDIM's defaults, clipping among them, are wrong for latents.
+    From a scheduler that is no DDIM, only the noise schedule and the prediction type are taken. Its timestep spacing
+    and offsets belong to its own sampler; Stable Diffusion's DDIM values replace them. DDIM's own defaults, such as
+    clipping, would be wrong for latents.
 
     Args:
-        scheduler: any scheduler of a Stable Diffusion checkpoint.
+        scheduler: Any scheduler of a Stable Diffusion checkpoint.
 
     Raises:
-        ValueError: it is not one of a Stable Diffusion checkpoint, or it predicts something unknown.
+        ValueError: The scheduler has no noise schedule of betas, or its prediction type is not supported.
     """
     config = dict(scheduler.config)
     if "beta_schedule" not in config:
         raise ValueError(f"`scheduler` {type(scheduler).__name__} has no noise schedule of betas to run DDIM on")
     if config.get("prediction_type", "epsilon") not in PREDICTION_TYPES:
         raise ValueError(
-            f"`scheduler` predicts {config['prediction_type']!r}; only {' and '.join(PREDICTION_TYPES)} are supported"
+            f"`scheduler` has prediction type {config['prediction_type']!r}; "
+            f"only {' and '.join(PREDICTION_TYPES)} are supported"
         )
     if not isinstance(scheduler, DDIMScheduler):
         config.update(timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False)
@@ -52,15 +54,15 @@ def deterministic_ddim(scheduler: SchedulerMixin) -> DDIMScheduler:
 
 
 def ddim_schedule(scheduler: SchedulerMixin, num_inference_steps: int, inversion_steps: int) -> Schedule:
-    """The steps of a deterministic DDIM, checked to be invertible as deep as asked.
+    """The steps of a deterministic DDIM, checked to be invertible down to step `inversion_steps`.
 
     Args:
-        scheduler: any scheduler of a Stable Diffusion checkpoint.
-        num_inference_steps: N.
-        inversion_steps: T ≤ N.
+        scheduler: Any scheduler of a Stable Diffusion checkpoint.
+        num_inference_steps: Number N of steps in the schedule.
+        inversion_steps: Depth T ≤ N of the inversion.
 
     Raises:
-        ValueError: the trained timesteps cannot be cut into that many steps, or ᾱ vanishes on the way.
+        ValueError: The trained timesteps cannot be cut into N distinct steps, or ᾱ is 0 at one of the first T steps.
     """
     ddim = deterministic_ddim(scheduler)
     ddim.set_timesteps(num_inference_steps)
@@ -79,6 +81,6 @@ def ddim_schedule(scheduler: SchedulerMixin, num_inference_steps: int, inversion
 
 
 def schedule_settings(scheduler: SchedulerMixin) -> dict[str, object]:
-    """What of a scheduler decides the frames, by the names of `SCHEDULE_SETTINGS`."""
+    """The settings of a scheduler that decide the frames, by their names in `SCHEDULE_SETTINGS`."""
     config = deterministic_ddim(scheduler).config
     return {name: config[name] for name in SCHEDULE_SETTINGS}

@@ -8,25 +8,27 @@ import torch.nn.functional as F
 
 from .inputs import frame_times
 
-PREVIEWS = 65  # moments at which a pair is looked at to spread its frames evenly, both ends among them
-POOLED = 2  # latent cells a side that are averaged before previews are compared
+PREVIEWS = 65  # number of previews, both ends included, that are compared to spread a pair's frames evenly
+POOLED = 2  # side, in latent cells, of the squares that are averaged before previews are compared
 
 
 def even_times(n_frames: int, previews: torch.Tensor) -> tuple[float, ...]:
-    """Spread frames so that each differs from the next as much as any other does from its own, as previews have it.
+    """Spread frames over time so that the difference between neighbours is always the same, judged by previews.
 
-    The difference of two previews is the root mean square of what their latents, averaged over squares of `POOLED`
-    cells a side, differ by. It is summed up from the first image on; the frames stand where the sum reaches i/(n+1)
-    of the whole, interpolated linearly between previews. Previews that are all alike leave the frames where they are.
+    The difference between two previews is the root mean square of the difference between their latents, averaged over
+    squares of `POOLED` cells a side. The differences between consecutive previews are summed from the first image on;
+    frame i stands where the sum reaches i/(n+1) of the total, interpolated linearly between previews. If all previews
+    are equal, frame i stands at i/(n+1).
 
     Source: ours.
 
     Args:
-        n_frames: how many frames, n.
-        previews: (P, C, h, w), at equal distances in time from δ = 0 to δ = 1; h and w at least `POOLED`.
+        n_frames: Number n of in-between frames.
+        previews: Latents of P previews at equal distances in time from δ = 0 to δ = 1, (P, C, h, w); h and w are at
+            least `POOLED`.
 
     Returns:
-        δ of each frame, strictly ascending and in (0, 1).
+        The time δ of each frame, strictly ascending and in (0, 1).
     """
     linear = frame_times(n_frames, None)
     steps = F.avg_pool2d(previews, POOLED).double().cpu().diff(dim=0).square().mean((1, 2, 3)).sqrt()

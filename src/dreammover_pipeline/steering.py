@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's word on the match: points that belong together, and what may move.
+"""Matching steered by the user: by points that correspond, and by masks of what may move.
 
-Points become a prior, a bias on the cosine similarities around them, so that the features still decide the detail;
-then the cells of the points are pinned, and smoothing carries them on. What may not move has no match and no flow.
+Points become a prior, a bias on the cosine similarities around them, so that the features still decide the detail.
+The cells of the points are then pinned to the flow that the points give, and smoothing carries that flow to their
+neighbours. Cells that may not move have no match and no flow.
 
 Source of all of it: ours; DreamMover matches by features alone.
 """
@@ -19,17 +20,19 @@ from .fields import cell_grid
 from .flow import Regulariser, match_features, neighbourhood_mean, regularise, resting_cells, unit_features
 from .records import BidirectionalFlow
 
-# Chosen in the procedural world; docs/points.md has the figures. Lengths are shares of the grid's shorter side.
-STRENGTH = 1.0  # of the prior where both directions agree on it, in units of cosine similarity
-REACH = 1 / 4  # standard deviation of how far from itself a point speaks
-TOLERANCE = 1 / 16  # standard deviation of how far from the expected place a match may be
-# Of a cell's pixels, how many must be bright for it to move: better a little background goes along than an edge stays.
+# Chosen on procedural pairs whose true flow is known; docs/points.md has the figures. Lengths are shares of the grid's
+# shorter side.
+STRENGTH = 1.0  # largest bias, reached where both directions support a match, in units of cosine similarity
+REACH = 1 / 4  # standard deviation of the Gaussian by which a point's influence falls off around it
+TOLERANCE = 1 / 16  # standard deviation of the Gaussian around the place where a match is expected
+# Share of a cell's pixels that must be bright for the cell to move. It is small because an edge that stays behind is
+# worse than a little background that moves along.
 BRIGHT_SHARE = 0.1
 
 
 @dataclass(frozen=True, eq=False)
 class Steering:
-    """What a user says of a pair, on its latent grid.
+    """What the user says about the motion between the two images of a pair, on its latent grid.
 
     `points` (k, 2, 2) are k places (x, y) in cells, in the first and in the second image; `moves` (2, 1, h, w) is
     true where a cell of the first and of the second image may move.
@@ -40,13 +43,15 @@ class Steering:
 
     def __post_init__(self):
         if self.points.ndim != 3 or self.points.shape[1:] != (2, 2):
-            raise ValueError(f"points must be (k, 2, 2), not {tuple(self.points.shape)}")
+            raise ValueError(f"`points` must be (k, 2, 2), not {tuple(self.points.shape)}")
         if self.moves.ndim != 4 or self.moves.shape[:2] != (2, 1) or self.moves.dtype != torch.bool:
-            raise ValueError(f"moves must be (2, 1, h, w) bool, not {tuple(self.moves.shape)} {self.moves.dtype}")
+            raise ValueError(f"`moves` must be (2, 1, h, w) bool, not {tuple(self.moves.shape)} {self.moves.dtype}")
 
 
 def point_pairs(points: object, name: str = "points") -> torch.Tensor:
-    """The `points` argument of one pair as (k, 2, 2): k correspondences, in the first and the last image, x and y.
+    """The `points` argument of one pair as a tensor (k, 2, 2).
+
+    Its axes are the k correspondences, the first and the last image, and x and y.
 
     Raises:
         TypeError, ValueError: The argument is not a sequence of ((x0, y0), (x1, y1)), or a number is not finite.
@@ -66,7 +71,7 @@ def point_pairs(points: object, name: str = "points") -> torch.Tensor:
 
 
 def check_points_inside(points: torch.Tensor, sizes: Sequence[tuple[int, int]], name: str = "points") -> None:
-    """Raise unless every one of the points (k, 2, 2) lies in its photo, of sizes (H, W)."""
+    """Raise ValueError unless the points (k, 2, 2) lie in their photos, whose sizes (H, W) are given in order."""
     for i, correspondence in enumerate(points.tolist()):
         for photo, ((x, y), (height, width)) in enumerate(zip(correspondence, sizes, strict=True)):
             if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
@@ -80,16 +85,16 @@ def cells_of(points: torch.Tensor, content: tuple[int, int], cell: int, name: st
     """Points on the canvas as places on the latent grid.
 
     Args:
-        points: (k, 2, 2), in the first and the second image, x and y in pixels of the canvas.
-        content: (H, W) of the picture on the canvas; the rest is padding.
-        cell: pixels a side of a latent cell.
-        name: the argument's name, for error messages.
+        points: Correspondences (k, 2, 2): in the first and the second image, x and y in pixels of the canvas.
+        content: Size (H, W) in pixels of the picture on the canvas; the rest of the canvas is padding.
+        cell: Side of a latent cell in pixels.
+        name: Name of the checked argument, for error messages.
 
     Returns:
-        (k, 2, 2) in cells, at most at the picture's edge.
+        The points in cells, (k, 2, 2); those beyond the picture's edge are moved onto it.
 
     Raises:
-        ValueError: a point is cut away, with what overhangs, by more than a cell.
+        ValueError: A point lies more than a cell outside the picture, in a part of the photo that is cropped.
     """
     height, width = content
     last = torch.tensor([width, height]).to(points) - 0.5
@@ -97,25 +102,28 @@ def cells_of(points: torch.Tensor, content: tuple[int, int], cell: int, name: st
     if outside.any():
         i, image = outside.nonzero()[0].tolist()
         raise ValueError(
-            f"`{name}[{i}]` lies in a part of img{image} that is cut away, since the video has another aspect ratio"
+            f"`{name}[{i}]` lies in a part of img{image} that is cut away, since the video has another aspect ratio; "
+            "points must lie in the part that is shown"
         )
     return (points.clamp(min=-0.5).minimum(last) + 0.5) / cell - 0.5
 
 
 def cells_that_move(masks: torch.Tensor, content: tuple[int, int], cell: int, name: str = "mask") -> torch.Tensor:
-    """Masks on the canvas as cells: one may move if at least `BRIGHT_SHARE` of its pixels are brighter than half grey.
+    """Which latent cells may move, by masks on the canvas.
+
+    A cell may move if at least `BRIGHT_SHARE` of its pixels are at least half grey.
 
     Args:
-        masks: (2, 3, H, W) in [0, 1], for the first and the second image.
-        content: (H, W) of the picture on the canvas; the rest is padding.
-        cell: pixels a side of a latent cell.
-        name: the argument's name, for error messages.
+        masks: The masks of the first and the second image, (2, 3, H, W) in [0, 1].
+        content: Size (H, W) in pixels of the picture on the canvas; the rest of the canvas is padding.
+        cell: Side of a latent cell in pixels.
+        name: Name of the checked argument, for error messages.
 
     Returns:
-        (2, 1, h, w) bool.
+        True where a cell of the first and of the second image may move, (2, 1, h, w) bool.
 
     Raises:
-        ValueError: in one of the images nothing may move.
+        ValueError: In one of the images nothing may move.
     """
     bright = (masks.mean(1, keepdim=True) >= 0.5).to(masks.dtype)
     moves = F.avg_pool2d(bright, cell) >= BRIGHT_SHARE
@@ -137,8 +145,9 @@ def steered_flow(
 ) -> BidirectionalFlow:
     """`match_features` and `regularise`, steered.
 
-    A pinned cell keeps its flow through every pass and speaks for its neighbours like a cell whose match agrees
-    exactly. A cell that may not move speaks for none. Where points and mask disagree, the mask prevails.
+    The cell of a point is pinned: it keeps its flow through every smoothing pass, and its neighbours take it over with
+    the weight of a cell whose match agrees exactly. From a cell that may not move, neighbours take over nothing. Where
+    points and mask disagree, the mask prevails.
 
     Args:
         features: (2, C', h', w'), first and second image.
@@ -149,7 +158,7 @@ def steered_flow(
         rest_tolerance: As of `resting_cells`.
 
     Returns:
-        The flow both ways on the latent grid, in cells.
+        The flow in both directions on the latent grid, in cells.
     """
     size = tuple(steering.moves.shape[-2:])
     moves = steering.moves.to(features.device)
@@ -168,20 +177,22 @@ def steered_flow(
 
 
 def match_bias(features: torch.Tensor, steering: Steering) -> Callable[[slice], torch.Tensor]:
-    """What is added to the cosine similarities of cells p of the first and q of the second image.
+    """The steering as a bias on the cosine similarity of every cell p of the first and q of the second image.
 
-    Around the points, `expected_places` says where p should be found in the second image and q in the first. A match
-    gains up to half of `STRENGTH` for each of the two that it is near to, by a Gaussian of `TOLERANCE`; as much as
-    the cell is near to a point of its own image, by a Gaussian of `REACH`, and looks like it, by the cosine of their
-    features. So a point on a thing says little about the background beside it. Where p or q may not move, the bias
-    is −∞.
+    `expected_places` says where p should be found in the second image and where q in the first. Each of these two
+    expectations that the match fulfils adds up to half of `STRENGTH` to its similarity. How much is a product of three
+    factors, each at most 1: how near the match lies to the expected place, by a Gaussian of `TOLERANCE`; how near the
+    cell lies to a point of its own image, by a Gaussian of `REACH`; and how alike the cell and that point look, by the
+    cosine of their features. The last keeps a point on an object from deciding about the background beside it. Where
+    p or q may not move, the bias is −∞.
 
     Args:
-        features: (2, C', h', w'), first and second image.
-        steering: on the latent grid (h, w).
+        features: UNet features of the first and the second image, (2, C', h', w').
+        steering: The user's points and masks on the latent grid (h, w).
 
     Returns:
-        A function from a slice of the first image's cells, in row-major order, to (cells in it, h·w).
+        A function from a slice of the first image's cells, in row-major order, to their bias, (cells in the slice,
+        h·w).
     """
     h, w = steering.moves.shape[-2:]
     unit = unit_features(features, (h, w))
@@ -194,7 +205,7 @@ def match_bias(features: torch.Tensor, steering: Steering) -> Callable[[slice], 
         for own, other, looks in ((points[:, 0], points[:, 1], unit[0]), (points[:, 1], points[:, 0], unit[1])):
             expected.append(expected_places(cells, own, other, (TOLERANCE * side) ** 2))
             near = (-_square_distances(cells, own) / (2 * (REACH * side) ** 2)).exp()
-            # one product at a time rather than a matrix product, whose precision the caller may have lowered
+            # One product for each point, not a matrix product, since the caller may have lowered that one's precision.
             alike = torch.stack([(looks * looks[:, i : i + 1]).sum(0) for i in _nearest_cells(own, h, w)], 1)
             weight.append((near * alike.clamp(min=0)).amax(1))
 
@@ -216,20 +227,20 @@ def expected_places(
 ) -> torch.Tensor:
     """Where cells go if they move along with the points, by moving least squares.
 
-    Every cell gets the shift, turn and scaling that brings the points to their matches best, each point weighted by
-    1 / (1 + squared distance to the cell). Turn and scaling are held back by `stiffness`, so that points that lie
-    close together, or one alone, only shift.
+    Every cell gets the translation, rotation and scaling that best brings the points to their matches, each point
+    weighted by 1 / (1 + squared distance to the cell). Rotation and scaling are damped by `stiffness`, so that points
+    that lie close together, or a single point, only translate.
 
     Source: Schaefer, McPhail and Warren 2006, similarity transformations; the stiffness is ours.
 
     Args:
-        cells: (n, 2).
-        points: (k, 2), k ≥ 1.
-        matches: (k, 2), where the points go.
-        stiffness: squared length, in squared cells.
+        cells: Places (x, y) of the cells, (n, 2).
+        points: Places (x, y) of the points, (k, 2), k ≥ 1.
+        matches: Places (x, y) that the points go to, (k, 2).
+        stiffness: How strongly rotation and scaling are damped, a squared length in squared cells.
 
     Returns:
-        (n, 2).
+        The places (x, y) that the cells go to, (n, 2).
     """
     weight = 1 / (1 + _square_distances(cells, points))  # (n, k)
     weight = weight / weight.sum(1, keepdim=True)
@@ -243,7 +254,7 @@ def expected_places(
 
 
 def _pins(steering: Steering, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The flow of the points at the cells nearest to them, (2, 2, h, w), and which cells these are, (2, 1, h, w)."""
+    """The flow of the points, (2, 2, h, w), at the cells nearest to them, and a mask of these cells, (2, 1, h, w)."""
     h, w = steering.moves.shape[-2:]
     points = steering.points.to("cpu", like.dtype)
     pins, pinned = torch.zeros(2, 2, h * w, dtype=like.dtype), torch.zeros(2, 1, h * w, dtype=torch.bool)
@@ -254,12 +265,12 @@ def _pins(steering: Steering, like: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def _nearest_cells(places: torch.Tensor, h: int, w: int) -> list[int]:
-    """Row-major indices of the cells nearest to places (k, 2)."""
+    """Row-major indices of the cells nearest to the places (k, 2), on a grid of h × w cells."""
     x, y = places.round().long().unbind(1)
     return (y.clamp(0, h - 1) * w + x.clamp(0, w - 1)).tolist()
 
 
 def _square_distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """(n, m) of places (n, 2) and (m, 2)."""
+    """The squared distances (n, m) between places (n, 2) and places (m, 2)."""
     (x0, y0), (x1, y1) = first.unbind(1), second.unbind(1)
     return (x0[:, None] - x1).square() + (y0[:, None] - y1).square()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prepared pair in a file, and what tells whether it belongs to the models at hand.
+"""Prepared pairs in files, and fingerprints that tell whether a pair belongs to the loaded models.
 
-The file is one safetensors file: the pair's tensors as they are, and a header entry `dreammover_pair`, JSON, with
-everything else. It is written whole or not at all.
+A pair is one safetensors file. It holds the pair's tensors unchanged, and everything else as JSON in the header entry
+`dreammover_pair`. It is written completely or not at all.
 """
 
 from __future__ import annotations
@@ -31,29 +31,30 @@ logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
 HEADER = "dreammover_pair"
-LORA = "lora."  # before the names of the pair's LoRA weights
+LORA = "lora."  # prefix, in the file, of the names of the pair's LoRA weights
 
 # Odd constants of splitmix64, as signed integers: 0x9E3779B97F4A7C15 and 0xBF58476D1CE4E5B9.
 GOLDEN, MIX = -7046029254386353131, -4658895280553007687
-PIECE = 2**18  # elements at once, an even number: little enough for a processor's cache
+PIECE = 2**18  # elements in a piece of a checksum: few enough for a processor's cache, and even, for pairs of float32
 
 
 @torch.no_grad()
 def fingerprint(modules: Mapping[str, torch.nn.Module]) -> str:
-    """What models compute with, in short: equal for equal names, shapes and values of all weights.
+    """A digest of what models compute with: it is equal for equal names, shapes and values of all their weights.
 
-    Where and how the weights are held does not matter: device, offloading, torch.compile, and the precision as long
-    as no value is rounded to it, so a checkpoint stored in float16 has one fingerprint in float16 and in float32.
-    Adapters matter as far as they act (`acting_tensors`). Values of float64 count to float32 precision.
+    Where and how the weights are held does not matter: neither the device, nor offloading, nor torch.compile, nor the
+    precision as long as no value is rounded, so that a checkpoint stored in float16 has the same fingerprint in
+    float16 and in float32. An adapter counts while it acts (see `acting_tensors`). Values in float64 are rounded to
+    float32.
 
     Args:
-        modules: the models, by the names that are to count.
+        modules: The models, by the names under which they enter the fingerprint.
 
     Returns:
-        64 hexadecimal digits.
+        The fingerprint, 64 hexadecimal digits.
 
     Raises:
-        ValueError: weights are nowhere to be had.
+        ValueError: A model's weights are on disk, or cannot be found.
     """
     lines = [
         f"{part}.{name} {tuple(tensor.shape)} {_checksum(tensor)} {weight}"
@@ -64,14 +65,14 @@ def fingerprint(modules: Mapping[str, torch.nn.Module]) -> str:
 
 
 def fingerprints(modules: Mapping[str, torch.nn.Module]) -> dict[str, str]:
-    """The fingerprint of each model by itself, by its name."""
+    """The fingerprint of each model alone, by the model's name."""
     return {name: fingerprint({name: module}) for name, module in modules.items()}
 
 
 def _checksum(tensor: torch.Tensor) -> int:
-    """A 64-bit sum over the values, each mixed with its position, computed where the tensor is.
+    """A 64-bit sum over the values, each mixed with its position, computed on the tensor's device.
 
-    Integer sums wrap around and have no rounding, so every device and every order of summation gives the same.
+    Integer sums wrap around and are never rounded, so every device and every order of summation give the same result.
     """
     total, position = torch.zeros((), dtype=torch.int64, device=tensor.device), 0
     for piece in tensor.reshape(-1).split(PIECE):
@@ -85,19 +86,19 @@ def _checksum(tensor: torch.Tensor) -> int:
 
 
 def _words(values: torch.Tensor) -> torch.Tensor:
-    """Values (n,) as int64: integers as they are, of floats the bits of two float32 in a word."""
+    """Values (n,) as int64: an integer becomes one word; two floats, as float32, become one word of their bits."""
     if not values.is_floating_point():
         return values.long()
     return F.pad(values.float(), (0, len(values) % 2)).view(torch.int64)
 
 
 def digest_of(content: object) -> str:
-    """The sha256 of what JSON can hold, in hexadecimal digits."""
+    """The sha256 digest, in hexadecimal, of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def digest_of_tensors(tensors: Iterable[torch.Tensor]) -> str:
-    """The sha256 of tensors, their shapes and dtypes, in hexadecimal digits."""
+    """The sha256 digest, in hexadecimal, of the values, shapes and dtypes of tensors."""
     total = hashlib.sha256()
     for tensor in tensors:
         total.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -106,20 +107,20 @@ def digest_of_tensors(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str] | None = None) -> None:
-    """Write tensors to a safetensors file, which appears whole or not at all and replaces one that is there.
+    """Write tensors to a safetensors file completely or not at all; a file that exists at the path is replaced.
 
     Args:
-        path: The file.
-        tensors: By the names they have in the file.
-        header: What else the file is to say.
+        path: The file to write.
+        tensors: The tensors, by the names that they have in the file.
+        header: Further text for the file's header, by name.
     """
-    # Copies, because safetensors takes no tensors that share memory or have gaps.
+    # Tensors are copied, because safetensors does not take tensors that share memory or are not contiguous.
     copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     _write_whole(path, save(copies, header))
 
 
 def read_tensors(path: Path, device: str | torch.device) -> dict[str, torch.Tensor] | None:
-    """The tensors of a file that `write_tensors` wrote, on a device; None if the file is not there or not whole."""
+    """The tensors of a file written by `write_tensors`, on a device; None if the file is missing or incomplete."""
     try:
         with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
             return {name: _own(file.get_tensor(name), device) for name in file.keys()}  # noqa: SIM118
@@ -128,21 +129,21 @@ def read_tensors(path: Path, device: str | torch.device) -> dict[str, torch.Tens
 
 
 def _own(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
-    """A tensor of a safetensors file in memory of its own.
+    """A copy of a tensor of a safetensors file, in memory of its own.
 
-    In the file it lies at whatever address comes, and processors may round differently where data is not aligned; a
-    copy lies as a tensor does that was computed, so what is loaded gives the same bits as what was saved.
+    In the file a tensor may lie at any address, and processors may round differently where data is not aligned. The
+    copy is aligned as computed tensors are, so a loaded pair gives the same bits as the pair that was saved.
     """
     return tensor.to(device, copy=True)
 
 
 def write_pair(pair: PreparedPair, path: str | os.PathLike, fingerprints: Mapping[str, str]) -> None:
-    """Write a prepared pair to a file; one that is there is replaced once the new one is complete.
+    """Write a prepared pair to a file; a file that exists there is replaced once the new one is complete.
 
     Args:
-        pair: what `DreamMoverPipeline.prepare` returned.
-        path: the file.
-        fingerprints: of the models the pair belongs to, by their names.
+        pair: A pair that `DreamMoverPipeline.prepare` returned.
+        path: The file to write.
+        fingerprints: The fingerprints of the models that the pair belongs to, by the models' names.
     """
     tensors = {
         "images.0": pair.images[0],
@@ -169,15 +170,16 @@ def read_pair(path: str | os.PathLike, device: str | torch.device) -> tuple[Prep
     """Read a prepared pair from a file.
 
     Args:
-        path: the file.
-        device: where the pair's tensors shall be; its images stay on the CPU, as `prepare` leaves them.
+        path: The file that `write_pair` wrote.
+        device: The device to put the pair's tensors on; its images stay on the CPU, where `prepare` leaves them.
 
     Returns:
-        The pair, and the fingerprints of the models it belongs to.
+        The pair, and the fingerprints of the models that it belongs to, by the models' names.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is cut off, damaged, of another kind, or of a format version unknown here; or a folder.
+        FileNotFoundError: The file does not exist.
+        ValueError: The path is a folder, or the file is cut off, damaged, of another kind or of an unknown format
+            version.
     """
     if Path(path).is_dir():
         raise ValueError(f"'{path}' is a folder; a prepared pair is one file")
@@ -189,6 +191,17 @@ def read_pair(path: str | os.PathLike, device: str | torch.device) -> tuple[Prep
         raise ValueError(f"'{path}' is no whole safetensors file ({error})") from error
     if text is None:
         raise ValueError(f"'{path}' is a safetensors file, but holds no prepared pair")
+    header = _checked_header(text, path)
+    try:
+        return _assembled(header, tensors, device), dict(header["fingerprints"])
+    except KeyError as error:
+        raise ValueError(f"'{path}' is damaged: it lacks {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"'{path}' is damaged: {error}") from error
+
+
+def _checked_header(text: str, path: str | os.PathLike) -> dict:
+    """The header entry of a prepared pair; raises ValueError unless it is JSON of the known format version."""
     try:
         header = json.loads(text)
         found = header["version"]
@@ -199,12 +212,7 @@ def read_pair(path: str | os.PathLike, device: str | torch.device) -> tuple[Prep
             f"'{path}' holds a prepared pair of format version {found}, but only version {FORMAT_VERSION} is known "
             "here; use the release of dreammover-pipeline that wrote it, or prepare the pair anew"
         )
-    try:
-        return _assembled(header, tensors, device), dict(header["fingerprints"])
-    except KeyError as error:
-        raise ValueError(f"'{path}' is damaged: it lacks {error}") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"'{path}' is damaged: {error}") from error
+    return header
 
 
 def check_same_models(path: str | os.PathLike, saved: Mapping[str, str], present: Mapping[str, str]) -> None:
@@ -213,12 +221,12 @@ def check_same_models(path: str | os.PathLike, saved: Mapping[str, str], present
     Only negative prompts still need the text encoder when a prepared pair is rendered.
 
     Args:
-        path: Of the pair, for the message.
-        saved: The fingerprints in its file, by the models' names.
-        present: The fingerprints of the models that are to render it, by the models' names.
+        path: The pair's file, for the message.
+        saved: The fingerprints saved in the pair's file, by the models' names.
+        present: The fingerprints of the models that are to render the pair, by the models' names.
 
     Raises:
-        ValueError: Naming the models that differ.
+        ValueError: The UNet or the VAE differs; the message names which.
     """
     differing = [name for name, digest in present.items() if saved.get(name) != digest]
     decisive = [name for name in differing if name != "text_encoder"]
@@ -248,15 +256,15 @@ def _assembled(header: dict, tensors: dict[str, torch.Tensor], device: str | tor
 
 
 def _versions() -> dict[str, str]:
-    """For people who look into the file; nothing is decided by them."""
+    """The versions of the libraries, saved for people who look into the file; the program does not read them."""
     found = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    with suppress(PackageNotFoundError):  # as a custom pipeline these files run without being installed
+    with suppress(PackageNotFoundError):  # as a custom pipeline of diffusers, this package is not installed
         found["dreammover-pipeline"] = version("dreammover-pipeline")
     return found
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    target = path.resolve()  # a link stays, what it points to is replaced
+    target = path.resolve()  # of a symbolic link, the file that it points to is replaced, and the link stays
     temporary = target.with_name(f".dreammover-{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to embeddings, as Stable Diffusion reads it."""
+"""Embeddings of prompts by CLIP, as Stable Diffusion uses them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def embed_text(
     """Embeddings of texts, cut or padded to the tokenizer's length, with a warning for what is cut.
 
     Args:
-        text: one text or P of them.
-        tokenizer: CLIP's.
-        text_encoder: CLIP's.
-        device: where the text encoder runs.
-        clip_skip: layers to leave out at the text encoder's end.
+        text: One text, or a list of P texts.
+        tokenizer: The CLIP tokenizer of the checkpoint.
+        text_encoder: The CLIP text encoder of the checkpoint.
+        device: The device that the text encoder runs on.
+        clip_skip: Number of layers to leave out at the end of the text encoder; None leaves out none.
 
     Returns:
-        (P, L, D), in the text encoder's precision.
+        The embeddings (P, L, D) of L tokens for each text, in the text encoder's precision.
     """
     limit = tokenizer.model_max_length
     tokens = tokenizer(text, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
@@ -43,6 +43,6 @@ def embed_text(
     )
     if clip_skip is None:
         return output.last_hidden_state
-    # transformers 5 moved the text model's layers up into CLIPTextModel itself
+    # Since transformers 5 the text model's layers belong to CLIPTextModel itself.
     text_model = getattr(text_encoder, "text_model", text_encoder)
     return text_model.final_layer_norm(output.hidden_states[-(clip_skip + 1)])

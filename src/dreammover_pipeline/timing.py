@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where in (0, 1) the frames of a video stand: eased, or spread so that neighbours differ equally.
 
-n frames stand at i/(n+1), i = 1 … n; an easing moves each to f(i/(n+1)). Eased times ascend strictly and stay inside
-(0, 1), also in float32, in which everything after them computes.
+Without easing, n frames stand at i/(n+1), i = 1 … n; an easing f moves each of them to f(i/(n+1)). Eased times ascend
+strictly and stay inside (0, 1), also when they are rounded to float32, in which frames are computed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ CURVES: dict[str, Easing] = {
     "ease-in": lambda t: t * t,
     "ease-out": lambda t: t * (2 - t),
 }
-EVEN = "even"  # no curve: it follows the pair
+EVEN = "even"  # not a curve: where the frames stand depends on the pair
 
 
 def check_easing(n_frames: int, times: Sequence[float] | None, easing: str | Easing) -> None:
-    """Raise TypeError or ValueError unless these arguments are what they may be, alone and together."""
+    """Raise TypeError or ValueError unless these arguments are allowed, each by itself and all of them together."""
     linear = frame_times(n_frames, times)
     if not callable(easing):
         if not isinstance(easing, str):
@@ -41,15 +41,16 @@ def eased_times(times: Sequence[float], easing: str | Easing) -> tuple[float, ..
     """Move times by a curve f.
 
     Args:
-        times: strictly ascending, in (0, 1).
-        easing: a name in `CURVES`, or f itself, from f(0) = 0 to f(1) = 1 (to 1e-6), rising at `times`.
+        times: Times in (0, 1), strictly ascending.
+        easing: The name of a curve in `CURVES`, or a function f that leads from f(0) = 0 to f(1) = 1 (within 1e-6) and
+            rises from each of `times` to the next.
 
     Returns:
-        f of each, strictly ascending and in (0, 1).
+        The value of f at each time, strictly ascending and in (0, 1).
 
     Raises:
-        TypeError: f gives something that is no number.
-        ValueError: f starts or ends elsewhere, or puts a frame on an end, outside, on its neighbour or before it.
+        TypeError: The curve's value is not a number.
+        ValueError: The curve does not lead from 0 to 1, or the eased times do not ascend strictly inside (0, 1).
     """
     curve = easing if callable(easing) else CURVES[easing]
     name = "`easing`" if callable(easing) else f"`easing` {easing!r}"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tone that the VAE takes from a photo, faded out over the frames beside the photo.
+"""The difference in tone that the VAE makes to a photo, faded out over the frames beside the photo.
 
-What is made has been through the VAE, and the photos at the ends of a video have not. What the VAE does to the tone
-of a picture would therefore be seen as a jump at both ends.
+In-between frames have been decoded by the VAE, and the photos at the two ends of a video have not. The change that the
+VAE makes to the tone of a picture would therefore be seen as a jump at both ends.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-TONE_CELLS = 8  # squares that tone is averaged over, along the shorter side of a picture
-FADE = 0.25  # how far from an end, in δ, its tone is still added
+TONE_CELLS = 8  # number of squares, along the shorter side of a picture, over each of which tone is averaged
+FADE = 0.25  # distance in δ from an end of the video over which the tone of its photo is faded out
 
 
 def tone_difference(photo: torch.Tensor, reconstructed: torch.Tensor) -> torch.Tensor:
@@ -22,11 +22,12 @@ def tone_difference(photo: torch.Tensor, reconstructed: torch.Tensor) -> torch.T
     Source: ours.
 
     Args:
-        photo: (1, 3, H, W) in [0, 1].
-        reconstructed: the same, through the VAE.
+        photo: The photo, (1, 3, H, W) in [0, 1].
+        reconstructed: The photo encoded and decoded by the VAE, (1, 3, H, W) in [0, 1].
 
     Returns:
-        (1, 3, a, b); a cell is about a square, the shorter of a and b is at most `TONE_CELLS`.
+        The difference in each coarse cell, (1, 3, a, b). A cell is about a square; the smaller of a and b is at most
+        `TONE_CELLS`.
     """
     size = photo.shape[-2:]
     side = max(1.0, min(size) / TONE_CELLS)
@@ -34,20 +35,24 @@ def tone_difference(photo: torch.Tensor, reconstructed: torch.Tensor) -> torch.T
 
 
 def fade_weights(time: float) -> tuple[float, float]:
-    """How much of the tone of either end a frame at δ gets: 1 at that end, falling linearly to 0 `FADE` away."""
+    """How much of the first and of the last photo's tone difference is added to a frame at δ.
+
+    A weight is 1 at the photo's end of the video and falls linearly to 0 at the distance `FADE` from that end.
+    """
     return max(0.0, 1 - time / FADE), max(0.0, 1 - (1 - time) / FADE)
 
 
 def with_tone(frame: torch.Tensor, tones: Sequence[torch.Tensor], time: float) -> torch.Tensor:
-    """A frame with as much of the ends' tone as is due at its time.
+    """Add to a frame as much of the photos' tone differences as its time calls for.
 
     Args:
-        frame: (1, 3, H, W) in [0, 1].
-        tones: what `tone_difference` gives of the first and of the last image; none for the frame as it is.
-        time: its δ.
+        frame: The frame, (1, 3, H, W) in [0, 1].
+        tones: The results of `tone_difference` for the first and for the last photo, or an empty sequence to add
+            nothing.
+        time: The time δ of the frame.
 
     Returns:
-        (1, 3, H, W) in [0, 1]; the frame itself where no tone is due.
+        The frame with the tone added, (1, 3, H, W), clamped to [0, 1].
     """
     for tone, weight in zip(tones, fade_weights(time), strict=False):
         if weight:
