@@ -173,6 +173,8 @@ def steered_flow(
         return torch.where(pinned, 1, weight) * moves
 
     rests = resting_cells(features, flow, rest_tolerance)
+    if rests is not None:
+        rests = rests & moves & moves.flip(0)  # what may move does not rest on what may not
     return regularise(flow, passes, regulariser, rests, held, trusted)
 
 

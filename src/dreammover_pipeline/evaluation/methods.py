@@ -116,6 +116,21 @@ def no_penalty(case: EvaluationCase) -> Result:
     return case.render(case.prepared(distance_penalty=0))
 
 
+def no_rest(case: EvaluationCase) -> Result:
+    """Ours with no place taken to rest because it looks as well like itself."""
+    return case.render(case.prepared(rest_tolerance=0))
+
+
+def mean_flow(case: EvaluationCase) -> Result:
+    """Ours with the flow smoothed by means of vectors, three times, instead of fitted similarities."""
+    return case.render(case.prepared(flow_fit="mean", flow_smoothing=3))
+
+
+def straight(case: EvaluationCase) -> Result:
+    """Ours along straight paths, as in the paper, instead of rigid ones."""
+    return case.render(case.prepared(), motion="straight")
+
+
 def no_smoothing(case: EvaluationCase) -> Result:
     """Ours without smoothing of the flow."""
     return case.render(case.prepared(flow_smoothing=0))
@@ -237,7 +252,10 @@ METHODS = {
     "ours": Method(ours),
     "paper": Method(paper),
     "no_penalty": Method(no_penalty),
+    "no_rest": Method(no_rest),
     "no_smoothing": Method(no_smoothing),
+    "mean_flow": Method(mean_flow),
+    "straight": Method(straight),
     "photometric": Method(photometric),
     "one_block": Method(one_block),
     "shallow": Method(shallow),
