@@ -16,6 +16,9 @@ from dreammover_pipeline.flow import (
     distance_bias,
     join_features,
     match_features,
+    neighbourhood_mean,
+    regularise,
+    resting_cells,
     round_trip_error,
     smooth_flow,
 )
@@ -260,3 +263,33 @@ def test_leaves_its_inputs_alone():
     before = features.clone()
     match_features(features, (5, 6))
     assert torch.equal(features, before)
+
+
+# What rests
+
+
+def test_a_doubtful_cell_rests_where_it_looks_as_well_like_itself():
+    """Two images of one ground with a thing on it that moves; the ground's features differ by noise alone."""
+    h = w = 12
+    generator = torch.Generator().manual_seed(0)
+    ground = torch.ones(1, 8, 1, 1, dtype=torch.float64).expand(2, 8, h, w)
+    features = ground + 0.05 * torch.randn(2, 8, h, w, dtype=torch.float64, generator=generator)
+    thing = torch.randn(8, 3, 3, dtype=torch.float64, generator=generator)
+    features[0, :, 2:5, 2:5] = features[1, :, 7:10, 7:10] = 4 * thing
+    flow = match_features(features, (h, w))
+    rests = resting_cells(features, flow, 0.15)
+    assert not rests[0, 0, 2:5, 2:5].any()
+    assert not rests[1, 0, 7:10, 7:10].any()
+    sure = round_trip_error(flow) <= 1.5
+    assert not (rests & sure).any()
+    on_the_ground = torch.ones(2, 1, h, w, dtype=torch.bool)
+    on_the_ground[:, :, 2:5, 2:5] = on_the_ground[:, :, 7:10, 7:10] = False
+    assert torch.equal(rests & on_the_ground, ~sure & on_the_ground)
+    assert resting_cells(features, flow, 0) is None
+    regular = regularise(flow, 0, neighbourhood_mean, rests)
+    assert not regular.stacked()[rests.expand(2, 2, h, w)].any()
+
+
+def test_regularising_by_means_is_smoothing():
+    flow = BidirectionalFlow(2 * randn(1, 2, 6, 7, seed=1), 2 * randn(1, 2, 6, 7, seed=2))
+    assert_same_flow(regularise(flow, 2, neighbourhood_mean), smooth_flow(flow, 2))

@@ -264,10 +264,9 @@ def test_frames_are_the_same_for_every_batch_size(pipe, photos, fast):
         {"feature_block": 2},
         {"feature_block": 1},
         {"distance_penalty": 0},
-        {"rest_tolerance": 0},
         {"flow_smoothing": 0},
         {"flow_fit": "mean"},
-        {"motion": "straight"},
+        {"motion": "straight", "points": [((20, 24), (44, 36)), ((10, 24), (44, 46)), ((20, 14), (54, 36))]},
         {"importance": "photometric"},
         {"feature_step": 3},
         {"inversion_steps": 3},
@@ -281,6 +280,7 @@ def test_frames_are_the_same_for_every_batch_size(pipe, photos, fast):
 )
 def test_every_option_does_something(pipe, photos, fast, option):
     reference = fast | ({"guidance_scale": 4.0} if "negative_prompt" in option else {})
+    reference |= {"points": option["points"]} if "points" in option else {}  # without them nothing turns here
     arguments = {"output_type": "latent", "generator": torch.Generator().manual_seed(0)}
     plain = pipe(*photos, **reference | arguments).frames
     changed = pipe(*photos, **fast | option | arguments).frames

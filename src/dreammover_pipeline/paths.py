@@ -92,7 +92,7 @@ def _arms(ways: torch.Tensor, sure: torch.Tensor, fit: Similarity) -> torch.Tens
     arms = []
     for image in range(2):
         one = slice(image, image + 1)
-        turn, shift = (field[one].flatten(2)[..., None] for field in (fit.turn, fit.shift))  # (1, 2, n, 1)
+        turn, shift = (part[one].flatten(2)[..., None] for part in (fit.turn, fit.shift))  # (1, 2, n, 1)
         moved = ways[one][seen].flatten(2)[:, :, None]  # (1, 2, 1, m)
         off = (moved - shift - complex_product(turn, apart)).square().sum(1)
         alike = (

@@ -7,13 +7,10 @@ them and matches their features; `render` fuses the two at every δ, denoises wi
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -56,14 +53,14 @@ from .records import Canvas, PreparedPair
 from .rendering import DenoisedFrames, finish_frames, render_latents
 from .rigid import similarity_flow  # noqa: F401, named for the loader
 from .sampling import denoise  # noqa: F401, named for the loader
-from .schedules import deterministic_ddim, schedule_settings
+from .schedules import deterministic_ddim
 from .sequence import LORAS, GapStages, check_arguments_of_a_sequence, checked_gaps, frames_of_gaps, make_gaps
 from .settings import PRESETS, Content, Delivery, FitSettings, NegativeContent, PrepareSettings, RenderSettings
 from .spacing import even_times  # noqa: F401, named for the loader
 from .splatting import softmax_splat  # noqa: F401, named for the loader
 from .stages import StageMethods
 from .steering import steered_flow  # noqa: F401, named for the loader
-from .storage import check_same_models, fingerprint, fingerprints, read_pair, write_pair
+from .storage import write_pair  # noqa: F401, named for the loader
 from .text import embed_text  # noqa: F401, named for the loader
 from .timing import CURVES  # noqa: F401, named for the loader
 from .tone import with_tone  # noqa: F401, named for the loader
@@ -591,50 +588,6 @@ class DreamMoverPipeline(
         self.maybe_free_model_hooks()
         return weights
 
-    def fingerprint(self) -> str:
-        """What decides the frames of given arguments, in short: all weights of UNet, VAE and text encoder, the noise
-        schedule, and the scale of the latents.
-
-        It is the same wherever the weights are held, offloaded or not, compiled or not, and in every precision that
-        rounds none of them. A LoRA changes it while it acts: loaded and active, at its weight, or fused; loaded and
-        disabled it does not. Every call reads every weight: seconds for Stable Diffusion 1.5 on one CPU core.
-
-        Returns:
-            64 hexadecimal digits.
-        """
-        scale = None if self.vae is None else self.vae.config.scaling_factor
-        settings = json.dumps([schedule_settings(self.scheduler), scale], default=list)
-        return hashlib.sha256(f"{fingerprint(self._fingerprinted)} {settings}".encode()).hexdigest()
-
-    def save_pair(self, pair: PreparedPair, path: str | os.PathLike) -> None:
-        """Write a prepared pair to one safetensors file, whole or not at all, together with the models' fingerprints.
-
-        The fingerprints are those of now: save before LoRAs are loaded, fused or unloaded.
-
-        Args:
-            pair: what `prepare` returned.
-            path: the file; one that is there is replaced.
-        """
-        write_pair(pair, path, fingerprints(self._fingerprinted))
-
-    def load_pair(self, path: str | os.PathLike) -> PreparedPair:
-        """Read a pair that `save_pair` wrote, for `render` on this pipeline's device; frames come out the same.
-
-        UNet and VAE must be those it was saved with. With another text encoder, which only negative prompts still
-        need, it loads with a warning.
-
-        Args:
-            path: the file.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is cut off, damaged or of another kind, its format version is unknown, or the UNet or
-                the VAE are other ones.
-        """
-        pair, saved = read_pair(path, self._execution_device)
-        check_same_models(path, saved, fingerprints(self._fingerprinted))
-        return replace(pair, prompt_embeds=pair.prompt_embeds.to(self.unet.dtype))
-
     def check_inputs(self, **arguments) -> None:
         """Raise TypeError or ValueError unless these arguments of `__call__` are what they may be.
 
@@ -691,11 +644,6 @@ class DreamMoverPipeline(
 
     def _check_model_fits(self, *settings: Settings) -> None:
         check_model_fits(settings, self.unet, self.vae, self.scheduler, self._callback_tensor_inputs)
-
-    @property
-    def _fingerprinted(self) -> dict[str, torch.nn.Module]:
-        models = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
-        return {name: model for name, model in models.items() if model is not None}
 
     @contextmanager
     def _stage(self, name: str, total: int) -> Iterator[Callable[[], object]]:

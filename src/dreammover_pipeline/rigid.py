@@ -21,8 +21,8 @@ from .fields import cell_grid
 from .splatting import winner_splat
 
 UNIT_GRID = 32
-SIGMA = 3.0  # cells; of the Gaussian by which matches count that lie away from a cell
-REACH = 8  # cells; how far from a cell a match counts at all
+WINDOW_SIGMA = 3.0  # cells; of the Gaussian by which matches count that lie away from a cell
+WINDOW_REACH = 8  # cells; how far from a cell a match counts at all
 # Cells; standard deviation of how far from the fit a match may lie, for each time that the fit is made anew.
 TOLERANCES = (6.0, 3.0, 2.0, 1.5, 1.5)
 STIFFNESS = 0.5  # squared cells; how strongly turn and scaling are held back where matches lie close together
@@ -53,7 +53,7 @@ def fit_similarities(
     flow: torch.Tensor,
     weight: torch.Tensor,
     both_ways: bool = True,
-    sigma: float = SIGMA,
+    sigma: float = WINDOW_SIGMA,
     tolerances: Sequence[float] = TOLERANCES,
     stiffness: float = STIFFNESS,
 ) -> Similarity:
@@ -105,7 +105,7 @@ def best_of_neighbours(fit: Similarity, flow: torch.Tensor) -> Similarity:
     for dy, dx in product(range(-2, 3), repeat=2):
         down, right = dy * step, dx * step
         y, x = ((torch.arange(n, device=flow.device) + by).clamp(0, n - 1) for n, by in ((h, down), (w, right)))
-        shift, turn = (field[..., y[:, None], x] for field in (fit.shift, fit.turn))
+        shift, turn = (part[..., y[:, None], x] for part in (fit.shift, fit.turn))
         shift = shift + complex_product(turn, cells - cells[..., y[:, None], x])
         residual = (flow - shift).square().sum(1, keepdim=True)
         better = residual < best.residual
@@ -138,14 +138,16 @@ def _matches_around(
     Returns:
         (2, 2, k, h·w), (2, 2, k, h·w) and (2, k, h·w), for k matches.
     """
-    fields = [torch.cat([torch.zeros_like(flow), flow, weight], 1)]
+    sources = [torch.cat([torch.zeros_like(flow), flow, weight], 1)]
     if both_ways:
-        fields.append(_matches_of_the_other(flow, weight))
-    side = 2 * REACH + 1
-    offsets = (cell_grid(side, side, flow).flatten(2) - REACH) * stride  # (1, 2, side²)
+        sources.append(_matches_of_the_other(flow, weight))
+    side = 2 * WINDOW_REACH + 1
+    offsets = (cell_grid(side, side, flow).flatten(2) - WINDOW_REACH) * stride  # (1, 2, side²)
     places, vectors, weights = [], [], []
-    for field in fields:
-        windows = F.unfold(field, side, dilation=stride, padding=REACH * stride).unflatten(1, (5, side * side))
+    for matches in sources:
+        windows = F.unfold(matches, side, dilation=stride, padding=WINDOW_REACH * stride).unflatten(
+            1, (5, side * side)
+        )
         places.append(windows[:, :2] + offsets[..., None])
         vectors.append(windows[:, 2:4])
         weights.append(windows[:, 4])  # zero off the grid
