@@ -60,9 +60,9 @@ def test_calls_are_those_of_the_formula(pipe, photos, workload):
 @pytest.mark.parametrize("workload", [Workload(5, 3, 2), Workload(2, 1, 2)])
 def test_flops_are_those_of_the_formula_and_of_matching(pipe, photos, workload):
     units = count_units(*bare_and_fitted(pipe.unet, pipe.vae, pipe.text_encoder, 64))
-    features = torch.randn(2, 16 + 16, 8, 8)  # of the second and the third up block, joined
+    features = torch.randn(2, 16 + 16 + 16, 8, 8)  # of the second up block, twice, and the third, joined
     matching = count_flops(lambda: match_features(features, (8, 8)))
-    assert matching == 2 * 64 * 64 * 32
+    assert matching == 2 * 64 * 64 * 48
     assert count_flops(lambda: run_workload(pipe, photos, workload)) == units.inference(workload) + matching
 
 

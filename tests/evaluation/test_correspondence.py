@@ -42,6 +42,7 @@ def test_every_variant_is_measured_on_every_pair(rows, suites):
 def test_a_variant_is_the_pipelines_own_flow(tiny_pipe, suites, rows):
     pair = suites[0].load(suites[0].pairs[0])
     settings = {"inversion_steps": 3, "feature_step": 2, "feature_block": 1, "lora_steps": 0}
+    settings |= {"flow_fit": "mean", "flow_smoothing": 3, "rest_tolerance": 0}
     expected = _measured(
         EvaluationCase(tiny_pipe, pair, 0, settings), EvaluationCase(tiny_pipe, pair, 0, settings).prepared().flow
     )

@@ -55,7 +55,8 @@ def test_a_moment_of_the_prepared_pair(session, files, pipe):
         session.moment(0.5, {}, Stages())
     finished = session.make(files, PREPARING, RENDERING, fps=8)
     first = session.moment(1 / 3, {}, Stages())
-    np.testing.assert_array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(finished.rendered.files[1])))
+    alone, among_others = (np.asarray(Image.open(path)) for path in (first, finished.rendered.files[1]))
+    np.testing.assert_allclose(alone, among_others, atol=1)  # frames of any batch size are the same up to rounding
     second = session.moment(0.9, {}, Stages())
     assert second.is_file()
     assert not first.exists()
