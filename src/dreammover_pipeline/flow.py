@@ -175,9 +175,10 @@ def regularise(
 
     Args:
         flow: The flow both ways.
-        passes: How often, 0 … ; the agreement is found anew before each pass but the first.
+        passes: How often, 0 … ; the agreement is found anew before each pass.
         regulariser: `neighbourhood_mean`, or `rigid.similarity_flow`.
-        rests: Cells that rest, (2, 1, h, w) bool, as `resting_cells` finds them.
+        rests: Cells that rest, (2, 1, h, w) bool, as `resting_cells` finds them. They begin with no flow, and the
+            first pass trusts them by at least `REST_WEIGHT`.
         hold: From a flow (2, 2, h, w) to the flow with what is known put in; applied before the first pass and after
             each.
         trust: From the agreement of cells to how sure they are.
@@ -189,12 +190,11 @@ def regularise(
     if rests is not None:
         stacked = torch.where(rests, 0, stacked)
     stacked = hold(stacked)
-    weight = agreement(BidirectionalFlow(stacked[:1], stacked[1:]))
-    if rests is not None:
-        weight = torch.where(rests, weight.clamp(min=REST_WEIGHT), weight)
-    for _ in range(passes):
-        stacked = hold(regulariser(stacked, trust(weight)))
+    for done in range(passes):
         weight = agreement(BidirectionalFlow(stacked[:1], stacked[1:]))
+        if rests is not None and done == 0:
+            weight = torch.where(rests, weight.clamp(min=REST_WEIGHT), weight)
+        stacked = hold(regulariser(stacked, trust(weight)))
     return BidirectionalFlow(stacked[:1], stacked[1:])
 
 
