@@ -120,7 +120,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappi
 
 
 def read_tensors(path: Path, device: str | torch.device) -> dict[str, torch.Tensor] | None:
-    """The tensors of a file written by `write_tensors`, on a device; None if the file is missing or incomplete."""
+    """The tensors of a safetensors file, on a device; None if the file is missing, cut off or damaged."""
     try:
         with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
             return {name: _own(file.get_tensor(name), device) for name in file.keys()}  # noqa: SIM118

@@ -8,12 +8,11 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from ..arguments import arguments_of
 from ..settings import FitSettings
-from ..storage import digest_of
+from ..storage import digest_of, read_tensors
 from .jobs import Job
 
 
@@ -30,14 +29,7 @@ class LoraCache:
 
     def load(self, key: str) -> dict[str, torch.Tensor] | None:
         """The LoRA of a key that `lora_key` gave; None if its file is missing, cut off or damaged."""
-        try:
-            weights = load_file(self._path(key))
-        except (OSError, SafetensorError):
-            return None
-        # safetensors loads tensors that lie in the memory of the file, at addresses that depend on the file's header.
-        # Where an address is no multiple of 64, some processors use kernels that round differently. Torch's own memory
-        # always begins at such a multiple, so copies act to the bit as the weights did that were fitted.
-        return {name: weight.clone() for name, weight in weights.items()}
+        return read_tensors(self._path(key), "cpu")
 
     def save(self, key: str, weights: dict[str, torch.Tensor], owner: str) -> None:
         """Keep a LoRA. Its file appears whole or not at all.
