@@ -33,6 +33,11 @@ class DreamMoverPipelineOutput(BaseOutput):
     nsfw_content_detected: list[list[bool]] | None
     times: list[tuple[float, ...]]
 
+    @property
+    def blacked_out(self) -> int:
+        """How many frames of the first pair the safety checker flagged and made black; 0 without a safety checker."""
+        return sum(self.nsfw_content_detected[0]) if self.nsfw_content_detected else 0
+
 
 def as_output(frame: torch.Tensor, output_type: str):
     """A frame (1, 3, H, W) as a list of one PIL image, an array (1, H, W, 3), or the tensor itself."""

@@ -184,7 +184,7 @@ def _recorded_output(name: str, video: Path, output: DreamMoverPipelineOutput) -
         "times": list(output.times[0]),
         "width": frames[0].width,
         "height": frames[0].height,
-        "blacked_out": sum(output.nsfw_content_detected[0]) if output.nsfw_content_detected else 0,
+        "blacked_out": output.blacked_out,
     }
 
 

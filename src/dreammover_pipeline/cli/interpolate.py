@@ -154,10 +154,9 @@ def _make_sequence(args: argparse.Namespace, photos: Sequence[str]) -> None:
     with _claimed(parts):
         made = _gaps(pipe, args, decoded, photos, {**call, "n_frames": counts}, parts)
         frames, times = made.frames[0], made.times
-        flagged = sum(made.nsfw_content_detected[0]) if made.nsfw_content_detected else 0
         canvas = pipe.canvas(decoded[0], call.get("height"), call.get("width"))
         moments = [k + moment for k, gap in enumerate(times) for moment in gap]
-        length = write_frames(args, frames, moments, flagged, lambda: _crossfades(decoded, canvas, times))
+        length = write_frames(args, frames, moments, made.blacked_out, lambda: _crossfades(decoded, canvas, times))
     shutil.rmtree(parts)
     print(f"{args.output}: {length} frames in {time.perf_counter() - start:.1f} s")
 

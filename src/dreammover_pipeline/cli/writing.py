@@ -148,10 +148,9 @@ def make_video(
         pair, output = make(pipe)
     except torch.OutOfMemoryError as error:
         raise RuntimeError(f"{error} Try --frame-batch-size 1, --dtype float16 or a smaller size") from error
-    flagged = sum(output.nsfw_content_detected[0]) if output.nsfw_content_detected else 0
     frames, times = output.frames[0], output.times[0]
     photos = [picture_of(image) for image in pair.images]
-    length = write_frames(args, frames, times, flagged, lambda: crossfade(*photos, times))
+    length = write_frames(args, frames, times, output.blacked_out, lambda: crossfade(*photos, times))
     if args.flow:
         write_picture(flow_picture(pair.flow, pair.canvas), args.flow)
     if args.matches:

@@ -213,8 +213,7 @@ class Session:
         for name, picture in pictures.items():
             write_picture(picture, paths[name])
         files = tuple(sorted((folder / "frames").iterdir()))
-        flagged = sum(output.nsfw_content_detected[0]) if output.nsfw_content_detected else 0
-        return RenderedFrames(key, folder, files, times, paths, flagged)
+        return RenderedFrames(key, folder, files, times, paths, output.blacked_out)
 
     def _write(
         self, rendered: RenderedFrames, fps: float, hold: float, ping_pong: bool, work: tuple[str, ...]
