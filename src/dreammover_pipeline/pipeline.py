@@ -495,8 +495,8 @@ class DreamMoverPipeline(
         kept = KeptGaps()
         if keep is not None:
             check_no_callback("keep", delivery)
-            models = f"{self.fingerprint()} {[str(model.dtype) for model in self._fingerprinted.values()]}"
-            kept = kept_gaps(keep, gaps, preparing, rendering, shared, models, self._execution_device)
+            fingerprints = f"{self.fingerprint()} {[str(model.dtype) for model in self._fingerprinted.values()]}"
+            kept = kept_gaps(keep, gaps, preparing, rendering, shared, fingerprints, self._execution_device)
         models = self._models(preparing.cross_attention_kwargs)
         fits_once = shared and preparing.lora_steps > 0
         stages = GapStages(
