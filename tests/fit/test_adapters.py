@@ -5,32 +5,11 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from support.fitting import ALPHAS_CUMPROD, FIT, add_user_lora, forward, random_pair
+from support.fitting import FIT, add_user_lora, forward
 from support.snapshot import snapshot
 
 from dreammover_pipeline.adapters import adapter_weights, base_weight, isolated_adapter
-from dreammover_pipeline.lora import LoraFit, fit_pair_lora, pair_lora
-
-
-@pytest.fixture
-def unet(components):
-    return components["unet"]
-
-
-@pytest.fixture
-def pair():
-    return random_pair()
-
-
-@pytest.fixture
-def alphas_cumprod():
-    return ALPHAS_CUMPROD
-
-
-@pytest.fixture
-def fitted(unet, pair, alphas_cumprod):
-    return fit_pair_lora(unet, *pair, alphas_cumprod, LoraFit(3, 4, 1e-2), seed=0)
-
+from dreammover_pipeline.lora import fit_pair_lora, pair_lora
 
 # ── The adapter itself ─────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -6,33 +6,12 @@ import weakref
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from support.fitting import ALPHAS_CUMPROD, FIT, add_user_lora, forward, random_pair
+from support.fitting import FIT, add_user_lora, forward
 from support.snapshot import snapshot
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreammover_pipeline.ddim import recompose
 from dreammover_pipeline.lora import LoraFit, _adapted, fit_pair_lora, pair_lora
-
-
-@pytest.fixture
-def unet(components):
-    return components["unet"]
-
-
-@pytest.fixture
-def pair():
-    return random_pair()
-
-
-@pytest.fixture
-def alphas_cumprod():
-    return ALPHAS_CUMPROD
-
-
-@pytest.fixture
-def fitted(unet, pair, alphas_cumprod):
-    return fit_pair_lora(unet, *pair, alphas_cumprod, LoraFit(3, 4, 1e-2), seed=0)
-
 
 # ── The fit ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
