@@ -116,7 +116,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappi
     """
     # Tensors are copied, because safetensors does not take tensors that share memory or are not contiguous.
     copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    _write_whole(path, save(copies, header))
+    write_whole(path, save(copies, header))
 
 
 def read_tensors(path: Path, device: str | torch.device) -> dict[str, torch.Tensor] | None:
@@ -263,7 +263,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file completely or not at all; a file that exists at the path is replaced."""
     target = path.resolve()  # of a symbolic link, the file that it points to is replaced, and the link stays
     temporary = target.with_name(f".dreammover-{secrets.token_hex(4)}")
     try:

@@ -18,6 +18,7 @@ from .. import __version__
 from .batch import add_batch
 from .evaluate import add_evaluation
 from .export_hub import add_export
+from .fetch_weights import add_fetch_weights
 from .interpolate import add_interpolate
 from .render import add_render
 from .train import add_train
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add_render(commands)
     add_batch(commands)
     add_evaluation(commands)
+    add_fetch_weights(commands)
     add_export(commands)
     add_ui(commands)
     add_train(commands)

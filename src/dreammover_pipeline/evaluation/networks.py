@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -17,9 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from ..media.pictures import picture_of
+from .lpips import Lpips
+from .weights import checkpoints, lpips_weights
 
-# Names of files in torch.hub's folder of checkpoints.
-ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's weights
+# Names of files in the folder `checkpoints`.
 RAFT = "raft_large_C_T_SKHT_V2-ff5fadd5.pth"  # torchvision's weights
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's weights
 
@@ -107,21 +107,17 @@ def load_raft() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
 
 
 def load_lpips() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Load LPIPS 0.1 with AlexNet, by torchmetrics.
+    """Load LPIPS 0.1 with AlexNet.
 
     Raises:
-        ImportError: torchmetrics or torchvision is missing.
-        OSError: the weights are missing.
+        OSError: the weights are missing or damaged.
     """
-    import torchvision  # noqa: F401, because torchmetrics' own error would name another package
-    from torchmetrics.functional.image.lpips import _LPIPS
-
-    _weights(ALEXNET)
-    network = _LPIPS(net="alex").eval()
+    network = Lpips()
+    network.load_state_dict(lpips_weights())
 
     @torch.no_grad()
     def lpips(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        return network(images, others, normalize=True).flatten()
+        return network(images, others)
 
     return lpips
 
@@ -151,7 +147,7 @@ def load_fid() -> Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], flo
 
 def _weights(name: str) -> dict[str, torch.Tensor]:
     """Weights from torch.hub's folder of checkpoints, where the libraries look before they download anything."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    path = checkpoints() / name
     if not path.is_file():
         raise OSError(f"the weights '{name}' are not in torch.hub's folder of checkpoints, and nothing is downloaded")
     return torch.load(path, map_location="cpu", weights_only=True)
