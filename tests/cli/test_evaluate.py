@@ -70,6 +70,13 @@ def test_bad_options_are_refused_before_anything_is_made(tmp_path, monkeypatch, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_method_whose_weights_are_missing_is_refused_if_it_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
+    assert main(["evaluate", "-o", str(tmp_path / "out"), "--methods", "crossfade", "rife"]) == 1
+    assert "get them with: dreammover fetch-weights rife" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_libraries_are_named_with_the_extra_that_has_them(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(evaluate, "find_spec", lambda name: None if name == "cv2" else find_spec(name))
     assert main(["evaluate", "-o", str(tmp_path / "out")]) == 1

@@ -11,13 +11,15 @@ pytest.importorskip("skimage")
 pytest.importorskip("cv2")
 
 from dreammover_pipeline.evaluation.branching import between, branching_slerp, generations
-from dreammover_pipeline.evaluation.methods import METHODS, EvaluationCase
+from dreammover_pipeline.evaluation.methods import METHODS, EvaluationCase, _looked_up
 from dreammover_pipeline.evaluation.networks import Tools, dis_flow
 from dreammover_pipeline.evaluation.scoring import score
 from dreammover_pipeline.evaluation.suites import Pair, find_suites, folder_suite, world_suite
 from dreammover_pipeline.images import load_images
 from dreammover_pipeline.settings import PRESETS
 
+# The methods that need no weights but the pipeline's; those that do have their own tests.
+OWN = {name: method for name, method in METHODS.items() if not method.weights}
 SHORT = {"num_inference_steps": 6, "inversion_steps": 4, "feature_step": 2, "lora_steps": 1}
 MATCHED = {"ours", "photometric", "direct_fusion", "released_fusion", "no_attention", "latent_splat", "pixel_splat"}
 MATCHED |= {"straight"}
@@ -50,16 +52,16 @@ def folder(tmp_path, photos):
 
 def test_every_method_makes_frames_of_one_pair(case):
     frames = {}
-    for name, method in METHODS.items():
+    for name, method in OWN.items():
         assert method.suits(case.pair)
         frames[name], flow = method(case)
         assert frames[name].shape == (3, 3, 64, 64), name
         assert frames[name].dtype == torch.float32
         assert not frames[name].requires_grad
         assert 0 <= frames[name].min() <= frames[name].max() <= 1
-        assert (flow is None) == (name in {"branching_slerp", "crossfade", "vae_of_truth"})
+        assert (flow is None) == (name in {"branching_slerp", "crossfade", "dis_warp", "vae_of_truth"})
         assert (flow is case.prepared().flow) == (name in MATCHED)
-    names = [name for name in METHODS if name not in ALIKE_WITH_RANDOM_WEIGHTS]
+    names = [name for name in OWN if name not in ALIKE_WITH_RANDOM_WEIGHTS]
     for i, name in enumerate(names):
         for other in names[:i]:
             assert not torch.allclose(frames[name], frames[other], atol=1e-4), f"{name} is {other}"
@@ -74,7 +76,7 @@ def test_what_needs_real_features_to_make_a_difference_makes_one(tiny_pipe):
 
 def test_every_method_repeats_itself_and_knows_the_time(pipe, case):
     again = EvaluationCase(pipe, case.pair, 0, SHORT)
-    for name, method in METHODS.items():
+    for name, method in OWN.items():
         frames, _ = method(case)
         assert torch.equal(frames, method(again)[0]), name
         assert not torch.equal(frames[0], frames[2]), name
@@ -140,6 +142,21 @@ def test_a_crossfade_is_a_weighted_mean(case):
     torch.testing.assert_close(frames, torch.stack([(1 - t) * first + t * last for t in (0.25, 0.5, 0.75)]))
 
 
+def test_dis_warp_follows_a_motion_and_goes_on_with_edges(pipe):
+    noise = torch.rand(1, 3, 20, 20, generator=torch.Generator().manual_seed(0)).mean(1, keepdim=True)
+    picture = torch.nn.functional.interpolate(noise, (80, 80), mode="bicubic").clamp(0, 1)[0].expand(3, -1, -1)
+    first, middle, last = (picture[:, 8:72, x : x + 64] for x in (8, 10, 12))
+    case = EvaluationCase(pipe, Pair("shift", (first, last), ("", ""), (0.5,)), 0, SHORT)
+    frames, _ = METHODS["dis_warp"](case)
+    assert (frames[0] - middle)[:, 8:-8, 8:-8].abs().mean() < 0.01
+    assert (METHODS["crossfade"](case)[0][0] - middle)[:, 8:-8, 8:-8].abs().mean() > 0.02
+    white = Pair("white", (torch.ones(3, 64, 64), torch.ones(3, 64, 64)), ("", ""), (0.5,))
+    assert METHODS["dis_warp"](EvaluationCase(pipe, white, 0, SHORT))[0].min() == 1
+    assert (
+        _looked_up(first, torch.full((1, 2, 64, 64), 1000.0)).unique().tolist() == first[:, -1, -1].unique().tolist()
+    )
+
+
 def test_splats_of_a_pair_that_rests_show_it(tiny_pipe):
     """Identical images match themselves, so pixels come back as they are and latents as their decoding."""
     pair = world_pair(size=128)
@@ -199,7 +216,7 @@ def test_photos_of_any_shape_are_fitted(pipe, photos):
     first, last = (load_images(photo, "photo")[0] for photo in photos)
     pair = Pair("odd", (first[:, :40, :50], last), ("", ""), (0.5,))
     case = EvaluationCase(pipe, pair, 0, SHORT)
-    for name, method in METHODS.items():
+    for name, method in OWN.items():
         if method.suits(pair):
             assert method(case)[0].shape == (1, 3, 40, 50), name
 

