@@ -50,7 +50,7 @@ def test_the_command_evaluates_reports_and_compares(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ("--suites nowhere", "'nowhere' is neither same, relit, recast nor a folder"),
+        ("--suites nowhere", "'nowhere' is neither same, relit, recast, clips nor a folder"),
         ("--methods best", "'ours', 'paper'"),
         ("--pairs 0", "--pairs"),
         ("--frames 0", "--frames"),

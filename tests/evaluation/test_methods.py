@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The suites and the methods, on real pipelines."""
 
+import shutil
 from itertools import pairwise
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 pytest.importorskip("skimage")
 pytest.importorskip("cv2")
@@ -14,7 +15,7 @@ from dreammover_pipeline.evaluation.branching import between, branching_slerp, g
 from dreammover_pipeline.evaluation.methods import METHODS, EvaluationCase, _looked_up
 from dreammover_pipeline.evaluation.networks import Tools, dis_flow
 from dreammover_pipeline.evaluation.scoring import score
-from dreammover_pipeline.evaluation.suites import Pair, find_suites, folder_suite, world_suite
+from dreammover_pipeline.evaluation.suites import CLIPS, Pair, find_suites, folder_suite, world_suite
 from dreammover_pipeline.images import load_images
 from dreammover_pipeline.settings import PRESETS
 
@@ -259,7 +260,8 @@ def test_a_folder_suite_with_and_without_truth(folder, photos):
     [
         (lambda folder: (folder / "bare" / "1.png").unlink(), "lacks '1.png'"),
         (lambda folder: (folder / "full" / "0.png").write_text("no picture"), "0.png' is no picture"),
-        (lambda folder: (folder / "full" / "0.250.png").rename(folder / "full" / "0.000.png"), "does not lie between"),
+        (lambda folder: (folder / "full" / "0.250.png").rename(folder / "full" / "0.000.png"), "are of the same time"),
+        (lambda folder: shutil.copy(folder / "bare" / "1.png", folder / "bare" / "1.JPG"), "are of the same time"),
         (lambda folder: Image.new("RGB", (8, 8)).save(folder / "full" / "0.250.png"), "has not the size 64x64"),
         (lambda folder: (folder / "bare" / "prompt.txt").write_text("a\nb\nc"), "one or two lines"),
         (lambda folder: (folder / "bare" / "prompt.txt").write_text("\n"), "one or two lines"),
@@ -271,9 +273,57 @@ def test_a_folder_laid_out_wrongly_is_refused_by_name(folder, spoil, reason):
         folder_suite(folder, 3)
 
 
+def test_pictures_of_a_folder_may_be_jpegs_and_turned(folder, photos):
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    wide = photos[0].resize((64, 48))
+    for name in ("0.png", "1.png", "0.250.png", "0.750.png"):
+        (folder / "full" / name).unlink()
+    wide.save(folder / "full" / "0.jpg")
+    wide.save(folder / "full" / "0.5.jpeg")
+    wide.transpose(Image.Transpose.ROTATE_90).save(folder / "full" / "0.75.JPG", exif=turned)
+    photos[1].save(folder / "full" / "1.png")
+    pair = folder_suite(folder, 3).load("full")
+    assert pair.times == (0.5, 0.75)
+    assert pair.truth.shape == (2, 3, 48, 64)
+    assert (pair.truth - pair.images[0]).abs().mean() < 0.05
+    wide.save(folder / "full" / "0.75.JPG", exif=turned)
+    with pytest.raises(ValueError, match=r"0.75.JPG' has not the size 64x48 of its pair's '0.jpg'"):
+        folder_suite(folder, 3)
+
+
+def test_the_clips_are_photos_with_their_true_frames(pipe):
+    (suite,) = find_suites(["clips"], 9, 7, 64)
+    pairs = [suite.load(name) for name in suite.pairs]
+    assert [pair.name for pair in pairs if pair.truth is None] == ["cup_44_16"]
+    readme = (CLIPS / "README.md").read_text(encoding="utf-8")
+    for pair in pairs:
+        assert f"| `{pair.name}` |" in readme
+        assert pair.prompt[0] == pair.prompt[1] != ""
+        assert pair.images[0].shape == pair.images[1].shape == (3, 480, 640)
+        if pair.truth is not None:
+            assert pair.times == (0.25, 0.5, 0.75)
+            ends = [[(frame - end).abs().mean() for end in pair.images] for frame in pair.truth]
+            assert ends[0][0] < ends[0][1]  # the frames are in the order of time
+            assert ends[2][0] > ends[2][1]
+
+
+def test_clips_are_scored_at_the_size_of_the_photos(pipe):
+    pair = find_suites(["clips"], 1, 7, 64)[0].load("box_176_48")
+    case = EvaluationCase(pipe, pair, 0, SHORT)
+    scores = []
+    for name in ("crossfade", "dis_warp", "latent_splat"):
+        frames, flow = METHODS[name](case)
+        assert frames.shape == pair.truth.shape
+        scores.append(score(pair, case.ends, frames, flow, case.canvas, Tools(dis_flow, None, None, {})))
+    assert all(found["psnr"] and found["ssim"] and found["we"] for found in scores)
+    assert scores[1]["psnr"] > scores[0]["psnr"] + 1
+    assert scores[2]["epe"] is scores[2]["we_true"] is None  # the true motion is not known
+
+
 def test_suites_are_found_by_name(folder, tmp_path):
     assert [suite.name for suite in find_suites(["relit", str(folder)], 2, 3, 64)] == ["relit", folder.name]
-    with pytest.raises(ValueError, match="neither same, relit, recast nor a folder"):
+    with pytest.raises(ValueError, match="neither same, relit, recast, clips nor a folder"):
         find_suites(["sme"], 2, 3, 64)
     with pytest.raises(ValueError, match="two suites"):
         find_suites(["same", "same"], 2, 3, 64)

@@ -50,7 +50,12 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help=f"{QUICK['pairs']} pairs of each suite, {QUICK['frames']} frame of each pair",
     )
-    add("--suites", nargs="+", metavar="NAME", help="default: same relit recast; a folder of pairs is a suite, too")
+    add(
+        "--suites",
+        nargs="+",
+        metavar="NAME",
+        help="default: same relit recast; also clips, and folders of pairs",
+    )
     add("--pairs", type=int, metavar="N", help=f"largest number of pairs of each suite (default: {FULL['pairs']})")
     add(
         "--frames",

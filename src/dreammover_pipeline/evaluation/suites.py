@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs to evaluate on: pairs of the drawn world, whose truth is known, and folders of pictures."""
+"""Pairs to evaluate on: pairs of the drawn world, whose truth is known, real clips, and folders of pictures."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ..images import load_images
 from ..inputs import frame_times
 from ..tiny.world import DIFFICULTIES, World
 
-TRUTH = re.compile(r"0\.\d+\.png")  # file names of true in-between frames, such as 0.250.png
+# File names of the pictures of a pair, with their time, such as 0.png, 0.250.jpg and 1.png.
+PICTURE = re.compile(r"(0|0\.\d+|1)\.(png|jpg|jpeg)", re.IGNORECASE)
+CLIPS = Path(__file__).parent / "clips"  # the folder of the suite of real clips
+BUILT_IN = (*DIFFICULTIES, CLIPS.name)  # the names of suites that are no folder of the user's
 # Scenes are seeded from here, far from the small numbers that a training is likely to be seeded with.
 WORLD_SEED = 1_000_000
 
@@ -81,8 +84,8 @@ def folder_suite(folder: str | Path, n_frames: int, pairs: int | None = None) ->
     """A suite of the pairs in a folder, each in a folder of its own, as `name/0.png` and `name/1.png`.
 
     In-between frames beside them, named by their time as in `0.250.png`, are the truth; where there are such frames,
-    exactly their times are asked for. `name/prompt.txt` says what the images show, in one line for both or in two
-    lines, one for each.
+    exactly their times are asked for. Each of these pictures may also be a JPEG, as in `0.jpg`. `name/prompt.txt` says
+    what the images show, in one line for both or in two lines, one for each.
 
     Args:
         folder: the folder that holds the folders of the pairs.
@@ -94,7 +97,7 @@ def folder_suite(folder: str | Path, n_frames: int, pairs: int | None = None) ->
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"the suite '{folder}' is neither {', '.join(DIFFICULTIES)} nor a folder")
+        raise ValueError(f"the suite '{folder}' is neither {', '.join(BUILT_IN)} nor a folder")
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not names:
         raise ValueError(f"the folder '{folder}' holds no folders of pairs, like '{folder / 'name' / '0.png'}'")
@@ -108,13 +111,15 @@ def folder_suite(folder: str | Path, n_frames: int, pairs: int | None = None) ->
 
 
 def find_suites(names: Sequence[str], pairs: int, n_frames: int, size: int, seed: int = 0) -> list[Suite]:
-    """The suites of these names, each a difficulty of the drawn world or the path of a folder of pairs.
+    """The suites of these names, each one of `BUILT_IN` or the path of a folder of pairs.
 
     Raises:
-        ValueError: a name is neither a difficulty nor a folder of pairs, or two suites have the same name.
+        ValueError: a name is neither built in nor a folder of pairs, or two suites have the same name.
     """
     suites = [
-        world_suite(name, pairs, n_frames, size, seed) if name in DIFFICULTIES else folder_suite(name, n_frames, pairs)
+        world_suite(name, pairs, n_frames, size, seed)
+        if name in DIFFICULTIES
+        else folder_suite(CLIPS if name == CLIPS.name else name, n_frames, pairs)
         for name in names
     ]
     for suite in suites:
@@ -123,30 +128,42 @@ def find_suites(names: Sequence[str], pairs: int, n_frames: int, size: int, seed
     return suites
 
 
-def _truth_files(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.iterdir() if TRUTH.fullmatch(path.name)), key=lambda path: float(path.stem))
+def _pictures(folder: Path) -> dict[float, Path]:
+    """The pictures of a pair by their time, in the order of time.
+
+    Raises:
+        ValueError: the first or the last picture is missing, or two pictures are of the same time.
+    """
+    found: dict[float, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if named := PICTURE.fullmatch(path.name):
+            time = float(named[1])
+            if time in found:
+                raise ValueError(f"'{found[time]}' and '{path.name}' are of the same time; remove one of them")
+            found[time] = path
+    for time in (0, 1):
+        if time not in found:
+            raise ValueError(f"the pair '{folder}' lacks '{time}.png'")
+    return dict(sorted(found.items()))
 
 
 def _check_pair(folder: Path) -> None:
-    for name in ("0.png", "1.png"):
-        if not (folder / name).is_file():
-            raise ValueError(f"the pair '{folder}' lacks '{name}'")
-    truth = _truth_files(folder)
-    size = _size(folder / "0.png")
+    first, *truth, _ = _pictures(folder).values()
+    size = _size(first)
     for path in truth:
-        if not float(path.stem) > 0:
-            raise ValueError(f"'{path}' is named by a time that does not lie between 0 and 1")
         if _size(path) != size:
-            raise ValueError(f"'{path}' has not the size {size[0]}x{size[1]} of its pair's '0.png'")
+            raise ValueError(f"'{path}' has not the size {size[0]}x{size[1]} of its pair's '{first.name}'")
     prompt = folder / "prompt.txt"
     if prompt.is_file() and not 1 <= len(_lines(prompt)) <= 2:
         raise ValueError(f"'{prompt}' must hold one or two lines")
 
 
 def _size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture as it is to be seen, in pixels."""
     try:
         with Image.open(path) as image:
-            return image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return image.size[::-1] if turned else image.size
     except OSError as error:
         raise ValueError(f"'{path}' is no picture that can be read") from error
 
@@ -156,13 +173,13 @@ def _lines(path: Path) -> list[str]:
 
 
 def _load_pair(folder: Path, times: tuple[float, ...]) -> Pair:
-    files = _truth_files(folder)
-    images = [load_images(path, f"'{path}'")[0] for path in (folder / "0.png", folder / "1.png", *files)]
+    pictures = _pictures(folder)
+    first, *truth, last = (load_images(path, f"'{path}'")[0] for path in pictures.values())
     prompt = _lines(folder / "prompt.txt") if (folder / "prompt.txt").is_file() else [""]
     return Pair(
         folder.name,
-        (images[0], images[1]),
+        (first, last),
         (prompt[0], prompt[-1]),
-        tuple(float(path.stem) for path in files) or times,
-        torch.stack(images[2:]) if files else None,
+        tuple(pictures)[1:-1] or times,
+        torch.stack(truth) if truth else None,
     )
