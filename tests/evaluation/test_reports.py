@@ -65,6 +65,18 @@ def test_a_report_renders_with_sheets(pipe, tmp_path):
     ]
 
 
+def test_a_figure_of_fewer_pairs_than_its_row_says_of_how_many(tmp_path):
+    file = synthetic_run(tmp_path, {"ours": [1.0, 3.0, 5.0], "other": [1.0, None, 3.0]})
+    names = ("model", "weights", "dtype", "device", "warping_flow")
+    file.header |= dict.fromkeys(names, "x") | {"unavailable": {}}
+    for row in file.rows:
+        row["source"] = "abc"
+    lines = markdown(file).splitlines()
+    assert next(line for line in lines if line.startswith("| ours")).endswith("| 3.00 [1.000, 5.00] |")
+    assert next(line for line in lines if line.startswith("| other")).endswith("| 2.00 [1.000, 3.00] (2) |")
+    assert "| − other | 2 | 1.000 [0.000, 2.00] |" in lines
+
+
 def test_a_sheet_has_the_truth_on_top_and_a_column_for_each_time(pipe, tmp_path):
     suite = world_suite("same", 1, 2, 64)
     file = evaluated(pipe, tmp_path, [suite])

@@ -78,7 +78,8 @@ def markdown(
         f"Model {header['model']} (weights {header['weights']}), {header['dtype']} on {header['device']}, "
         f"seed {header['seed']}, settings {header['settings'] or 'the defaults'}, source {', '.join(sources)}.",
         "",
-        "Means over pairs with 95 % bootstrap intervals. Warping errors without truth by "
+        "Means over pairs with 95 % bootstrap intervals; where fewer pairs than the row's have a value, their number "
+        "follows in parentheses. Warping errors without truth by "
         f"{header['warping_flow'].upper()} flow.",
         "",
     ]
@@ -123,7 +124,7 @@ def compare(first: RunFile, second: RunFile, method: str, other_method: str) -> 
     for suite, differences in table.items():
         if differences:
             count = max(difference.count for difference in differences.values())
-            lines.append(_line([suite, str(count)], [_marked(differences.get(metric)) for metric in columns]))
+            lines.append(_line([suite, str(count)], [_marked(differences.get(metric), count) for metric in columns]))
     return "\n".join(lines) + "\n"
 
 
@@ -188,11 +189,12 @@ def _suite_lines(suite: str, rows: Sequence[dict], fid: dict[tuple[str, str], fl
     columns = [metric for metric in BETTER if any(values[m, metric] or (metric == "fid" and fid) for m in methods)]
     lines = ["", f"## {suite}", "", *_head(["method", "pairs"], columns)]
     for method in methods:
+        count = sum(row["method"] == method for row in rows)
         cells = [
-            _fid_cell(fid.get((suite, method))) if metric == "fid" else _mean_cell(values[method, metric])
+            _fid_cell(fid.get((suite, method))) if metric == "fid" else _mean_cell(values[method, metric], count)
             for metric in columns
         ]
-        lines.append(_line([method, str(sum(row["method"] == method for row in rows))], cells))
+        lines.append(_line([method, str(count)], cells))
     base, *others = methods
     columns = [metric for metric in columns if metric != "fid"]
     if others:
@@ -209,7 +211,7 @@ def _suite_lines(suite: str, rows: Sequence[dict], fid: dict[tuple[str, str], fl
             for metric in columns
         ]
         count = max((difference.count for difference in differences if difference), default=0)
-        lines.append(_line([f"− {method}", str(count)], [_marked(difference) for difference in differences]))
+        lines.append(_line([f"− {method}", str(count)], [_marked(difference, count) for difference in differences]))
     return lines
 
 
@@ -222,18 +224,24 @@ def _line(labels: list[str], cells: list[str]) -> str:
     return "| " + " | ".join([*labels, *cells]) + " |"
 
 
-def _mean_cell(values: Sequence[float]) -> str:
-    return str(estimate(values)) if values else "–"
+def _mean_cell(values: Sequence[float], count: int) -> str:
+    return f"{estimate(values)}{_of_fewer(len(values), count)}" if values else "–"
+
+
+def _of_fewer(number: int, count: int) -> str:
+    """The number of pairs that a figure is of, where that is smaller than the number that its row is of."""
+    return f" ({number})" if number < count else ""
 
 
 def _fid_cell(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
 
 
-def _marked(difference: Estimate | None) -> str:
+def _marked(difference: Estimate | None, count: int) -> str:
     if difference is None:
         return "–"
-    return f"**{difference}**" if difference.excludes_zero else str(difference)
+    text = f"**{difference}**" if difference.excludes_zero else str(difference)
+    return f"{text}{_of_fewer(difference.count, count)}"
 
 
 def _strip(file: RunFile, row: dict, name: str, count: int) -> torch.Tensor:
