@@ -143,6 +143,7 @@ def test_paper_is_what_differs_from_the_paper():
         "distance_penalty": 0,
         "rest_tolerance": 0,
         "flow_smoothing": 0,
+        "photo_tolerance": 0,
         "motion": "straight",
         "importance": "photometric",
     }

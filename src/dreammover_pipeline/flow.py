@@ -191,11 +191,11 @@ def regularise(
         stacked = torch.where(rests, 0, stacked)
     stacked = hold(stacked)
     for done in range(passes):
-        weight = agreement(BidirectionalFlow(stacked[:1], stacked[1:]))
+        weight = agreement(BidirectionalFlow.of(stacked))
         if rests is not None and done == 0:
             weight = torch.where(rests, weight.clamp(min=REST_WEIGHT), weight)
         stacked = hold(regulariser(stacked, trust(weight)))
-    return BidirectionalFlow(stacked[:1], stacked[1:])
+    return BidirectionalFlow.of(stacked)
 
 
 def smooth_flow(flow: BidirectionalFlow, passes: int) -> BidirectionalFlow:

@@ -40,6 +40,7 @@ from .fusion import fuse_high_level  # noqa: F401, named for the loader
 from .images import rgb  # noqa: F401, named for the loader
 from .inputs import check_choice, check_integer
 from .kept_gaps import KeptGaps, kept_gaps
+from .light import in_one_light  # noqa: F401, named for the loader
 from .lora import check_pair_lora
 from .memory import free_cache  # noqa: F401, named for the loader
 from .model_checks import check_model_fits, check_no_callback
@@ -50,6 +51,7 @@ from .preparing import Models, fit_lora_of_gaps, prepare_pair
 from .progress import ProgressListener, reported_stage
 from .prompts import NegativeText, pair_negatives
 from .records import Canvas, PreparedPair
+from .refinement import refined_flow  # noqa: F401, named for the loader
 from .rendering import DenoisedFrames, finish_frames, render_latents
 from .rigid import similarity_flow  # noqa: F401, named for the loader
 from .sampling import denoise  # noqa: F401, named for the loader
@@ -185,6 +187,7 @@ class DreamMoverPipeline(
         rest_tolerance: float = 0.15,
         flow_smoothing: int = 1,
         flow_fit: str = "similarity",
+        photo_tolerance: float = 0.06,
         points: Sequence | None = None,
         mask: object = None,
         attention_blocks: Sequence[int] = (2, 3),
@@ -246,6 +249,10 @@ class DreamMoverPipeline(
                 More make the flow smoother and lose finer motion; 0 is the paper's bare argmax.
             flow_fit: What a pass of smoothing fits to the flow around every cell: "similarity", a shift, a turn and a
                 scaling, or "mean", the weighted mean, which is right only for what is shifted.
+            photo_tolerance: The flow is refined on the photos themselves, to fractions of a cell, wherever their
+                colours then differ by no more than this mean difference, of 1, once both are in one light. More
+                refines more places, and wrongly where the photos show different things; 0 is the paper's flow, of
+                features alone.
             points: Places that are in both photos, ((x0, y0), (x1, y1)) each, in pixels of the first and of the last
                 photo with (0, 0) the centre of the top left pixel. They pull the flow around them. A batch has a list
                 with the points of each pair, None for a pair without.
@@ -325,6 +332,7 @@ class DreamMoverPipeline(
         rest_tolerance: float = 0.15,
         flow_smoothing: int = 1,
         flow_fit: str = "similarity",
+        photo_tolerance: float = 0.06,
         points: Sequence | None = None,
         mask: object = None,
         lora_steps: int = 80,

@@ -20,11 +20,12 @@ from .memory import advice_on_out_of_memory, affords_fit, free_cache, is_out_of_
 from .pairs import PairInput
 from .progress import Stages
 from .records import BidirectionalFlow, Inversion, PreparedPair
+from .refinement import refined_flow
 from .rigid import similarity_flow
 from .sampling import invert
 from .schedules import ddim_schedule
 from .settings import FitSettings, PrepareSettings
-from .steering import Steering, steered_flow
+from .steering import Steering, held_flow, steered_flow
 
 logger = logging.get_logger(__name__)
 
@@ -54,14 +55,15 @@ def prepare_pair(
         stages: What is told of progress.
         lora: Weights to use instead of fitting some.
     """
-    clean = models.autoencoder.encode(pair.fitted())
+    photos = pair.fitted()
+    clean = models.autoencoder.encode(photos)
     prompt_embeds = models.conditioner.pair(pair.text, settings.clip_skip)
     if lora is None and settings.lora_steps:
         lora = fit_lora(models.denoiser, clean, prompt_embeds, settings, pair.seed, stages)
     with models.denoiser.with_lora(lora, settings.lora_scale):
         inversion = invert_pair(models.denoiser, clean, prompt_embeds, settings, stages)
         features = pair_features(models.denoiser, inversion, prompt_embeds, settings)
-    flow = match_pair(features, tuple(clean.shape[-2:]), pair.steering, settings)
+    flow = match_pair(features, photos, tuple(clean.shape[-2:]), pair.steering, settings)
     return PreparedPair(pair.ends(), pair.canvas, inversion, flow, prompt_embeds, lora, settings.lora_scale)
 
 
@@ -185,25 +187,35 @@ def pair_features(
 
 
 def match_pair(
-    features: list[torch.Tensor], size: tuple[int, int], steering: Steering | None, settings: PrepareSettings
+    features: list[torch.Tensor],
+    photos: torch.Tensor,
+    size: tuple[int, int],
+    steering: Steering | None,
+    settings: PrepareSettings,
 ) -> BidirectionalFlow:
     """The flow between the two photos on the latent grid, both ways. Source: DreamMover §3.2.
 
     Args:
         features: (2, C', h', w') of each block.
+        photos: The two photos on their canvas, (2, 3, H, W) in [0, 1].
         size: (h, w) of the latent grid.
         steering: What the user says of the match; None where that is nothing.
-        settings: Of the penalty for distance and of the smoothing.
+        settings: Of the penalty for distance, of the smoothing and of the refinement.
     """
     matched = features[0] if len(features) == 1 else join_features(features, size)
     bias = distance_bias(size, settings.distance_penalty, matched)
     regulariser = similarity_flow if settings.flow_fit == "similarity" else neighbourhood_mean
+    passes, tolerance = settings.flow_smoothing, settings.rest_tolerance
     if steering is not None:
-        passes, tolerance = settings.flow_smoothing, settings.rest_tolerance
-        return steered_flow(matched, steering, passes, bias, regulariser, tolerance)
-    flow = match_features(matched, size, bias)
-    rests = resting_cells(matched, flow, settings.rest_tolerance)
-    return regularise(flow, settings.flow_smoothing, regulariser, rests)
+        flow = steered_flow(matched, steering, passes, bias, regulariser, tolerance)
+    else:
+        flow = match_features(matched, size, bias)
+        flow = regularise(flow, passes, regulariser, resting_cells(matched, flow, tolerance))
+    if settings.photo_tolerance:
+        flow = refined_flow(flow, photos, settings.photo_tolerance)
+        if steering is not None:
+            flow = held_flow(flow, steering)
+    return flow
 
 
 def require_finite(latents: torch.Tensor, dtype: torch.dtype) -> None:

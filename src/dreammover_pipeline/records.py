@@ -124,6 +124,11 @@ class BidirectionalFlow:
             f"`backward` must be {shape} as `forward` is, not {tuple(self.backward.shape)}",
         )
 
+    @classmethod
+    def of(cls, stacked: torch.Tensor) -> BidirectionalFlow:
+        """The flow whose two directions are stacked in one tensor (2, 2, h, w)."""
+        return cls(stacked[:1], stacked[1:])
+
     def reversed(self) -> BidirectionalFlow:
         """The same flow with the roles of the two images swapped."""
         return BidirectionalFlow(self.backward, self.forward)

@@ -36,7 +36,8 @@ class Similarity:
     """A similarity for every cell: a cell u away goes to its own place plus `shift` + `turn`·u.
 
     `shift` and `turn` are (B, 2, h, w). `turn` is a complex number less one, as real and imaginary part; zero neither
-    turns nor scales. `residual` (B, 1, h, w) is how far the cell's own vector lies from the fit, squared.
+    turns nor scales. `residual` (B, 1, h, w) is what the similarity leaves unexplained: the squared distance of the
+    cell's own vector from it, or where photos are compared the difference in colour.
     """
 
     shift: torch.Tensor
@@ -98,23 +99,37 @@ def best_of_neighbours(fit: Similarity, flow: torch.Tensor) -> Similarity:
         fit: Of the cells of both images.
         flow: (2, 2, h, w), what the similarities were fitted to.
     """
-    h, w = flow.shape[-2:]
-    step = max(1, round(NEIGHBOUR_STEP * grid_unit(h, w)))
-    cells = cell_grid(h, w, flow)
+    step = max(1, round(NEIGHBOUR_STEP * grid_unit(*flow.shape[-2:])))
     best = fit
     for dy, dx in product(range(-2, 3), repeat=2):
-        down, right = dy * step, dx * step
-        y, x = ((torch.arange(n, device=flow.device) + by).clamp(0, n - 1) for n, by in ((h, down), (w, right)))
-        shift, turn = (part[..., y[:, None], x] for part in (fit.shift, fit.turn))
-        shift = shift + complex_product(turn, cells - cells[..., y[:, None], x])
-        residual = (flow - shift).square().sum(1, keepdim=True)
-        better = residual < best.residual
-        best = Similarity(
-            torch.where(better, shift, best.shift),
-            torch.where(better, turn, best.turn),
-            torch.where(better, residual, best.residual),
-        )
+        shift, turn = similarities_of(fit, dy * step, dx * step)
+        best = nearer_fit(best, Similarity(shift, turn, (flow - shift).square().sum(1, keepdim=True)))
     return best
+
+
+def similarities_of(fit: Similarity, down: int, right: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shift and turn (B, 2, h, w) that every cell would have if it moved as one with another cell.
+
+    Args:
+        fit: Of all cells.
+        down: How many cells below the cell the other one lies; at the edge of the grid, fewer.
+        right: How many cells to the right of it.
+    """
+    h, w = fit.shift.shape[-2:]
+    cells = cell_grid(h, w, fit.shift)
+    y, x = ((torch.arange(n, device=cells.device) + by).clamp(0, n - 1) for n, by in ((h, down), (w, right)))
+    shift, turn = (part[..., y[:, None], x] for part in (fit.shift, fit.turn))
+    return shift + complex_product(turn, cells - cells[..., y[:, None], x]), turn
+
+
+def nearer_fit(first: Similarity, second: Similarity, gain: float = 0.0) -> Similarity:
+    """Of two similarities for every cell, the second where its residual is smaller by more than `gain`."""
+    better = second.residual < first.residual - gain
+    return Similarity(
+        torch.where(better, second.shift, first.shift),
+        torch.where(better, second.turn, first.turn),
+        torch.where(better, second.residual, first.residual),
+    )
 
 
 def similarity_flow(flow: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

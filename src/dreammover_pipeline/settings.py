@@ -179,6 +179,14 @@ class PrepareSettings(FitSettings):
         'What a pass of smoothing fits to the flow around every cell: "similarity", a shift, a turn and a scaling, or '
         '"mean", the weighted mean, which is right only for what is shifted.',
     )
+    photo_tolerance: float = argument(
+        0.06,
+        Numbers(0),
+        "The flow is refined on the photos themselves, to fractions of a cell, wherever their colours then differ by "
+        "no more than this mean difference, of 1, once both are in one light. More refines more places, and wrongly "
+        "where the photos show different things; 0 is the paper's flow, of features alone.",
+        paper=0,
+    )
     lora_scale: float = argument(
         1.0, Numbers(0), "Weight of the pair's LoRA wherever the UNet runs; below 1 softens it."
     )

@@ -164,10 +164,10 @@ def steered_flow(
     moves = steering.moves.to(features.device)
     steered = match_bias(features, steering)
     flow = match_features(features, size, steered if bias is None else lambda rows: steered(rows) + bias(rows))
-    pins, pinned = _pins(steering, flow.forward)
+    _, pinned = _pins(steering, flow.forward)
 
     def held(stacked: torch.Tensor) -> torch.Tensor:
-        return torch.where(moves, torch.where(pinned, pins, stacked), 0)
+        return held_flow(BidirectionalFlow.of(stacked), steering).stacked()
 
     def trusted(weight: torch.Tensor) -> torch.Tensor:
         return torch.where(pinned, 1, weight) * moves
@@ -176,6 +176,14 @@ def steered_flow(
     if rests is not None:
         rests = rests & moves & moves.flip(0)  # what may move does not rest on what may not
     return regularise(flow, passes, regulariser, rests, held, trusted)
+
+
+def held_flow(flow: BidirectionalFlow, steering: Steering) -> BidirectionalFlow:
+    """A flow with the points' own flow at their cells, and none where nothing may move."""
+    pins, pinned = _pins(steering, flow.forward)
+    moves = steering.moves.to(flow.forward.device)
+    ways = torch.where(moves, torch.where(pinned, pins, flow.stacked()), 0)
+    return BidirectionalFlow.of(ways)
 
 
 def match_bias(features: torch.Tensor, steering: Steering) -> Callable[[slice], torch.Tensor]:

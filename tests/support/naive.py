@@ -185,3 +185,39 @@ def similarity(flow, weight, row: int, column: int, sigma: float) -> tuple[compl
     joint = sum(share * (vector - mean_vector) * (place - mean_place).conjugate() for share, place, vector in entries)
     turn = joint / (spread + stiffness * total)
     return turn, mean_vector - turn * mean_place
+
+
+def window_difference(own, other, cell: tuple[int, int], size: tuple[int, int], shift, turn) -> float:
+    """The weighted mean difference in colour of the window around a cell from the place that it is carried to.
+
+    `own` and `other` are photos (3, H, W), `cell` is row and column in a grid of `size` cells, and `shift` and `turn`
+    (2, h, w) are in cells.
+    """
+    h, w = size
+    row, column = cell
+    total = weights = 0.0
+    for j, i in product(range(11), repeat=2):
+        offset = complex(-2.5 + 0.5 * i, -2.5 + 0.5 * j)
+        start = complex(column, row) + offset
+        if not (-0.5 < start.real < w - 0.5 and -0.5 < start.imag < h - 0.5):
+            continue
+        end = start + complex(*shift[:, row, column].tolist()) + complex(*turn[:, row, column].tolist()) * offset
+        weight = math.exp(-2 * abs(offset) ** 2 / 2.5**2)
+        difference = 0.25
+        if -0.5 < end.real < w - 0.5 and -0.5 < end.imag < h - 0.5:
+            there, here = (colour_at(photo, place, size) for photo, place in ((other, end), (own, start)))
+            difference = min(0.25, sum(abs(a - b) for a, b in zip(there, here, strict=True)) / 3)
+        total += weight * difference
+        weights += weight
+    return total / weights
+
+
+def colour_at(photo, place: complex, size: tuple[int, int]) -> list[float]:
+    """The bilinear colours of a photo (3, H, W) at a place in cells; beyond the edge those of the edge."""
+    _, height, width = photo.shape
+    x = min(max((place.real + 0.5) * width / size[1] - 0.5, 0), width - 1)
+    y = min(max((place.imag + 0.5) * height / size[0] - 0.5, 0), height - 1)
+    left, top = min(int(x), width - 2), min(int(y), height - 2)
+    fx, fy = x - left, y - top
+    corners = ((0, 0, (1 - fy) * (1 - fx)), (0, 1, (1 - fy) * fx), (1, 0, fy * (1 - fx)), (1, 1, fy * fx))
+    return [sum(share * float(photo[c, top + dy, left + dx]) for dy, dx, share in corners) for c in range(3)]

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The difference in light between two photos of one scene, found along their flow, so that they can be compared.
+
+Light is taken to multiply every colour of a photo by a gain that changes evenly across the picture, as under a lamp
+that has moved or an exposure that has changed.
+
+Source of all of it: ours.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .fields import backward_warp, cell_grid
+from .flow import agreement
+from .records import BidirectionalFlow
+
+ROUNDS = 8  # how often the gains are fitted, each time with less weight for colours that they do not explain
+WIDEST = 0.15  # difference in colour, of 1, that counts half as much or less in the first round …
+NARROWING = 0.6  # … and by what this falls from round to round …
+NARROWEST = 0.02  # … down to this
+STIFFNESS = 3e-4  # how strongly the gains are held to 1 all over, as a share of the weight of all colours
+TINY = 1e-12  # keeps the gains at 1 where no cell has any weight
+DARKEST = 0.2  # least gain that photos are brought to one light by
+
+
+def light_gains(photos: torch.Tensor, flow: BidirectionalFlow) -> torch.Tensor:
+    """How much brighter, colour by colour, each photo's content is in the other photo.
+
+    The other photo's colour at p + F(p) is fitted by the photo's own colour at p times g₀ + g₁ x + g₂ y, where x and y
+    run from −½ to ½ across the picture. Cells weigh by the agreement of their flow, and the less, the worse the gains
+    of the round before explain them.
+
+    Args:
+        photos: The two photos, (2, 3, H, W) in [0, 1].
+        flow: Between them, on a grid of cells that covers the same picture.
+
+    Returns:
+        g₀, g₁ and g₂ of each colour of each photo, (2, 3, 3), float32 on the CPU.
+    """
+    size = flow.forward.shape[-2:]
+    colours = F.interpolate(photos, size, mode="area").double().cpu()
+    ways = flow.stacked().double().cpu()
+    found = backward_warp(torch.cat([colours.flip(0), torch.ones_like(colours[:, :1])], 1), ways)
+    sure = agreement(BidirectionalFlow.of(ways)) * (found[:, 3:] > 0.999)
+    own = colours.flatten(2)[:, :, None] * _planes(*size, colours).flatten(1)  # (2, 3 colours, 3 planes, n)
+    there = found[:, :3].flatten(2)
+    even = torch.tensor([1.0, 0, 0]).double()
+    stiff = torch.diag(torch.tensor([1.0, 4, 4])).double()
+    explained = torch.ones_like(there[:, 0])
+    for done in range(ROUNDS):
+        weight = (sure.flatten(1) * explained)[:, None, None]
+        total = STIFFNESS * weight.sum(3, keepdim=True) + TINY
+        square = (own * weight) @ own.transpose(2, 3) + total * stiff
+        right = (own * weight) @ there[..., None] + total * (stiff @ even)[:, None]
+        gains = torch.linalg.solve(square, right)  # (2, 3, 3, 1)
+        off = (there - (own * gains).sum(2)).abs().mean(1)
+        width = max(NARROWEST, WIDEST * NARROWING**done)
+        explained = (1 + (off / width).square()) ** -2
+    return gains[..., 0].float()
+
+
+def in_one_light(photos: torch.Tensor, flow: BidirectionalFlow) -> torch.Tensor:
+    """Both photos as they would look half way between their two lights: each times the root of its gain.
+
+    Args:
+        photos: The two photos, (2, 3, H, W) in [0, 1].
+        flow: Between them, on a grid of cells that covers the same picture.
+
+    Returns:
+        (2, 3, H, W), which may exceed 1.
+    """
+    gains = light_gains(photos, flow).to(photos)
+    maps = torch.einsum("icb,bhw->ichw", gains, _planes(*photos.shape[-2:], photos))
+    return photos * maps.clamp(min=DARKEST).sqrt()
+
+
+def _planes(h: int, w: int, like: torch.Tensor) -> torch.Tensor:
+    """1, x and y at every cell, (3, h, w); x and y run from −½ to ½ from edge to edge."""
+    x, y = ((cells + 0.5) / side - 0.5 for cells, side in zip(cell_grid(h, w, like)[0], (w, h), strict=True))
+    return torch.stack([torch.ones_like(x), x, y])

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A flow made finer than its cells by comparing the photos themselves.
+
+Features know what a thing is and find it again wherever it has gone, but no closer than to a cell. The photos' own
+colours know the place to a fraction of a cell, once it is known roughly. Around every cell a window of one photo is
+compared with the place in the other photo to which the cell's similarity carries it. Lengths are in cells, whatever
+the number of pixels in a cell.
+
+Source of all of it: ours; the steps are Gauss–Newton's, as in Lucas and Kanade 1981, and neighbours pass on what fits,
+as in PatchMatch (Barnes et al. 2009).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+
+from .fields import cell_grid
+from .flow import agreement
+from .light import in_one_light
+from .paths import PATH_SIGMA, PATH_STIFFNESS, PATH_TOLERANCES
+from .records import BidirectionalFlow
+from .rigid import Similarity, complex_product, fit_similarities, nearer_fit, similarities_of
+
+PIXELS = 4  # the photos are compared at this many pixels a cell; in finer ones every other pixel would go unseen
+WINDOW_HALF = 2.5  # cells; from the middle of a window to its edge
+WINDOW_SAMPLES = 11  # places along a side of the window at which the photos are compared
+ROUNDS = 2  # how often neighbours are asked and steps are taken
+NEIGHBOURS = (1, 2, 4)  # cells; how far away the eight neighbours are that are asked, from near to far
+NEIGHBOUR_GAIN = 0.004  # difference in colour by which a neighbour's similarity must be better to be taken over
+REST_GAIN = 0.01  # difference in colour by which a cell's similarity must be better than rest to be kept
+STEPS = 6  # Gauss–Newton steps of a round
+LONGEST_STEP = 0.5  # cells
+FURTHEST = 2.0  # cells; how far the steps of a round may lead
+SCALES = (0.6, 1.6)  # between which a similarity may shrink and grow what it carries
+DAMPING = 0.03  # what is added to the normal equations' diagonal, so that a window without texture stays
+OUTLIER = 0.12  # difference in colour that counts a quarter as much as it would without the robust weight
+WORST = 0.25  # difference in colour beyond which it makes no difference how much larger it is
+DOUBT = 0.3  # weight of a cell whose colours were not found, when the flow is made regular again
+REGULAR_SIGMA = 1.5  # cells of the unit grid, as of `rigid.WINDOW_SIGMA`
+REGULAR_TOLERANCES = (2.0, 1.0, 0.7, 0.5)  # cells of the unit grid, as `rigid.TOLERANCES`
+CELLS_AT_ONCE = 2048  # whose windows are worked on together, so that memory does not grow with the grid
+
+
+def refined_flow(flow: BidirectionalFlow, photos: torch.Tensor, tolerance: float) -> BidirectionalFlow:
+    """The flow refined on the photos wherever their colours say the same.
+
+    Where the window of a cell differs by more than `tolerance` from what it is carried to even at best, the photos
+    show different things, or the thing is hidden, and the cell keeps the flow that it had. At last a similarity is
+    fitted to the flow around every cell, in windows half as wide as those of the match, so that single cells that were
+    carried off fall into line.
+
+    Args:
+        flow: Right to within a few cells, on a grid of cells that covers the same picture as the photos.
+        photos: The two photos, (2, 3, H, W) in [0, 1]; they are brought into one light here.
+        tolerance: Mean difference in colour, of 1, up to which the window of a cell counts as found.
+
+    Returns:
+        The flow in both directions, in fractions of cells.
+    """
+    ways = flow.stacked()
+    h, w = ways.shape[-2:]
+    photos = F.interpolate(photos.to(ways), (PIXELS * h, PIXELS * w), mode="area")
+    windows = Windows.of(in_one_light(photos, flow), (h, w))
+    turn = fit_similarities(ways, agreement(flow), False, PATH_SIGMA, PATH_TOLERANCES, PATH_STIFFNESS).turn
+    best = windows.compared(ways, turn)
+    for _ in range(ROUNDS):
+        best = _rest_or_neighbours(windows, best)
+        best = _steps(windows, best)
+    found = best.residual <= tolerance
+    ways = torch.where(found, best.shift, ways)
+    sure = agreement(BidirectionalFlow.of(ways)) * torch.where(found, 1, DOUBT)
+    ways = fit_similarities(ways, sure, True, REGULAR_SIGMA, REGULAR_TOLERANCES).shift
+    return BidirectionalFlow.of(ways)
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """The windows around the n = h·w cells of both photos, s samples each, and the photo that each is compared with.
+
+    `own` (2, 3, n, s) are the colours of the samples and `inside` (2, 1, n, s) says which of them lie on the picture;
+    `offsets` (1, 2, 1, s) are their places from the middle, and `weight` (1, 1, 1, s) how much they count. `other`
+    (2, 3, H, W) is for each photo the other one, and `slopes` (2, 6, H, W) its change per cell to the right in three
+    colours and downwards in three. `cells` (1, 2, h, w) are the cells' places.
+    """
+
+    own: torch.Tensor
+    inside: torch.Tensor
+    offsets: torch.Tensor
+    weight: torch.Tensor
+    other: torch.Tensor
+    slopes: torch.Tensor
+    cells: torch.Tensor
+
+    @classmethod
+    def of(cls, photos: torch.Tensor, size: tuple[int, int]) -> Windows:
+        """The windows of two photos (2, 3, H, W) around the cells of a grid (h, w)."""
+        side = torch.linspace(-WINDOW_HALF, WINDOW_HALF, WINDOW_SAMPLES).to(photos)
+        y, x = torch.meshgrid(side, side, indexing="ij")
+        offsets = torch.stack([x.flatten(), y.flatten()]).reshape(1, 2, 1, -1)
+        weight = (-2 * offsets.square().sum(1, keepdim=True) / WINDOW_HALF**2).exp()
+        cells = cell_grid(*size, photos)
+        own, inside = _sampled(photos, (cells.flatten(2)[..., None] + offsets).expand(2, -1, -1, -1), size)
+        other = photos.flip(0)
+        padded = F.pad(other, (1, 1, 1, 1), mode="replicate")
+        right = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2 * (photos.shape[-1] / size[1])
+        down = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2 * (photos.shape[-2] / size[0])
+        return cls(own, inside, offsets, weight, other, torch.cat([right, down], 1), cells)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Size (h, w) of the grid."""
+        return tuple(self.cells.shape[-2:])
+
+    def compared(self, shift: torch.Tensor, turn: torch.Tensor) -> Similarity:
+        """Similarities (2, 2, h, w) with how far the colours of the cells' windows are from where they lead.
+
+        The difference in colour is averaged over the part of the window that lies on its photo; what is carried
+        beyond the other photo counts as `WORST`.
+        """
+        costs = []
+        for block, targets in self._targets(shift, turn):
+            colours, inside = _sampled(self.other, targets, self.size)
+            off = (self.own[:, :, block] - colours).abs().mean(1, keepdim=True).clamp(max=WORST)
+            weight = self.weight * self.inside[:, :, block]
+            costs.append((torch.where(inside, off, WORST) * weight).sum(3) / weight.sum(3))
+        return Similarity(shift, turn, torch.cat(costs, 2).unflatten(2, self.size))
+
+    def stepped(self, shift: torch.Tensor, turn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shift and turn (2, 2, h, w) after a Gauss–Newton step towards colours that differ less."""
+        unit = WINDOW_HALF / 2  # turns are counted by how far they move a sample that lies this far from the middle
+        x, y = self.offsets[0, :, 0] / unit
+        one, zero = torch.ones_like(x), torch.zeros_like(x)
+        # How far each of the four numbers moves a sample to the right and downwards, (s, 4, 2).
+        moves = torch.stack([torch.stack(part, 1) for part in ([one, zero, x, -y], [zero, one, y, x])], 2)
+        outer = torch.einsum("sia,sjb->abijs", moves, moves)
+        squares = torch.stack([outer[0, 0], outer[0, 1] + outer[1, 0], outer[1, 1]]).flatten(1, 2)  # (3, 16, s)
+        products, rights = [], []
+        for block, targets in self._targets(shift, turn):
+            colours, inside = _sampled(self.other, targets, self.size)
+            slopes, _ = _sampled(self.slopes, targets, self.size)
+            right, down = slopes.split(3, 1)
+            off = self.own[:, :, block] - colours
+            robust = (1 + (off.abs().mean(1, keepdim=True) / OUTLIER).square()) ** -2
+            weight = (self.weight * (inside & self.inside[:, :, block]) * robust)[:, 0]
+            tensor = torch.stack(
+                [weight * (a * b).sum(1) for a, b in ((right, right), (right, down), (down, down))], 1
+            )
+            towards = torch.stack([weight * (a * off).sum(1) for a in (right, down)], 3)  # (2, n, s, 2)
+            products.append(torch.einsum("ians,abs->inb", tensor, squares))
+            rights.append(torch.einsum("insa,sba->inb", towards, moves))
+        # On the CPU, because not every device solves equations.
+        square = torch.cat(products, 1).unflatten(2, (4, 4)).cpu().double() + DAMPING * torch.eye(4).double()
+        step = torch.linalg.solve(square, torch.cat(rights, 1).cpu().double()[..., None])[..., 0].to(shift)
+        step = step.clamp(-LONGEST_STEP, LONGEST_STEP).movedim(2, 1).unflatten(2, self.size)
+        return shift + step[:, :2], _held_to_scale(turn + step[:, 2:] / unit)
+
+    def _targets(self, shift: torch.Tensor, turn: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Where the samples are carried to, (2, 2, m, s), for a few cells at a time."""
+        middle = (self.cells + shift).flatten(2)[..., None]
+        turn = turn.flatten(2)[..., None]
+        offsets = self.offsets.expand(2, -1, -1, -1)
+        for start in range(0, middle.shape[2], CELLS_AT_ONCE):
+            block = slice(start, start + CELLS_AT_ONCE)
+            yield block, middle[:, :, block] + offsets + complex_product(turn[:, :, block], offsets)
+
+
+def _rest_or_neighbours(windows: Windows, fit: Similarity) -> Similarity:
+    """Let every cell rest that fits nearly as well so, and take over a neighbour's similarity that fits better."""
+    best, still = fit, torch.zeros_like(fit.shift)
+    best = nearer_fit(best, windows.compared(still, still), -REST_GAIN)
+    asked = best
+    for radius, (dy, dx) in product(NEIGHBOURS, product((-1, 0, 1), repeat=2)):
+        if dy or dx:
+            shift, turn = similarities_of(asked, dy * radius, dx * radius)
+            best = nearer_fit(best, windows.compared(shift, turn), NEIGHBOUR_GAIN)
+    return best
+
+
+def _steps(windows: Windows, fit: Similarity) -> Similarity:
+    """Gauss–Newton steps; of all places on the way, the one where the colours differ least is kept."""
+    best, shift, turn = fit, fit.shift, fit.turn
+    for _ in range(STEPS):
+        shift, turn = windows.stepped(shift, turn)
+        made = windows.compared(shift, turn)
+        far = (shift - fit.shift).norm(dim=1, keepdim=True) > FURTHEST
+        best = nearer_fit(best, Similarity(shift, turn, torch.where(far, torch.inf, made.residual)))
+    return best
+
+
+def _held_to_scale(turn: torch.Tensor) -> torch.Tensor:
+    """Turns (2, 2, h, w) that scale by no less and no more than `SCALES`."""
+    one = torch.tensor([1.0, 0]).reshape(1, 2, 1, 1).to(turn)
+    scale = (one + turn).norm(dim=1, keepdim=True).clamp(min=1e-3)
+    return (one + turn) * (scale.clamp(*SCALES) / scale) - one
+
+
+def _sampled(images: torch.Tensor, places: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values of images (2, C, H, W) at places (2, 2, n, s) in cells of a grid (h, w), and which lie on the picture.
+
+    Returns:
+        Bilinear values (2, C, n, s), the edge's beyond the edge; and (2, 1, n, s) bool.
+    """
+    extent = torch.tensor(size[::-1]).to(places).reshape(1, 2, 1, 1)
+    normalised = (2 * places + 1) / extent - 1
+    values = F.grid_sample(
+        images, normalised.movedim(1, -1), mode="bilinear", padding_mode="border", align_corners=False
+    )
+    return values, (normalised.abs() < 1).all(1, keepdim=True)

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flows refined on the photos."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import naive
+
+from dreammover_pipeline import refinement
+from dreammover_pipeline.fields import cell_grid
+from dreammover_pipeline.records import BidirectionalFlow
+from dreammover_pipeline.refinement import Windows, refined_flow
+
+TOLERANCE = 0.06
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def texture(places, seed=0):
+    """Smooth colours at places (2, …) in pixels, (3, …) in [0, 1]; equal places have equal colours."""
+    waves = randn(3, 12, 2, seed=seed) * 0.25
+    phases = randn(3, 12, seed=seed + 1) * 3
+    angles = torch.einsum("ckd,d...->ck...", waves, places) + phases.reshape(3, 12, *[1] * (places.ndim - 1))
+    return 0.5 + 0.4 * angles.sin().mean(1)
+
+
+def moved_pair(h, w, degrees, scale, shift, cell=4):
+    """Two photos of one texture that moves by a similarity about the middle, and the flow between them in cells."""
+    turn = scale * torch.tensor([math.cos(math.radians(degrees)), math.sin(math.radians(degrees))]).double()
+    shift = torch.tensor(shift, dtype=torch.float64)
+
+    def carried(places, middle, unit, back=False):
+        middle, way = middle.reshape(2, 1, 1), (shift * unit).reshape(2, 1, 1)
+        (a, b), (x, y) = turn, places - middle - (way if back else 0)
+        if back:
+            a, b = a / turn.square().sum(), -b / turn.square().sum()
+        return torch.stack([a * x - b * y, b * x + a * y]) + middle + (0 if back else way)
+
+    pixels = cell_grid(h * cell, w * cell, shift)[0]
+    middle = torch.tensor([w * cell - 1, h * cell - 1]).double() / 2
+    photos = torch.stack([texture(pixels), texture(carried(pixels, middle, cell, back=True))])
+    cells = cell_grid(h, w, shift)[0]
+    middle = torch.tensor([w - 1, h - 1]).double() / 2
+    ways = torch.stack([carried(cells, middle, 1), carried(cells, middle, 1, back=True)]) - cells
+    return photos, ways
+
+
+def inside(ways, margin=1.0):
+    """Which cells are carried to a place well inside the other photo, (2, h, w)."""
+    h, w = ways.shape[-2:]
+    x, y = (cell_grid(h, w, ways) + ways).unbind(1)
+    return (x > margin) & (x < w - 1 - margin) & (y > margin) & (y < h - 1 - margin)
+
+
+@pytest.mark.parametrize(("degrees", "scale"), [(0, 1.0), (12, 1.0), (-8, 1.12)])
+def test_the_photos_tell_the_motion_to_a_fraction_of_a_cell(degrees, scale):
+    photos, truth = moved_pair(20, 24, degrees, scale, (2.3, -1.4))
+    rough = BidirectionalFlow.of(truth.round() + (randn(*truth.shape, seed=2) * 0.5).clamp(-1, 1))
+    made = refined_flow(rough, photos, TOLERANCE).stacked()
+    seen = inside(truth)
+    before, after = ((ways - truth).norm(dim=1)[seen] for ways in (rough.stacked(), made))
+    assert before.mean() > 0.5
+    assert after.mean() < 0.1
+    assert after.quantile(0.95) < 0.25
+
+
+def test_light_that_changes_between_the_photos_makes_no_difference():
+    photos, truth = moved_pair(20, 24, 8, 1.0, (2.3, -1.4))
+    x = torch.linspace(-0.5, 0.5, 24 * 4).double()
+    lit = torch.stack([photos[0], photos[1] * (1.2 + 0.3 * x)])
+    rough = BidirectionalFlow.of(truth.round())
+    made = refined_flow(rough, lit, TOLERANCE).stacked()
+    assert (made - truth).norm(dim=1)[inside(truth)].mean() < 0.1
+
+
+def test_photos_of_different_things_leave_the_flow_nearly_as_it_was():
+    _, truth = moved_pair(20, 24, 8, 1.0, (2.3, -1.4))
+    pixels = cell_grid(80, 96, truth)[0]
+    photos = torch.stack([texture(pixels).round(), texture(pixels, seed=7).round()])
+    made = refined_flow(BidirectionalFlow.of(truth), photos, TOLERANCE).stacked()
+    assert (made - truth).norm(dim=1)[inside(truth)].mean() < 0.1
+
+
+def test_what_looks_the_same_everywhere_rests():
+    flow = BidirectionalFlow.of(randn(2, 2, 10, 12) * 0.5)
+    made = refined_flow(flow, torch.full((2, 3, 40, 48), 0.5).double(), TOLERANCE).stacked()
+    torch.testing.assert_close(made, torch.zeros_like(made), atol=1e-6, rtol=0)
+
+
+def test_the_two_photos_are_treated_alike():
+    photos, truth = moved_pair(12, 10, 8, 1.0, (1.3, -0.4))
+    rough = BidirectionalFlow.of(truth.round())
+    made = refined_flow(rough, photos, TOLERANCE).stacked()
+    swapped = refined_flow(rough.reversed(), photos.flip(0), TOLERANCE).stacked()
+    torch.testing.assert_close(swapped, made.flip(0))
+
+
+def test_cells_worked_on_a_few_at_a_time_give_the_same_flow(monkeypatch):
+    photos, truth = moved_pair(12, 10, 8, 1.0, (1.3, -0.4))
+    rough = BidirectionalFlow.of(truth.round())
+    made = refined_flow(rough, photos, TOLERANCE).stacked()
+    monkeypatch.setattr(refinement, "CELLS_AT_ONCE", 7)
+    torch.testing.assert_close(refined_flow(rough, photos, TOLERANCE).stacked(), made)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (5, 3)])
+def test_any_grid_gives_a_finite_flow(size):
+    photos = torch.rand(2, 3, 8 * size[0], 8 * size[1], generator=torch.Generator().manual_seed(0))
+    flow = BidirectionalFlow.of(100 * torch.rand(2, 2, *size, generator=torch.Generator().manual_seed(1)) - 50)
+    assert refined_flow(flow, photos, 1.0).stacked().isfinite().all()
+
+
+def test_windows_are_compared_as_the_loop_compares_them():
+    photos = torch.rand(2, 3, 24, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    windows = Windows.of(photos, (6, 5))
+    shift, turn = randn(2, 2, 6, 5), 0.2 * randn(2, 2, 6, 5, seed=1)
+    made = windows.compared(shift, turn).residual
+    for image, row, column in ((0, 0, 0), (0, 3, 2), (1, 5, 4), (1, 2, 0)):
+        expected = naive.window_difference(
+            photos[image], photos[1 - image], (row, column), (6, 5), shift[image], turn[image]
+        )
+        assert float(made[image, 0, row, column]) == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_step_is_that_of_the_linearised_window():
+    """Without outliers and damping, where colours change linearly, one step finds the shift and keeps the turn."""
+    x, y = cell_grid(40, 40, torch.zeros(1).double())[0]
+    ramp = torch.stack([x, y, x + y]) / 400
+    photos = torch.stack([ramp, ramp + torch.tensor([-0.004, 0.002, -0.002]).reshape(3, 1, 1)])  # moved by (1.6, −0.8)
+    windows = Windows.of(photos, (10, 10))
+    still = torch.zeros(2, 2, 10, 10).double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refinement, "DAMPING", 1e-9)
+        patch.setattr(refinement, "OUTLIER", 1e6)
+        shift, turn = windows.stepped(still, still)
+    inner = (0, slice(None), slice(3, 7), slice(3, 7))
+    expected = torch.tensor([0.4, -0.2]).double().reshape(2, 1, 1).expand(2, 4, 4)
+    torch.testing.assert_close(shift[inner], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(turn[inner], torch.zeros_like(turn[inner]), atol=1e-5, rtol=0)
+
+
+def test_a_window_without_texture_takes_no_step():
+    windows = Windows.of(torch.full((2, 3, 24, 20), 0.3).double(), (6, 5))
+    shift, turn = randn(2, 2, 6, 5), 0.1 * randn(2, 2, 6, 5, seed=1)
+    stepped = windows.stepped(shift, turn)
+    torch.testing.assert_close(stepped[0], shift)
+    torch.testing.assert_close(stepped[1], turn)
+
+
+def test_a_photo_of_any_number_of_pixels_a_cell_is_compared_alike():
+    photos, truth = moved_pair(12, 10, 8, 1.0, (1.3, -0.4))
+    finer = F.interpolate(photos, scale_factor=2, mode="nearest")
+    rough = BidirectionalFlow.of(truth.round())
+    made, again = (refined_flow(rough, two, TOLERANCE).stacked() for two in (photos, finer))
+    torch.testing.assert_close(again, made)
