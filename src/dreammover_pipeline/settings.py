@@ -180,7 +180,7 @@ class PrepareSettings(FitSettings):
         '"mean", the weighted mean, which is right only for what is shifted.',
     )
     photo_tolerance: float = argument(
-        0.06,
+        0.1,
         Numbers(0),
         "The flow is refined on the photos themselves, to fractions of a cell, wherever their colours then differ by "
         "no more than this mean difference, of 1, once both are in one light. More refines more places, and wrongly "
