@@ -11,8 +11,8 @@ import torch
 
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.cli.main import main
+from dreammover_pipeline.evaluation.case import EvaluationCase
 from dreammover_pipeline.evaluation.correspondence import METRICS, PASSES, PENALTIES, Variant, _measured, study, table
-from dreammover_pipeline.evaluation.methods import EvaluationCase
 from dreammover_pipeline.evaluation.suites import find_suites
 from dreammover_pipeline.fields import flow_at_cell_centres
 from dreammover_pipeline.records import BidirectionalFlow
