@@ -58,7 +58,7 @@ def test_every_method_makes_frames_of_one_pair(case):
         assert frames[name].dtype == torch.float32
         assert not frames[name].requires_grad
         assert 0 <= frames[name].min() <= frames[name].max() <= 1
-        assert (flow is None) == (name in {"branching_slerp", "crossfade", "vae_of_truth"})
+        assert (flow is None) == (name in {"branching_slerp", "diffmorpher", "crossfade", "vae_of_truth"})
         assert (flow is case.prepared().flow) == (name in MATCHED)
     names = [name for name in METHODS if name not in ALIKE_WITH_RANDOM_WEIGHTS]
     for i, name in enumerate(names):

@@ -22,6 +22,8 @@ from ..rendering import render_latents
 from ..settings import PREPARING, RENDERING, RenderSettings, arguments
 from .suites import Pair
 
+UNREPORTED = partial(reported_stage, lambda stage, done, total: None)  # stages of whose progress nobody is told
+
 # The frames of a method, (F, 3, H, W) in [0, 1] on the CPU, and the flow that they were made with; None without flow.
 Result = tuple[torch.Tensor, BidirectionalFlow | None]
 
@@ -110,7 +112,7 @@ class EvaluationCase:
             RenderSettings.of({**self.settings, "times": self.pair.times}),
             paths,
             NegativeText(self.setting("negative_prompt"), self.setting("negative_prompt_embeds")),
-            partial(reported_stage, lambda stage, done, total: None),
+            UNREPORTED,
         )
         return self.decode(frames.latents), prepared.flow
 

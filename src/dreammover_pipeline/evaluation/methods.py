@@ -19,10 +19,11 @@ from ..framing import unfit
 from ..fusion import agreement_importance, fuse_high_level, photometric_importance
 from ..paths import MotionPaths, motion_paths
 from ..records import BidirectionalFlow
-from ..settings import PREPARING, PRESETS, RENDERING
+from ..settings import PREPARING, PRESETS, RENDERING, PrepareSettings
 from .branching import branching_slerp
-from .case import EvaluationCase, Result
+from .case import UNREPORTED, EvaluationCase, Result
 from .ceilings import true_flow, true_flow_straight, true_path, true_splat, true_visibility, vae_of_truth
+from .diffmorpher import diffmorpher
 from .networks import dis_flow
 from .suites import Pair
 
@@ -146,6 +147,13 @@ def branching(case: EvaluationCase) -> Result:
     return case.decode(latents), None
 
 
+def morph(case: EvaluationCase) -> Result:
+    """DiffMorpher's interpolation of everything, without flow, by one LoRA for each image."""
+    settings = PrepareSettings.of(case.settings)
+    images, prompt = case.working_images, case.pair.prompt
+    return case.decode(diffmorpher(case.pipe, images, prompt, case.times, settings, case.seed, UNREPORTED)), None
+
+
 @dataclass(frozen=True)
 class Method:
     """A method of interpolation, and what it needs to know of a pair."""
@@ -187,6 +195,7 @@ METHODS = {
     "pixel_splat": Method(pixel_splat),
     "true_splat": Method(true_splat, "motion"),
     "branching_slerp": Method(branching),
+    "diffmorpher": Method(morph),
     "crossfade": Method(crossfade),
     "vae_of_truth": Method(vae_of_truth, "truth"),
 }
