@@ -5,7 +5,9 @@ import math
 
 import pytest
 import torch
+from support.largest import LargestTensor
 
+from dreammover_pipeline import paths
 from dreammover_pipeline.fields import cell_grid
 from dreammover_pipeline.paths import motion_paths, rigid_paths, straight_paths
 from dreammover_pipeline.records import BidirectionalFlow
@@ -90,10 +92,26 @@ def test_what_grows_grows_at_an_even_rate():
     torch.testing.assert_close(placed, 1.2 * arm[:, inside], atol=0.3, rtol=0)
 
 
+@pytest.mark.parametrize("pairs", [1, 10**5, 10**9])
+def test_cells_may_be_taken_in_any_blocks(monkeypatch, pairs):
+    flow = BidirectionalFlow(3 * randn(1, 2, 16, 40, seed=1), 3 * randn(1, 2, 16, 40, seed=2))
+    expected = torch.cat(rigid_paths(flow).at(times_of(0.4)))
+    monkeypatch.setattr(paths, "PAIRS_AT_ONCE", pairs)
+    torch.testing.assert_close(torch.cat(rigid_paths(flow).at(times_of(0.4))), expected)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (128, 128), (40, 200)])
+def test_the_workspace_does_not_grow_with_the_grid(size):
+    flow = BidirectionalFlow(randn(1, 2, *size).float(), randn(1, 2, *size).float())
+    with LargestTensor() as largest:
+        rigid_paths(flow)
+    assert largest.bytes < 5 * 2**20
+
+
 def test_frames_do_not_depend_on_each_other():
     flow, _, _ = coin(60, shift=(2.0, 1.0))
-    paths, times = rigid_paths(flow), times_of(0.2, 0.5, 0.9)
-    whole = paths.at(times)
+    rigid, times = rigid_paths(flow), times_of(0.2, 0.5, 0.9)
+    whole = rigid.at(times)
     for i, time in enumerate(times):
-        for image, alone in enumerate(paths.at(time[None])):
+        for image, alone in enumerate(rigid.at(time[None])):
             torch.testing.assert_close(alone[0], whole[image][i], rtol=0, atol=0)

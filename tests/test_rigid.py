@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 from support import naive
+from support.largest import LargestTensor
 
+from dreammover_pipeline import rigid
 from dreammover_pipeline.fields import cell_grid
 from dreammover_pipeline.flow import agreement, neighbourhood_mean
 from dreammover_pipeline.records import BidirectionalFlow
@@ -93,6 +95,26 @@ def test_any_grid_and_no_trust_at_all_give_finite_flows(size):
     flow = randn(2, 2, *size)
     for weight in (torch.ones(2, 1, *size), torch.zeros(2, 1, *size)):
         assert similarity_flow(flow, weight.double()).isfinite().all()
+
+
+@pytest.mark.parametrize("size", [(20, 24), (7, 300)])
+@pytest.mark.parametrize("cells", [1, 100, 10**6])
+def test_cells_may_be_taken_in_any_blocks(monkeypatch, size, cells):
+    flow, weight = 3 * randn(2, 2, *size, seed=6), randn(2, 1, *size, seed=7).abs()
+    expected = fit_similarities(flow, weight)
+    monkeypatch.setattr(rigid, "CELLS_AT_ONCE", cells)
+    made = fit_similarities(flow, weight)
+    for part in ("shift", "turn", "residual"):
+        torch.testing.assert_close(getattr(made, part), getattr(expected, part))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (128, 128), (40, 200)])
+def test_the_workspace_does_not_grow_with_the_grid(size):
+    """At its largest, windows and what is computed of them are some ten tensors of the size of the largest."""
+    flow, weight = randn(2, 2, *size).float(), torch.ones(2, 1, *size)
+    with LargestTensor() as largest:
+        similarity_flow(flow, weight)
+    assert largest.bytes < 4 * 2**20
 
 
 def test_a_finer_grid_finds_the_same_motion():

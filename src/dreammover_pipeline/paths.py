@@ -18,6 +18,7 @@ PATH_TOLERANCES = (4.0, 2.0, 1.0, 1.0)
 PATH_STIFFNESS = 0.05  # squared cells of the unit grid; less than for matches, since the flow is regular already
 CENTRE_REACH = 16.0  # cells of the unit grid; how far away a cell may help to find the centre of what moves as one
 CENTRE_TOLERANCE = 1.5  # cells of the unit grid; how far from a cell's fit another one may lie that moves along
+PAIRS_AT_ONCE = 2**17  # of two cells, held together to find centres, so that the workspace does not grow with the grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,26 +82,21 @@ def rigid_paths(flow: BidirectionalFlow) -> MotionPaths:
 def _arms(ways: torch.Tensor, sure: torch.Tensor, fit: Similarity) -> torch.Tensor:
     """From the centre of what moves along with a cell to the cell, (2, 2, h, w).
 
-    Cells of a coarser grid stand for all, so that time and memory grow with the cells and not with their square.
+    Cells of a coarser grid stand for all, so that time grows with the cells and not with their square.
     """
     h, w = ways.shape[-2:]
     unit = grid_unit(h, w)
     stride = max(1, round(unit))
     seen = (..., slice(stride // 2, None, stride), slice(stride // 2, None, stride))
     cells = cell_grid(h, w, ways)
-    apart = cells[seen].flatten(2)[:, :, None] - cells.flatten(2)[..., None]  # (1, 2, n, m): from a cell to one seen
-    arms = []
-    for image in range(2):
-        one = slice(image, image + 1)
-        turn, shift = (part[one].flatten(2)[..., None] for part in (fit.turn, fit.shift))  # (1, 2, n, 1)
-        moved = ways[one][seen].flatten(2)[:, :, None]  # (1, 2, 1, m)
-        off = (moved - shift - complex_product(turn, apart)).square().sum(1)
-        alike = (
-            sure[one][seen].flatten(2)[:, 0, None]
-            * (
-                -apart.square().sum(1) / (2 * (CENTRE_REACH * unit) ** 2) - off / (2 * (CENTRE_TOLERANCE * unit) ** 2)
-            ).exp()
-        )
-        alike = alike[:, None] + TINY
-        arms.append(-(alike * apart).sum(3) / alike.sum(3))
-    return torch.cat(arms).unflatten(2, (h, w))
+    places, moved, weights = (part[seen].flatten(2)[:, :, None] for part in (cells, ways, sure))  # (…, 1, m)
+    arms = torch.empty_like(ways).flatten(2)
+    for here in torch.arange(h * w, device=ways.device).split(max(1, PAIRS_AT_ONCE // places.shape[-1])):
+        apart = places - cells.flatten(2)[..., here, None]  # (1, 2, n, m): from a cell to one seen
+        turn, shift = (part.flatten(2)[..., here, None] for part in (fit.turn, fit.shift))  # (2, 2, n, 1)
+        off = (moved - shift - complex_product(turn, apart)).square().sum(1, keepdim=True)
+        far = apart.square().sum(1, keepdim=True)
+        alike = weights * (-far / (2 * (CENTRE_REACH * unit) ** 2) - off / (2 * (CENTRE_TOLERANCE * unit) ** 2)).exp()
+        alike = alike + TINY
+        arms[..., here] = -(alike * apart).sum(3) / alike.sum(3)
+    return arms.unflatten(2, (h, w))

@@ -46,7 +46,7 @@ from .memory import free_cache  # noqa: F401, named for the loader
 from .model_checks import check_model_fits, check_no_callback
 from .outputs import DreamMoverPipelineOutput, joined, returned
 from .pairs import ModelSizes, PairInput, check_stackable, checked_pair, checked_pairs
-from .paths import rigid_paths  # noqa: F401, named for the loader
+from .paths import motion_paths
 from .preparing import Models, fit_lora_of_gaps, prepare_pair
 from .progress import ProgressListener, reported_stage
 from .prompts import NegativeText, pair_negatives
@@ -432,7 +432,7 @@ class DreamMoverPipeline(
         self._guidance_scale = settings.guidance_scale
         self._num_timesteps = pair.inversion.steps
         models = self._models(settings.cross_attention_kwargs)
-        models.denoiser.guidance_scale = settings.guidance_scale
+        paths = motion_paths(pair.flow, settings.motion)
 
         def on_step_end(i: int, timestep: int, tensors: dict) -> dict:
             if delivery.callback_on_step_end is None:
@@ -442,7 +442,9 @@ class DreamMoverPipeline(
             models.denoiser.guidance_scale = self._guidance_scale  # which a callback may change
             return replaced
 
-        return render_latents(models, pair, settings, negative, self._stage, on_step_end, lambda: self.interrupt)
+        return render_latents(
+            models, pair, settings, paths, negative, self._stage, on_step_end, lambda: self.interrupt
+        )
 
     def _finish(
         self, frames: DenoisedFrames, settings: RenderSettings, delivery: Delivery

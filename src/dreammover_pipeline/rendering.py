@@ -23,7 +23,7 @@ from .fusion import (
 )
 from .inputs import frame_times
 from .outputs import DreamMoverPipelineOutput, as_output
-from .paths import motion_paths
+from .paths import MotionPaths
 from .preparing import Models, require_finite
 from .progress import Stages
 from .prompts import NegativeText
@@ -62,17 +62,19 @@ def render_latents(
     models: Models,
     pair: PreparedPair,
     settings: RenderSettings,
+    paths: MotionPaths,
     negative: NegativeText,
     stages: Stages,
-    on_step_end: StepCallback,
-    interrupted: Callable[[], bool],
+    on_step_end: StepCallback = lambda i, timestep, tensors: {},
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> DenoisedFrames:
     """Place the frames in time, fuse the pair for each of them and denoise them with attention to both photos.
 
     Args:
         models: What to do it with.
         pair: What `prepare_pair` returned.
-        settings: Which frames, and how.
+        settings: Which frames, and how; `paths` are taken instead of those that `motion` names.
+        paths: The way of every cell of both photos.
         negative: What guidance leads away from.
         stages: What is told of progress.
         on_step_end: Called after every denoising step.
@@ -81,10 +83,11 @@ def render_latents(
     Raises:
         RuntimeError: The UNet overflowed.
     """
-    times = place_frames(pair, settings, settings.importance, settings.motion)
+    times = place_frames(pair, settings, settings.importance, paths)
     delta = torch.tensor(times)
     conditions = models.conditioner.frames(pair.prompt_embeds, delta, settings.guidance_scale > 1, negative)
     denoiser, inversion = models.denoiser, pair.inversion
+    denoiser.guidance_scale = settings.guidance_scale
     with (
         denoiser.with_lora(pair.lora, pair.lora_scale),
         denoiser.frame_predictor(
@@ -92,7 +95,7 @@ def render_latents(
         ) as predict_noise,
         stages("Denoising", inversion.steps) as step,
     ):
-        fused = fuse_pair(pair, delta, settings.fusion, settings.importance, settings.motion, predict_noise)
+        fused = fuse_pair(pair, delta, settings.fusion, settings.importance, paths, predict_noise)
 
         def on_step(i: int, timestep: int, latents: torch.Tensor) -> torch.Tensor:
             step()
@@ -110,36 +113,35 @@ def _replaced(replaced: dict, latents: torch.Tensor, conditions: Conditions) -> 
     return replaced.get("latents", latents)
 
 
-def place_frames(pair: PreparedPair, video: VideoSettings, importance: str, motion: str) -> tuple[float, ...]:
+def place_frames(pair: PreparedPair, video: VideoSettings, importance: str, paths: MotionPaths) -> tuple[float, ...]:
     """The δ of the frames asked for; for even spacing previews of the pair are looked at, and no model runs.
 
     Args:
         pair: What `prepare_pair` returned.
         video: Which frames are asked for.
         importance: The splat metric of the previews.
-        motion: The way that things take in the previews.
+        paths: The way of every cell of both photos in the previews.
     """
     if video.easing == EVEN:
-        return even_times(video.n_frames, preview_pair(pair, torch.linspace(0, 1, PREVIEWS), importance, motion))
+        return even_times(video.n_frames, preview_pair(pair, torch.linspace(0, 1, PREVIEWS), importance, paths))
     linear = frame_times(video.n_frames, video.times)
     return eased_times(linear, video.easing) if video.times is None else linear
 
 
-def preview_pair(pair: PreparedPair, times: torch.Tensor, importance: str, motion: str) -> torch.Tensor:
+def preview_pair(pair: PreparedPair, times: torch.Tensor, importance: str, paths: MotionPaths) -> torch.Tensor:
     """What frames would be if nothing were redrawn: the pair's clean latents, warped and averaged. No model runs.
 
     Args:
         pair: What `prepare_pair` returned.
         times: δ, (F,), in [0, 1].
         importance: The splat metric.
-        motion: The way that things take, "rigid" or "straight".
+        paths: The way of every cell of both photos.
 
     Returns:
         Clean latents (F, C, h, w); at 0 and 1 those of the two photos.
     """
     clean = pair.inversion.path[0]
     metric = splat_metric(importance, clean, pair.flow)
-    paths = motion_paths(pair.flow, motion)
     previews, _ = piecewise(lambda t: fuse_high_level(clean, paths, metric, t), times)
     return previews
 
@@ -149,7 +151,7 @@ def fuse_pair(
     times: torch.Tensor,
     fusion: str,
     importance: str,
-    motion: str,
+    paths: MotionPaths,
     predict_noise: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
 ) -> FusedFrames:
     """Fuse the pair at step T for every δ. Source: DreamMover §3.3.
@@ -159,7 +161,7 @@ def fuse_pair(
         times: δ, (F,).
         fusion: "two_level", "two_level_unwarped" or "direct".
         importance: The splat metric.
-        motion: The way that things take, "rigid" or "straight".
+        paths: The way of every cell of both photos.
         predict_noise: ε of frames (F, C, h, w) at a timestep; only "two_level_unwarped" asks it.
 
     Returns:
@@ -168,7 +170,7 @@ def fuse_pair(
     inversion, flow = pair.inversion, pair.flow
     noisy, alpha_bar = inversion.path[-1], inversion.alpha_bar
     clean = predict_clean(noisy, inversion.eps, alpha_bar)
-    metric, paths = splat_metric(importance, clean, flow), motion_paths(flow, motion)
+    metric = splat_metric(importance, clean, flow)
     if fusion == "direct":
         latents, coverage = piecewise(lambda t: fuse_direct(noisy, paths, metric, t), times)
         return FusedFrames(latents, None, None, coverage, times)

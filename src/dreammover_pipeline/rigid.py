@@ -29,6 +29,7 @@ STIFFNESS = 0.5  # squared cells; how strongly turn and scaling are held back wh
 LEAST = 1e-6  # of its weight without the fit, what a match keeps that the fit does not explain
 NEIGHBOUR_STEP = 3.0  # cells; between a cell and the next whose similarity it may take over
 TINY = 1e-12
+CELLS_AT_ONCE = 256  # whose windows are held together, so that the workspace does not grow with the grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,16 +78,26 @@ def fit_similarities(
     h, w = flow.shape[-2:]
     unit = grid_unit(h, w)
     stride = max(1, round(unit))
-    place, vector, given = _matches_around(flow, weight, both_ways, stride)
-    near = given * (-place.square().sum(1) / (2 * (sigma * unit) ** 2)).exp()
-    weights = near
-    for tolerance in tolerances:
-        mean_place, mean_vector, turn = _least_squares(place, vector, weights, stiffness * unit**2)
-        off = vector - mean_vector - complex_product(turn, place - mean_place)
-        explained = (-off.square().sum(1) / (2 * (tolerance * unit) ** 2)).exp()
-        weights = near * (explained + LEAST)
-    shift = (mean_vector - complex_product(turn, mean_place))[:, :, 0].unflatten(2, (h, w))
-    turn = turn[:, :, 0].unflatten(2, (h, w))
+    matches = [torch.cat([torch.zeros_like(flow), flow, weight], 1)]
+    if both_ways:
+        matches.append(_matches_of_the_other(flow, weight))
+    reach = WINDOW_REACH * stride
+    padded = [F.pad(each, (reach, reach, reach, reach)) for each in matches]
+    fits = flow.new_empty(2, 4, h * w)  # shift and turn
+    rows = max(1, CELLS_AT_ONCE // w)
+    for top in range(0, h, rows):
+        strips = [each[..., top : top + rows + 2 * reach, :] for each in padded]
+        place, vector, given = _matches_around(strips, stride)
+        near = given * (-place.square().sum(1) / (2 * (sigma * unit) ** 2)).exp()
+        weights = near
+        for tolerance in tolerances:
+            mean_place, mean_vector, turn = _least_squares(place, vector, weights, stiffness * unit**2)
+            off = vector - mean_vector - complex_product(turn, place - mean_place)
+            explained = (-off.square().sum(1) / (2 * (tolerance * unit) ** 2)).exp()
+            weights = near * (explained + LEAST)
+        fitted = torch.cat([mean_vector - complex_product(turn, mean_place), turn], 1)
+        fits[..., top * w : (top + rows) * w] = fitted[:, :, 0]
+    shift, turn = fits.unflatten(2, (h, w)).split(2, 1)
     return Similarity(shift, turn, (flow - shift).square().sum(1, keepdim=True))
 
 
@@ -145,28 +156,23 @@ def similarity_flow(flow: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return fit_similarities(flow, weight).shift
 
 
-def _matches_around(
-    flow: torch.Tensor, weight: torch.Tensor, both_ways: bool, stride: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _matches_around(strips: Sequence[torch.Tensor], stride: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The matches in the window around every cell: where they start from the cell, where they lead, how sure they are.
 
+    Args:
+        strips: Matches as `_matches_of_the_other` returns them, (2, 5, r + margins, w + margins), with margins of
+            `WINDOW_REACH` · `stride` cells on every side of the n = r·w cells that are asked about.
+        stride: Distance in cells between neighbours in a window.
+
     Returns:
-        (2, 2, k, h·w), (2, 2, k, h·w) and (2, k, h·w), for k matches.
+        (2, 2, k, n), (2, 2, k, n) and (2, k, n), for k matches.
     """
-    sources = [torch.cat([torch.zeros_like(flow), flow, weight], 1)]
-    if both_ways:
-        sources.append(_matches_of_the_other(flow, weight))
     side = 2 * WINDOW_REACH + 1
-    offsets = (cell_grid(side, side, flow).flatten(2) - WINDOW_REACH) * stride  # (1, 2, side²)
-    places, vectors, weights = [], [], []
-    for matches in sources:
-        windows = F.unfold(matches, side, dilation=stride, padding=WINDOW_REACH * stride).unflatten(
-            1, (5, side * side)
-        )
-        places.append(windows[:, :2] + offsets[..., None])
-        vectors.append(windows[:, 2:4])
-        weights.append(windows[:, 4])  # zero off the grid
-    return torch.cat(places, 2), torch.cat(vectors, 2), torch.cat(weights, 1)
+    offsets = (cell_grid(side, side, strips[0]).flatten(2) - WINDOW_REACH) * stride  # (1, 2, side²)
+    windows = [F.unfold(strip, side, dilation=stride).unflatten(1, (5, side * side)) for strip in strips]
+    places = torch.cat([window[:, :2] + offsets[..., None] for window in windows], 2)
+    vectors = torch.cat([window[:, 2:4] for window in windows], 2)
+    return places, vectors, torch.cat([window[:, 4] for window in windows], 1)  # which is zero off the grid
 
 
 def _matches_of_the_other(flow: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from .paths import motion_paths
 from .records import FusedFrames, PreparedPair
 from .rendering import fuse_pair, place_frames, preview_pair
 from .schedules import schedule_settings
@@ -110,7 +111,7 @@ class StageMethods:
             TypeError, ValueError: An argument is not what it may be.
         """
         video = VideoSettings(n_frames=n_frames, times=times, easing=easing)
-        return place_frames(pair, video, importance, motion)
+        return place_frames(pair, video, importance, motion_paths(pair.flow, motion))
 
     def preview(
         self, pair: PreparedPair, times: torch.Tensor, importance: str = "agreement", motion: str = "rigid"
@@ -126,7 +127,7 @@ class StageMethods:
         Returns:
             Clean latents (F, C, h, w), for `decode_latents`; at 0 and 1 those of the two photos.
         """
-        return preview_pair(pair, times, importance, motion)
+        return preview_pair(pair, times, importance, motion_paths(pair.flow, motion))
 
     def fuse(
         self,
@@ -150,7 +151,7 @@ class StageMethods:
         Returns:
             The frames' latents z^δ_T and the levels they are made of.
         """
-        return fuse_pair(pair, times, fusion, importance, motion, predict_noise)
+        return fuse_pair(pair, times, fusion, importance, motion_paths(pair.flow, motion), predict_noise)
 
     def run_safety_checker(self, image: torch.Tensor) -> tuple[torch.Tensor, list[bool] | None]:
         """Black out what the safety checker flags, if there is one.

@@ -15,6 +15,9 @@ from support.pages import EXAMPLES
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.cli.main import main
 from dreammover_pipeline.cli.options import add_method_options
+from dreammover_pipeline.media.correspondences import matches_picture
+from dreammover_pipeline.media.pictures import picture_of
+from dreammover_pipeline.storage import read_pair
 from dreammover_pipeline.tiny import CHECKPOINT
 
 pytestmark = pytest.mark.usefixtures("restored_logging")
@@ -75,6 +78,17 @@ def test_a_kept_pair_gives_other_videos(pair, tmp_path, capsys):
         with Image.open(path) as gif:
             assert (gif.size, gif.n_frames, gif.info["duration"]) == (size, 3, 50)
     assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+@pytest.mark.parametrize("motion", ["rigid", "straight"])
+def test_the_matches_show_the_way_that_the_frames_take(pair, tmp_path, motion):
+    out, matches = str(tmp_path / "out.gif"), str(tmp_path / "matches.png")
+    assert main(["render", pair, *TINY, "--frames=1", "--motion", motion, "--matches", matches, "-o", out]) == 0
+    read, _ = read_pair(pair, "cpu")
+    photos = [picture_of(image) for image in read.images]
+    expected = matches_picture(*photos, read.flow, read.canvas, motion)
+    with Image.open(matches) as picture:
+        assert picture.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import torch
 
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.cli.main import main
+from dreammover_pipeline.evaluation.case import EvaluationCase
 from dreammover_pipeline.evaluation.correspondence import METRICS, PASSES, PENALTIES, Variant, _measured, study, table
-from dreammover_pipeline.evaluation.methods import EvaluationCase
 from dreammover_pipeline.evaluation.suites import find_suites
 from dreammover_pipeline.fields import flow_at_cell_centres
 from dreammover_pipeline.records import BidirectionalFlow
@@ -42,7 +42,7 @@ def test_every_variant_is_measured_on_every_pair(rows, suites):
 def test_a_variant_is_the_pipelines_own_flow(tiny_pipe, suites, rows):
     pair = suites[0].load(suites[0].pairs[0])
     settings = {"inversion_steps": 3, "feature_step": 2, "feature_block": 1, "lora_steps": 0}
-    settings |= {"flow_fit": "mean", "flow_smoothing": 3, "rest_tolerance": 0}
+    settings |= {"flow_fit": "mean", "flow_smoothing": 3, "rest_tolerance": 0, "photo_tolerance": 0}
     expected = _measured(
         EvaluationCase(tiny_pipe, pair, 0, settings), EvaluationCase(tiny_pipe, pair, 0, settings).prepared().flow
     )

@@ -12,7 +12,8 @@ pytest.importorskip("skimage")
 pytest.importorskip("cv2")
 
 from dreammover_pipeline.evaluation.branching import between, branching_slerp, generations
-from dreammover_pipeline.evaluation.methods import METHODS, EvaluationCase, _looked_up
+from dreammover_pipeline.evaluation.case import EvaluationCase
+from dreammover_pipeline.evaluation.methods import METHODS, _looked_up
 from dreammover_pipeline.evaluation.networks import Tools, dis_flow
 from dreammover_pipeline.evaluation.scoring import score
 from dreammover_pipeline.evaluation.suites import CLIPS, Pair, find_suites, folder_suite, world_suite
@@ -60,7 +61,8 @@ def test_every_method_makes_frames_of_one_pair(case):
         assert frames[name].dtype == torch.float32
         assert not frames[name].requires_grad
         assert 0 <= frames[name].min() <= frames[name].max() <= 1
-        assert (flow is None) == (name in {"branching_slerp", "crossfade", "dis_warp", "vae_of_truth"})
+        without = {"branching_slerp", "diffmorpher", "crossfade", "dis_warp", "vae_of_truth"}
+        assert (flow is None) == (name in without)
         assert (flow is case.prepared().flow) == (name in MATCHED)
     names = [name for name in OWN if name not in ALIKE_WITH_RANDOM_WEIGHTS]
     for i, name in enumerate(names):
@@ -224,8 +226,9 @@ def test_photos_of_any_shape_are_fitted(pipe, photos):
 
 def test_methods_that_need_truth_say_so(folder):
     bare, full = (folder_suite(folder, 3).load(name) for name in ("bare", "full"))
-    assert {name for name, method in METHODS.items() if not method.suits(bare)} == {"true_flow", "vae_of_truth"}
-    assert {name for name, method in METHODS.items() if not method.suits(full)} == {"true_flow"}
+    need_motion = {"true_flow", "true_flow_straight", "true_path", "true_visibility", "true_splat"}
+    assert {name for name, method in METHODS.items() if not method.suits(bare)} == need_motion | {"vae_of_truth"}
+    assert {name for name, method in METHODS.items() if not method.suits(full)} == need_motion
 
 
 @pytest.mark.parametrize("difficulty", ["same", "relit", "recast"])

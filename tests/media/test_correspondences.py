@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of a pair's flow, read off their pixels."""
 
+import inspect
 import math
 
 import numpy as np
@@ -20,7 +21,9 @@ from dreammover_pipeline.media.correspondences import (
     occlusion_picture,
 )
 from dreammover_pipeline.media.pictures import CAPTION, MARGIN
+from dreammover_pipeline.paths import motion_paths
 from dreammover_pipeline.records import BidirectionalFlow, Canvas
+from dreammover_pipeline.settings import arguments
 
 TOP = MARGIN + 2 * CAPTION  # of panels under a headline and their titles
 ANGLES = [k * math.pi / 4 for k in range(8)]
@@ -171,6 +174,47 @@ def test_a_line_joins_a_cells_place_in_one_photo_with_its_matchs_place_in_the_ot
     expected = [MARGIN + start[0] - reach, 2 * MARGIN + panel[0] + end[0] + reach - 1]
     np.testing.assert_allclose([columns[0], columns[-1]], expected, atol=1)
     np.testing.assert_allclose(rows, [TOP + start[1] - 0.5, TOP + end[1] - 0.5], atol=1.2)
+
+
+def turning_flow(degrees, side=32):
+    """The flow of a turn about the middle of the grid, and of the turn back."""
+    y, x = np.mgrid[:side, :side] - (side - 1) / 2
+    fields = []
+    for angle in (math.radians(degrees), -math.radians(degrees)):
+        turned = [math.cos(angle) * x - math.sin(angle) * y, math.sin(angle) * x + math.cos(angle) * y]
+        fields.append(torch.from_numpy(np.stack([turned[0] - x, turned[1] - y])[None]))
+    return BidirectionalFlow(*fields)
+
+
+@pytest.mark.parametrize("motion", ["rigid", "straight"])
+def test_a_line_is_the_way_that_the_frames_take(motion):
+    """At a share of the way from one photo to the other it is where the path is at that time."""
+    flow = turning_flow(80)
+    photo = Image.new("RGB", (64, 64), "grey")
+    picture = np.asarray(correspondence_lines(photo, photo, flow, 1, motion=motion)).astype(int)
+    cell = np.array([int(0.75488 * 32), int(0.56984 * 32)])
+    coloured = picture.max(-1) - picture.min(-1) > 100
+    for time in (0, 0.25, 0.5, 0.75, 1):
+        moved = motion_paths(flow, motion).displacements(0, torch.tensor([time]))[0, :, cell[1], cell[0]].numpy()
+        x, y = (cell + moved + 0.5) / 32 * PANEL_EDGE
+        column = MARGIN + time * (PANEL_EDGE + MARGIN) + x
+        assert np.flatnonzero(coloured[:, round(column)]).mean() == pytest.approx(TOP + y - 0.5, abs=1.5)
+
+
+def test_a_way_bends_only_where_things_turn_and_frames_take_rigid_paths():
+    photo = Image.new("RGB", (64, 64), "grey")
+
+    def lines(flow, motion):
+        return np.asarray(correspondence_lines(photo, photo, flow, motion=motion)).astype(int)
+
+    turning, shifting = turning_flow(60), BidirectionalFlow(constant_flow(2, 1, 32, 32), constant_flow(-2, -1, 32, 32))
+    assert (np.abs(lines(turning, "rigid") - lines(turning, "straight")) > 100).any()
+    assert (np.abs(lines(shifting, "rigid") - lines(shifting, "straight")) < 30).all()
+
+
+@pytest.mark.parametrize("picture", [correspondence_lines, matches_picture])
+def test_pictures_show_the_way_that_frames_take_by_default(picture):
+    assert inspect.signature(picture).parameters["motion"].default == arguments()["motion"].default
 
 
 def test_lines_are_as_many_as_asked_for_and_spread():

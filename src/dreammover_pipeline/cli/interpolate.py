@@ -102,7 +102,7 @@ def _make_pair(args: argparse.Namespace) -> None:
             pipe.save_pair(pair, args.save_pair)
         return pair, pipe.render(pair, **taken(call, *RENDERING))
 
-    make_video(args, make)
+    make_video(args, call, make)
 
 
 def _decoded(args: argparse.Namespace) -> tuple[list[torch.Tensor], dict[str, object]]:

@@ -55,4 +55,4 @@ def _render(args: argparse.Namespace) -> None:
         pair = pipe.load_pair(args.pair)
         return pair, pipe.render(pair, **call, include_inputs=True)
 
-    make_video(args, make)
+    make_video(args, call, make)

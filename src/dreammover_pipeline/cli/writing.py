@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import permutations, product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from ..media.correspondences import flow_picture, matches_picture
 from ..media.files import check_fps, check_picture_path, check_video_path, write_picture, write_video
 from ..media.pictures import comparison, contact_sheet, crossfade, picture_of
 from ..media.playback import check_hold, frames_to_fill, play
+from ..settings import RenderSettings
 from .loading import load_chosen
 from .options import for_each_gap
 
@@ -128,12 +129,14 @@ def settle_length(args: argparse.Namespace) -> None:
 
 def make_video(
     args: argparse.Namespace,
+    call: Mapping[str, object],
     make: Callable[[DreamMoverPipeline], tuple[PreparedPair, DreamMoverPipelineOutput]],
 ) -> None:
     """Load the model, make the video of one pair with it, and write what was asked for.
 
     Args:
         args: The options that `add_output_options` and `add_model_options` add.
+        call: The arguments of the pipeline; those that are left out have their defaults.
         make: Takes the pipeline, and gives the prepared pair and its output with the photos at the ends.
 
     Raises:
@@ -154,7 +157,8 @@ def make_video(
     if args.flow:
         write_picture(flow_picture(pair.flow, pair.canvas), args.flow)
     if args.matches:
-        write_picture(matches_picture(*photos, pair.flow, pair.canvas), args.matches)
+        motion = RenderSettings.of(call).motion
+        write_picture(matches_picture(*photos, pair.flow, pair.canvas, motion), args.matches)
     print(f"{args.output}: {length} frames in {time.perf_counter() - start:.1f} s")
 
 

@@ -22,7 +22,7 @@ from ..flow import distance_bias, join_features, match_features, smooth_flow
 from ..framing import unfit
 from ..pipeline import DreamMoverPipeline
 from ..records import BidirectionalFlow, Inversion
-from .methods import EvaluationCase
+from .case import EvaluationCase
 from .metrics import endpoint_errors, psnr
 from .statistics import estimate
 from .suites import Suite

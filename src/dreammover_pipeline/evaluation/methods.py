@@ -7,99 +7,27 @@ were made with, which is None for a method without flow.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from ..arguments import taken
-from ..fields import backward_warp, cell_grid, flow_at_cell_centres, upsampled_flow
-from ..framing import fit, fit_to_output, unfit
+from ..fields import backward_warp, cell_grid, upsampled_flow
+from ..framing import unfit
 from ..fusion import agreement_importance, fuse_high_level, photometric_importance
 from ..paths import MotionPaths, motion_paths
-from ..pipeline import DreamMoverPipeline
-from ..records import BidirectionalFlow, Canvas, PreparedPair
-from ..settings import PREPARING, PRESETS, RENDERING, arguments
+from ..records import BidirectionalFlow
+from ..settings import PREPARING, PRESETS, RENDERING, PrepareSettings
 from .branching import branching_slerp
+from .case import UNREPORTED, EvaluationCase, Result
+from .ceilings import true_flow, true_flow_straight, true_path, true_splat, true_visibility, vae_of_truth
+from .diffmorpher import diffmorpher
 from .networks import dis_flow
 from .rife import load_rife
 from .suites import Pair
 from .weights import weights_file
-
-Result = tuple[torch.Tensor, BidirectionalFlow | None]
-
-
-@dataclass
-class EvaluationCase:
-    """One pair to interpolate and the pipeline to do it with; what several methods need is made once and kept."""
-
-    pipe: DreamMoverPipeline
-    pair: Pair
-    seed: int  # decides the noise of the LoRA fit and of the branching baseline
-    settings: Mapping[str, object] = field(default_factory=dict)  # arguments of `prepare` and `render`, by name
-    preparing_seconds: float = 0.0  # time that `prepared` has taken so far
-    _prepared: dict[tuple, PreparedPair] = field(default_factory=dict)  # by the changes that `prepared` was given
-
-    @cached_property
-    def canvas(self) -> Canvas:
-        """The canvas that the pair is fitted to for the models."""
-        return self.pipe.canvas(self.pair.images[0])
-
-    @cached_property
-    def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two images at the size of the frames, (3, H, W) in [0, 1] each."""
-        first, last = (fit_to_output(image, self.canvas) for image in self.pair.images)
-        return first, last
-
-    @cached_property
-    def working_images(self) -> torch.Tensor:
-        """The two images on the canvas, (2, 3, H, W) in [0, 1]."""
-        return torch.stack([fit(image, self.canvas) for image in self.pair.images])
-
-    @property
-    def times(self) -> torch.Tensor:
-        """The times δ of the frames, (F,)."""
-        return torch.tensor(self.pair.times)
-
-    def setting(self, name: str):
-        """The value that the pipeline's argument `name` has in this case."""
-        return self.settings.get(name, arguments()[name].default)
-
-    def prepared(self, **changes) -> PreparedPair:
-        """The prepared pair, with `changes` to the settings.
-
-        Its LoRA is fitted once, with the settings of the case, and shared unless `lora_steps` is among the changes.
-        """
-        key = tuple(sorted(changes.items()))
-        if key not in self._prepared:
-            lora = None if not changes or "lora_steps" in changes else self.prepared().lora
-            start = time.perf_counter()
-            settings = taken(self.settings, *PREPARING) | changes
-            generator = torch.Generator().manual_seed(self.seed)
-            self._prepared[key] = self.pipe.prepare(
-                *self.pair.images, self.pair.prompt, **settings, lora=lora, generator=generator
-            )
-            self.preparing_seconds += time.perf_counter() - start
-        return self._prepared[key]
-
-    @property
-    def importance(self) -> str:
-        """The value of `importance` in this case."""
-        return self.setting("importance")
-
-    def render(self, prepared: PreparedPair, **changes) -> Result:
-        """Frames of a prepared pair, with `changes` to the settings, and the pair's flow."""
-        settings = taken(self.settings, *RENDERING) | changes
-        output = self.pipe.render(prepared, times=self.pair.times, output_type="pt", **settings)
-        return output.frames[0].float().cpu(), prepared.flow
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode clean latents (F, C, h, w) into pictures at the size of the frames."""
-        pictures = torch.cat([self.pipe.decode_latents(latent[None]).cpu() for latent in latents])
-        return unfit(pictures, self.canvas)
 
 
 def ours(case: EvaluationCase) -> Result:
@@ -123,9 +51,14 @@ def no_rest(case: EvaluationCase) -> Result:
     return case.render(case.prepared(rest_tolerance=0))
 
 
+def no_refinement(case: EvaluationCase) -> Result:
+    """Ours with the flow of features alone, not refined on the photos."""
+    return case.render(case.prepared(photo_tolerance=0))
+
+
 def mean_flow(case: EvaluationCase) -> Result:
-    """Ours with the flow smoothed by means of vectors, three times, instead of fitted similarities."""
-    return case.render(case.prepared(flow_fit="mean", flow_smoothing=3))
+    """Ours with the flow smoothed by means of vectors, three times, instead of fitted similarities and refined."""
+    return case.render(case.prepared(flow_fit="mean", flow_smoothing=3, photo_tolerance=0))
 
 
 def straight(case: EvaluationCase) -> Result:
@@ -134,8 +67,8 @@ def straight(case: EvaluationCase) -> Result:
 
 
 def no_smoothing(case: EvaluationCase) -> Result:
-    """Ours without smoothing of the flow."""
-    return case.render(case.prepared(flow_smoothing=0))
+    """Ours with the bare argmax: the flow is neither smoothed nor refined on the photos."""
+    return case.render(case.prepared(flow_smoothing=0, photo_tolerance=0))
 
 
 def photometric(case: EvaluationCase) -> Result:
@@ -155,16 +88,10 @@ def shallow(case: EvaluationCase) -> Result:
     return case.render(case.prepared(inversion_steps=steps, feature_step=min(step, steps)))
 
 
-def true_flow(case: EvaluationCase) -> Result:
-    """Ours with the true flow instead of the matched flow, which shows what perfect correspondence would give."""
-    forward, backward = case.pair.motion.flow(0, 1), case.pair.motion.flow(1, 0)
-    return case.render(_with_flow(case, forward, backward))
-
-
 def dis(case: EvaluationCase) -> Result:
     """Ours with OpenCV's DIS flow between the two images instead of the matched flow."""
     first, last = case.working_images
-    return case.render(_with_flow(case, dis_flow(first, last), dis_flow(last, first)))
+    return case.render(case.with_flow(dis_flow(first, last), dis_flow(last, first)))
 
 
 def direct(case: EvaluationCase) -> Result:
@@ -247,10 +174,11 @@ def branching(case: EvaluationCase) -> Result:
     return case.decode(latents), None
 
 
-def vae_of_truth(case: EvaluationCase) -> Result:
-    """The true frames encoded and decoded by the VAE, which is the most that any method on latents can reach."""
-    truth = torch.stack([fit(frame, case.canvas) for frame in case.pair.truth])
-    return case.decode(case.pipe.encode_images(truth)), None
+def morph(case: EvaluationCase) -> Result:
+    """DiffMorpher's interpolation of everything, without flow, by one LoRA for each image."""
+    settings = PrepareSettings.of(case.settings)
+    images, prompt = case.working_images, case.pair.prompt
+    return case.decode(diffmorpher(case.pipe, images, prompt, case.times, settings, case.seed, UNREPORTED)), None
 
 
 @dataclass(frozen=True)
@@ -281,6 +209,7 @@ METHODS = {
     "paper": Method(paper),
     "no_penalty": Method(no_penalty),
     "no_rest": Method(no_rest),
+    "no_refinement": Method(no_refinement),
     "no_smoothing": Method(no_smoothing),
     "mean_flow": Method(mean_flow),
     "straight": Method(straight),
@@ -288,6 +217,9 @@ METHODS = {
     "one_block": Method(one_block),
     "shallow": Method(shallow),
     "true_flow": Method(true_flow, "motion"),
+    "true_flow_straight": Method(true_flow_straight, "motion"),
+    "true_path": Method(true_path, "motion"),
+    "true_visibility": Method(true_visibility, "motion"),
     "dis_flow": Method(dis),
     "direct_fusion": Method(direct),
     "released_fusion": Method(released_fusion),
@@ -295,7 +227,9 @@ METHODS = {
     "no_lora": Method(no_lora),
     "latent_splat": Method(latent_splat),
     "pixel_splat": Method(pixel_splat),
+    "true_splat": Method(true_splat, "motion"),
     "branching_slerp": Method(branching),
+    "diffmorpher": Method(morph),
     "crossfade": Method(crossfade),
     "dis_warp": Method(dis_warp),
     "rife": Method(rife, weights="rife"),
@@ -312,14 +246,6 @@ def methods_without_weights() -> dict[str, str]:
         except OSError as error:
             found[name] = str(error)
     return found
-
-
-def _with_flow(case: EvaluationCase, forward: torch.Tensor, backward: torch.Tensor) -> PreparedPair:
-    """The prepared pair with another flow in both directions, given as (1, 2, H, W) each, in pixels of the frames."""
-    pair = case.prepared()
-    size = pair.flow.forward.shape[-2:]
-    cells = (flow_at_cell_centres(field, size).to(pair.flow.forward) for field in (forward, backward))
-    return replace(pair, flow=BidirectionalFlow(*cells))
 
 
 def _looked_up(image: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:

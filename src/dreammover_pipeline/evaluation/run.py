@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..media.pictures import picture_of
 from ..pipeline import DreamMoverPipeline
-from .methods import METHODS, EvaluationCase
+from .case import EvaluationCase
+from .methods import METHODS
 from .networks import Tools
 from .scoring import score
 from .suites import Suite

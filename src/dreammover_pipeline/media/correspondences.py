@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PANEL_EDGE = 384  # pixels: the longer side of a photo or map in these pictures
 LINES = 40  # how many points `correspondence_lines` shows by default
+PIECES = 24  # of how many straight pieces a line is made that shows a way through time
 # The multiples of this vector, modulo 1, fill the unit square evenly and never in rows: the R2 sequence.
 R2 = (0.7548776662466927, 0.5698402909980532)
 # Cells by which a round trip may end beside its start and still count as a match. A flow of whole cells is off by up
@@ -58,13 +59,19 @@ def flow_picture(flow: BidirectionalFlow, canvas: Canvas | None = None) -> Image
 
 
 def correspondence_lines(
-    first: Image.Image, last: Image.Image, flow: BidirectionalFlow, lines: int = LINES, canvas: Canvas | None = None
+    first: Image.Image,
+    last: Image.Image,
+    flow: BidirectionalFlow,
+    lines: int = LINES,
+    canvas: Canvas | None = None,
+    motion: str = "rigid",
 ) -> Image.Image:
     """Join points of the first photo with the points of the last one that the flow takes them to.
 
     The points are spread evenly over the first photo, whatever it shows, and coloured by where they lie around its
-    centre. A ring instead of a line marks a point whose match does not match back (`occlusion_picture` shows all such
-    cells) or lies outside the photo.
+    centre. A line shows the way that its point takes through the frames, while time runs from the one photo to the
+    other: it is straight where things go straight and bent where they turn. A ring instead of a line marks a point
+    whose match does not match back (`occlusion_picture` shows all such cells) or lies outside the photo.
 
     Args:
         first: the first photo as the video begins with it, of any size.
@@ -72,6 +79,7 @@ def correspondence_lines(
         flow: the pair's flow.
         lines: how many points to show, at least 1; a grid with fewer cells gets fewer points.
         canvas: the pair's canvas, so that the padding is left out.
+        motion: the way that things take through time, as `DreamMoverPipeline.render` takes it.
 
     Raises:
         ValueError: the photos differ in size, or `lines` is less than 1.
@@ -81,7 +89,7 @@ def correspondence_lines(
     if lines < 1:
         raise ValueError(f"`lines` must be at least 1, not {lines}")
     panels = [_photo_panel(photo) for photo in (first, last)]
-    starts, ends, matched = _sampled_matches(flow, lines, _extent(flow, canvas))
+    ways, matched = _sampled_ways(flow, lines, _extent(flow, canvas), motion)
     headline = f"Each line joins what is taken for the same spot: {matched.sum()} of {len(matched)} points"
     headline += "." if matched.all() else "; a ring has no match."
     titles = ["first photo", "last photo"]
@@ -91,15 +99,18 @@ def correspondence_lines(
     overlay = Image.new("RGBA", (picture.width * FINER, picture.height * FINER))
     draw = ImageDraw.Draw(overlay)
     radius = 3.5 * FINER
-    for start, end, found in zip(starts, ends, matched, strict=True):
-        a, b = (left + start * edges) * FINER, (right + end * edges) * FINER
-        colour = _position_colour(start)
+    passing = np.linspace(left, right, PIECES + 1)  # where the top left of the photo is drawn at every time
+    for way, found in zip(ways, matched, strict=True):
+        line = (passing + way * edges) * FINER
+        a, b = line[0], line[-1]
+        colour = _position_colour(way[0])
         if not found:
             draw.ellipse([*(a - radius), *(a + radius)], outline="black", width=3 * FINER)
             draw.ellipse([*(a - radius + FINER), *(a + radius - FINER)], outline="white", width=FINER)
             continue
-        draw.line([*a, *b], fill=(0, 0, 0, 110), width=3 * FINER)  # a dark edge makes a line visible on any photo
-        draw.line([*a, *b], fill=colour, width=round(1.5 * FINER))
+        # A dark edge makes a line visible on any photo.
+        draw.line([*line.ravel()], fill=(0, 0, 0, 110), width=3 * FINER, joint="curve")
+        draw.line([*line.ravel()], fill=colour, width=round(1.5 * FINER), joint="curve")
         for point in (a, b):
             draw.ellipse([*(point - radius), *(point + radius)], fill=colour, outline="black", width=FINER)
     overlay = overlay.resize(picture.size, Image.Resampling.LANCZOS)
@@ -149,7 +160,11 @@ def occlusion_picture(
 
 
 def matches_picture(
-    first: Image.Image, last: Image.Image, flow: BidirectionalFlow, canvas: Canvas | None = None
+    first: Image.Image,
+    last: Image.Image,
+    flow: BidirectionalFlow,
+    canvas: Canvas | None = None,
+    motion: str = "rigid",
 ) -> Image.Image:
     """Show `correspondence_lines`, `confidence_picture` and `occlusion_picture` of a pair, one below the other.
 
@@ -158,12 +173,13 @@ def matches_picture(
         last: the last photo as the video ends with it; it must have the size of `first`.
         flow: the pair's flow.
         canvas: the pair's canvas, so that the padding is left out.
+        motion: the way that things take through time, as `DreamMoverPipeline.render` takes it.
 
     Raises:
         ValueError: the photos differ in size.
     """
     rows = [
-        correspondence_lines(first, last, flow, canvas=canvas),
+        correspondence_lines(first, last, flow, canvas=canvas, motion=motion),
         confidence_picture(flow, (first, last), canvas),
         occlusion_picture(flow, (first, last), canvas),
     ]
@@ -233,23 +249,32 @@ def _map_panels(
     ]
 
 
-def _sampled_matches(
-    flow: BidirectionalFlow, lines: int, extent: tuple[float, float]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Points spread evenly over the first photo, and what the flow says of them.
+def _sampled_ways(
+    flow: BidirectionalFlow, lines: int, extent: tuple[float, float], motion: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ways of points spread evenly over the first photo, and whether they are matched.
 
     Returns:
-        The points (n, 2), with each photo's sides going from 0 to 1; the points (n, 2) of the last photo that the flow
-        takes them to; and whether each of them (n) is matched.
+        Where each point is at `PIECES` + 1 even times from 0 to 1, (n, PIECES + 1, 2), with a photo's sides going from
+        0 to 1; and whether each of them (n) is matched.
     """
+    import torch  # not at the top of this file, since it takes seconds to import
+
+    from ..paths import motion_paths
+    from ..records import BidirectionalFlow
+
     spread = np.arange(1, lines + 1)[:, None] * R2 % 1
     counts = np.floor(np.array(extent) + 0.5)  # columns and rows of cells whose centre is on the photo
     x, y = np.unique((spread * counts).astype(int), axis=0).T
     cells = np.stack([x, y], -1) + 0.5  # a cell's centre is half a cell from its edges
-    moved = cells + flow.forward[0].detach().double().cpu().numpy()[:, y, x].T
-    inside = ((moved >= 0) & (moved <= extent)).all(-1)
+    fields = [field.detach().double().cpu() for field in (flow.forward, flow.backward)]
+    paths = motion_paths(BidirectionalFlow(*fields), motion)
+    times = torch.linspace(0, 1, PIECES + 1, dtype=torch.float64)
+    ways = cells[:, None] + paths.displacements(0, times).numpy()[:, :, y, x].transpose(2, 0, 1)
+    ways[:, -1] = cells + fields[0][0].numpy()[:, y, x].T  # without the rounding of the path
+    inside = ((ways[:, -1] >= 0) & (ways[:, -1] <= extent)).all(-1)
     matched = (_round_trip_errors(flow)[0, y, x] <= MATCHED) & inside
-    return cells / extent, moved / extent, matched
+    return ways / extent, matched
 
 
 def _round_trip_errors(flow: BidirectionalFlow) -> np.ndarray:

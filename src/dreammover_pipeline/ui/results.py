@@ -61,14 +61,21 @@ class FinishedVideo:
 
 
 def explaining_pictures(
-    pair: PreparedPair, frames: Sequence[Image.Image], times: Sequence[float]
+    pair: PreparedPair, frames: Sequence[Image.Image], times: Sequence[float], motion: str
 ) -> dict[str, Image.Image]:
-    """The pictures that explain the frames of a pair, by the names that the page knows them by."""
+    """The pictures that explain the frames of a pair, by the names that the page knows them by.
+
+    Args:
+        pair: the prepared pair.
+        frames: the frames, with both photos at the ends.
+        times: the δ of every frame.
+        motion: the way that things take through the frames.
+    """
     first, last = (picture_of(image) for image in pair.images)
     flow, canvas = pair.flow, pair.canvas
     return {
         "flow": flow_picture(flow, canvas),
-        "matches": correspondence_lines(first, last, flow, canvas=canvas),
+        "matches": correspondence_lines(first, last, flow, canvas=canvas, motion=motion),
         "confidence": confidence_picture(flow, (first, last), canvas),
         "occlusion": occlusion_picture(flow, (first, last), canvas),
         "sheet": contact_sheet(frames, times),

@@ -25,6 +25,7 @@ from ..media.playback import check_hold, play
 from ..memory import free_cache, is_out_of_memory
 from ..pipeline import DreamMoverPipeline
 from ..progress import ProgressListener
+from ..settings import RenderSettings
 from .photos import WHICH, DecodedPhotos, Spot, marked_photo, points_of_spots
 from .results import FinishedVideo, PreparedPhotos, RenderedFrames, explaining_pictures
 
@@ -208,7 +209,7 @@ class Session:
         (frames,), (times,) = output.frames, output.times
         folder = self._new_folder()
         write_video(frames, folder / "frames", fps=1)
-        pictures = explaining_pictures(pair, frames, times)
+        pictures = explaining_pictures(pair, frames, times, RenderSettings.of(rendering).motion)
         paths = {name: folder / f"{name}.png" for name in pictures}
         for name, picture in pictures.items():
             write_picture(picture, paths[name])
