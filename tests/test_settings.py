@@ -145,6 +145,7 @@ def test_paper_is_what_differs_from_the_paper():
         "flow_smoothing": 0,
         "photo_tolerance": 0,
         "motion": "straight",
+        "layout_hold": 0,
         "importance": "photometric",
     }
 

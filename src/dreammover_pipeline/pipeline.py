@@ -40,6 +40,7 @@ from .fusion import fuse_high_level  # noqa: F401, named for the loader
 from .images import rgb  # noqa: F401, named for the loader
 from .inputs import check_choice, check_integer
 from .kept_gaps import KeptGaps, kept_gaps
+from .layout import holding_layout  # noqa: F401, named for the loader
 from .light import in_one_light  # noqa: F401, named for the loader
 from .lora import check_pair_lora
 from .memory import free_cache  # noqa: F401, named for the loader
@@ -194,6 +195,7 @@ class DreamMoverPipeline(
         fusion: str = "two_level",
         motion: str = "rigid",
         importance: str = "agreement",
+        layout_hold: float = 1.0,
         guidance_scale: float = 1.0,
         negative_prompt: str | Sequence[str] | None = None,
         lora_steps: int = 80,
@@ -267,6 +269,9 @@ class DreamMoverPipeline(
                 "straight" is the paper's, along which what turns shrinks on the way.
             importance: What decides between cells that land on one place: "agreement" of the two flows, or
                 "photometric", the paper's brightness constancy, by which what looks alike in both photos wins.
+            layout_hold: How much the frames are held to the warped photos while noise is high, where both photos agree
+                on a place: 1 keeps all of their coarse layout and leaves detail to the UNet, 0 is the paper's, which
+                lets deep inversion redraw what was right.
             guidance_scale: Classifier-free guidance of the frames. Above 1 they follow the prompt more, at twice the
                 cost; the paper uses none.
             negative_prompt: What guidance leads away from; it acts where `guidance_scale` is above 1.
@@ -380,6 +385,7 @@ class DreamMoverPipeline(
         fusion: str = "two_level",
         motion: str = "rigid",
         importance: str = "agreement",
+        layout_hold: float = 1.0,
         guidance_scale: float = 1.0,
         negative_prompt: str | Sequence[str] | None = None,
         frame_batch_size: int | None = None,

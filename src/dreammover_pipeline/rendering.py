@@ -22,6 +22,7 @@ from .fusion import (
     select_unwarped,
 )
 from .inputs import frame_times
+from .layout import holding_layout
 from .outputs import DreamMoverPipelineOutput, as_output
 from .paths import MotionPaths
 from .preparing import Models, require_finite
@@ -101,7 +102,8 @@ def render_latents(
             step()
             return _replaced(on_step_end(i, timestep, {"latents": latents, **vars(conditions)}), latents, conditions)
 
-        latents = denoise(fused.latents, predict_noise, inversion.schedule, inversion.steps, on_step, interrupted)
+        held = holding_layout(predict_noise, fused, inversion.schedule, settings.layout_hold)
+        latents = denoise(fused.latents, held, inversion.schedule, inversion.steps, on_step, interrupted)
     require_finite(latents, denoiser.unet.dtype)
     return DenoisedFrames(latents, times, inversion.path[0], pair.images, pair.canvas, pair.flow)
 

@@ -272,6 +272,14 @@ class RenderSettings(VideoSettings):
         "paper's brightness constancy, by which what looks alike in both photos wins.",
         paper="photometric",
     )
+    layout_hold: float = argument(
+        1.0,
+        Numbers(0),
+        "How much the frames are held to the warped photos while noise is high, where both photos agree on a place: 1 "
+        "keeps all of their coarse layout and leaves detail to the UNet, 0 is the paper's, which lets deep inversion "
+        "redraw what was right.",
+        paper=0,
+    )
     guidance_scale: float = argument(
         1.0,
         Numbers(0),
