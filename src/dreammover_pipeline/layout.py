@@ -75,8 +75,8 @@ def hold_layout(
 def coarse_part(x: torch.Tensor) -> torch.Tensor:
     """The Gaussian mean around every cell of (F, C, h, w), the edge's values continued beyond the edge."""
     h, w = x.shape[-2:]
-    sigma = COARSE_SIGMA * grid_unit(h, w)
-    reach = max(1, round(3 * sigma))
+    sigma = COARSE_SIGMA * max(1, grid_unit(h, w))  # on a grid of few cells a cell is coarse already
+    reach = round(3 * sigma)
     weights = (-torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype).square() / (2 * sigma**2)).exp()
     weights = weights / weights.sum()
     flat = F.pad(x.flatten(0, 1)[:, None], (reach,) * 4, mode="replicate")

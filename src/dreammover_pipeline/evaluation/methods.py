@@ -56,6 +56,11 @@ def no_refinement(case: EvaluationCase) -> Result:
     return case.render(case.prepared(photo_tolerance=0))
 
 
+def no_hold(case: EvaluationCase) -> Result:
+    """Ours without holding the layout while noise is high."""
+    return case.render(case.prepared(), layout_hold=0)
+
+
 def mean_flow(case: EvaluationCase) -> Result:
     """Ours with the flow smoothed by means of vectors, three times, instead of fitted similarities and refined."""
     return case.render(case.prepared(flow_fit="mean", flow_smoothing=3, photo_tolerance=0))
@@ -210,6 +215,7 @@ METHODS = {
     "no_penalty": Method(no_penalty),
     "no_rest": Method(no_rest),
     "no_refinement": Method(no_refinement),
+    "no_hold": Method(no_hold),
     "no_smoothing": Method(no_smoothing),
     "mean_flow": Method(mean_flow),
     "straight": Method(straight),
