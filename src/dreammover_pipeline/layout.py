@@ -19,7 +19,7 @@ from .rigid import grid_unit
 from .sampling import PredictNoise
 
 HELD_SHARE = 0.1  # of the schedule's steps, from the clean end, in which the layout is no longer held
-COARSE_SIGMA = 1.0  # cells of the unit grid; of the Gaussian whose mean is the coarse part of latents
+COARSE_SIGMA = 0.8  # cells of the unit grid; of the Gaussian whose mean is the coarse part of latents
 
 
 def holding_layout(
