@@ -53,12 +53,12 @@ def test_cells_of_no_weight_are_left_to_the_prediction():
 
 def test_the_coarse_part_is_a_mean_weighted_by_distance():
     x = randn(1, 1, 40, 32)  # on this grid a cell is one of the unit grid
-    weights = [math.exp(-(d**2) / 2) for d in range(-3, 4)]
+    weights = [math.exp(-(d**2) / (2 * 0.8**2)) for d in range(-2, 3)]
     expected = (
         sum(
             a * b * float(x[0, 0, 20 + dy, 15 + dx])
-            for a, dy in zip(weights, range(-3, 4), strict=True)
-            for b, dx in zip(weights, range(-3, 4), strict=True)
+            for a, dy in zip(weights, range(-2, 3), strict=True)
+            for b, dx in zip(weights, range(-2, 3), strict=True)
         )
         / sum(weights) ** 2
     )
