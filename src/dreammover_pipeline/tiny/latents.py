@@ -70,6 +70,8 @@ class LatentShards:
         seed = seed_of(self.recipe.seed, "latents", number)
         images, captions = draw_images(self.recipe.world, self.recipe.shard, seed, self.vae.device)
         captions[::SHORTENED] = [caption.split(" over ")[0] for caption in captions[::SHORTENED]]
+        if self.recipe.mirrored:  # no caption says which way round its picture is
+            images, captions = torch.cat([images, images.flip(-1)]), 2 * captions
         latents = [validation.encode(self.vae, from_bytes(part)) for part in images.split(256)]
         return {
             "latents": torch.cat(latents).half().cpu(),
