@@ -105,3 +105,10 @@ def test_frames_come_nearer_to_the_warped_photos(pipe, photos, fast):
         pipe.render(pair, times=[0.5], output_type="latent", layout_hold=strength).frames[0] for strength in (0, 1)
     )
     assert (held - target).square().mean() < (free - target).square().mean()
+
+
+def test_autocast_of_the_caller_changes_nothing():
+    x = randn(*SHAPE).float()
+    made = coarse_part(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(coarse_part(x), made)

@@ -157,3 +157,11 @@ def test_a_photo_of_any_number_of_pixels_a_cell_is_compared_alike():
     rough = BidirectionalFlow.of(truth.round())
     made, again = (refined_flow(rough, two, TOLERANCE).stacked() for two in (photos, finer))
     torch.testing.assert_close(again, made)
+
+
+def test_autocast_of_the_caller_changes_nothing():
+    photos, truth = moved_pair(12, 10, 8, 1.0, (1.3, -0.4))
+    photos, rough = photos.float(), BidirectionalFlow.of(truth.round().float())
+    made = refined_flow(rough, photos, TOLERANCE).stacked()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(refined_flow(rough, photos, TOLERANCE).stacked(), made)

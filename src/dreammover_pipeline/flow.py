@@ -26,7 +26,7 @@ DOUBT = 1e-3  # weight of a cell whose match does not lead back to it at all, so
 
 
 @contextmanager
-def _exact_matmul(device_type: str) -> Iterator[None]:
+def exact_matmul(device_type: str) -> Iterator[None]:
     """Compute matrix products in full float32 while the context lasts.
 
     The caller's autocast, TF32 or bf16 setting would lower their precision; in bf16, 45 % of the matches change.
@@ -83,7 +83,7 @@ def match_features(
     """
     h, w = size
     first, second = unit_features(features, size)
-    with _exact_matmul(features.device.type):
+    with exact_matmul(features.device.type):
         forward, backward = _mutual_argmax(first.T, second, bias)
     cells = cell_grid(h, w, first).flatten(2)  # (1, 2, h·w)
     return BidirectionalFlow(

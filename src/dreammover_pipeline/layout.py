@@ -10,6 +10,8 @@ Source of all of it: ours; DreamMover lets the layout go after fusing it.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -77,8 +79,9 @@ def coarse_part(x: torch.Tensor) -> torch.Tensor:
     h, w = x.shape[-2:]
     sigma = COARSE_SIGMA * max(1, grid_unit(h, w))  # on a grid of few cells a cell is coarse already
     reach = round(3 * sigma)
-    weights = (-torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype).square() / (2 * sigma**2)).exp()
-    weights = weights / weights.sum()
-    flat = F.pad(x.flatten(0, 1)[:, None], (reach,) * 4, mode="replicate")
-    flat = F.conv2d(flat, weights.reshape(1, 1, 1, -1))
-    return F.conv2d(flat, weights.reshape(1, 1, -1, 1)).reshape(x.shape)
+    weights = [math.exp(-(distance**2) / (2 * sigma**2)) for distance in range(-reach, reach + 1)]
+    weights = [weight / sum(weights) for weight in weights]
+    padded = F.pad(x, (reach,) * 4, mode="replicate")
+    # Slices rather than a convolution, whose precision the caller's settings may lower.
+    rows = sum(weight * padded[..., i : i + h, :] for i, weight in enumerate(weights))
+    return sum(weight * rows[..., i : i + w] for i, weight in enumerate(weights))

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from .fields import cell_grid
-from .flow import agreement
+from .flow import agreement, exact_matmul
 from .light import in_one_light
 from .paths import PATH_SIGMA, PATH_STIFFNESS, PATH_TOLERANCES
 from .records import BidirectionalFlow
@@ -62,20 +62,20 @@ def refined_flow(flow: BidirectionalFlow, photos: torch.Tensor, tolerance: float
     Returns:
         The flow in both directions, in fractions of cells.
     """
-    ways = flow.stacked()
-    h, w = ways.shape[-2:]
-    photos = F.interpolate(photos.to(ways), (PIXELS * h, PIXELS * w), mode="area")
-    windows = Windows.of(in_one_light(photos, flow), (h, w))
-    turn = fit_similarities(ways, agreement(flow), False, PATH_SIGMA, PATH_TOLERANCES, PATH_STIFFNESS).turn
-    best = windows.compared(ways, turn)
-    for _ in range(ROUNDS):
-        best = _rest_or_neighbours(windows, best)
-        best = _steps(windows, best)
-    found = best.residual <= tolerance
-    ways = torch.where(found, best.shift, ways)
-    sure = agreement(BidirectionalFlow.of(ways)) * torch.where(found, 1, DOUBT)
-    ways = fit_similarities(ways, sure, True, REGULAR_SIGMA, REGULAR_TOLERANCES).shift
-    return BidirectionalFlow.of(ways)
+    with exact_matmul(flow.forward.device.type):
+        ways = flow.stacked()
+        h, w = ways.shape[-2:]
+        photos = F.interpolate(photos.to(ways), (PIXELS * h, PIXELS * w), mode="area")
+        windows = Windows.of(in_one_light(photos, flow), (h, w))
+        turn = fit_similarities(ways, agreement(flow), False, PATH_SIGMA, PATH_TOLERANCES, PATH_STIFFNESS).turn
+        best = windows.compared(ways, turn)
+        for _ in range(ROUNDS):
+            best = _rest_or_neighbours(windows, best)
+            best = _steps(windows, best)
+        found = best.residual <= tolerance
+        ways = torch.where(found, best.shift, ways)
+        sure = agreement(BidirectionalFlow.of(ways)) * torch.where(found, 1, DOUBT)
+        return BidirectionalFlow.of(fit_similarities(ways, sure, True, REGULAR_SIGMA, REGULAR_TOLERANCES).shift)
 
 
 @dataclass(frozen=True, eq=False)
