@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmark row "shares": the shares of a run that matching and fusing (all splatting) take."""
+"""Benchmark row "shares": the shares of a run that the parts of matching and that fusing (all splatting) take."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
-from dreammover_pipeline.flow import match_features
-from dreammover_pipeline.records import Inversion, PreparedPair
+from dreammover_pipeline.flow import match_features, regularise
+from dreammover_pipeline.records import BidirectionalFlow, Inversion, PreparedPair
+from dreammover_pipeline.refinement import refined_flow
+from dreammover_pipeline.rigid import similarity_flow
 
 from .counts import DEFAULT, counted_units
 from .matching import random_features
@@ -35,7 +38,7 @@ def measured(bench: Bench) -> Table:
     channels = bench.pipe.unet.up_blocks[1].resnets[-1].out_channels
     features = random_features(channels, side // 2, bench.device)
     arms = {
-        "match": lambda: match_features(features, (side, side)),
+        **_matching_arms(features, pair.flow),
         "fuse": lambda: bench.pipe.fuse(pair, _times(profile.frames)),
         "job": lambda: bench.render(bench.prepare()),
     }
@@ -59,7 +62,7 @@ def bounded(bench: Bench) -> Table:
     pair = _sized(bench.prepare(steps=1), flow, side)
     factor = torch.randn(1024, 1024, device=bench.device)
     arms = {
-        "match": lambda: match_features(features, (side, side)),
+        **_matching_arms(features, flow),
         "fuse": lambda: bench.pipe.fuse(pair, _times(DEFAULT.frames)),
         "product": lambda: factor @ factor,
     }
@@ -76,6 +79,17 @@ def bounded(bench: Bench) -> Table:
     )
 
 
+def _matching_arms(features: torch.Tensor, flow: BidirectionalFlow) -> dict[str, Callable[[], object]]:
+    """The three parts of matching on the grid of a flow; how long they take does not depend on the values."""
+    h, w = flow.forward.shape[-2:]
+    photos = torch.rand(2, 3, 4 * h, 4 * w, device=features.device)
+    return {
+        "match": lambda: match_features(features, (h, w)),
+        "fit": lambda: regularise(flow, 1, similarity_flow),
+        "refine": lambda: refined_flow(flow, photos, 0.1),
+    }
+
+
 def _sized(pair: PreparedPair, flow, side: int) -> PreparedPair:
     """The prepared pair with random latents on a grid of another size, and with a flow on that grid."""
     path, eps = pair.inversion.path, pair.inversion.eps
@@ -86,7 +100,7 @@ def _sized(pair: PreparedPair, flow, side: int) -> PreparedPair:
 
 def _table(title: str, basis: str, unit: str, seconds: dict[str, list[float]], note: str = "") -> Table:
     rows = []
-    for part in ("match", "fuse"):
+    for part in ("match", "fit", "refine", "fuse"):
         shares = spread([100 * a / b for a, b in zip(seconds[part], seconds["job"], strict=True)])
         rows.append((part, spread(seconds[part]), spread(seconds["job"]), shares))
     return Table(title, basis, ("part", unit, f"job, {unit}", "share, %"), rows, note)
