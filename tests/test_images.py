@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import struct
 import warnings
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageCms
 
 from dreammover_pipeline.framing import fit, fit_to_output, plan_canvas, unfit
 from dreammover_pipeline.images import MAX_PIXELS, is_batch, load_images
@@ -344,14 +345,16 @@ class TestBadArrays:
         with pytest.raises(ValueError, match=r"^img0 has shape \(.*\); one Tensor image is \(H, W\) or \(C, H, W\)"):
             load_images(torch.zeros(shape), "img0")
 
-    @pytest.mark.parametrize("dtype", [bool, np.int8, np.int16, np.int32, np.int64, np.uint32, complex, object, "U1"])
+    @pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32, np.int64, np.uint32, complex, object, "U1"])
     def test_wrong_numpy_dtypes(self, dtype):
-        with pytest.raises(TypeError, match=r"^img0 has dtype \w+; allowed are uint8, uint16, .* floats in \[0, 1\]"):
+        with pytest.raises(
+            TypeError, match=r"^img0 has dtype \w+; allowed are bool, uint8, uint16, .* floats in \[0, 1\]"
+        ):
             load_images(np.zeros((4, 4, 3), dtype), "img0")
 
-    @pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int32, torch.int64, torch.complex64])
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64, torch.complex64])
     def test_wrong_torch_dtypes(self, dtype):
-        with pytest.raises(TypeError, match=rf"^img0 has dtype {dtype}; allowed are uint8, uint16"):
+        with pytest.raises(TypeError, match=rf"^img0 has dtype {dtype}; allowed are bool, uint8, uint16"):
             load_images(torch.zeros(3, 4, 4, dtype=dtype), "img0")
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -681,3 +684,88 @@ class TestUnfit:
         canvas = canvas_of(64, 64, (60, 61), (120, 122))
         frames = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
         assert torch.equal(unfit(frames, canvas)[2:3], unfit(frames[2:3], canvas))
+
+
+class TestWhatEveryViewerShows:
+    """A photo is what viewers show, whatever else its file holds."""
+
+    @pytest.fixture
+    def swapped(self):
+        """A profile in which the first channel is sRGB's green and the second sRGB's red."""
+        icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+        icc = icc.replace(b"sRGB built-in", b"swapped colour")
+        icc = icc.replace("sRGB built-in".encode("utf-16-be"), "other colours".encode("utf-16-be"))
+        return icc.replace(b"rXYZ", b"????", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"????", b"gXYZ", 1)
+
+    @pytest.fixture
+    def srgb(self):
+        return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+    @pytest.mark.parametrize("suffix", ["png", "tiff", "webp"])
+    def test_colours_are_those_of_the_profile(self, photo, tmp_path, swapped, suffix):
+        path = save(Image.fromarray(photo), tmp_path / f"a.{suffix}", icc_profile=swapped, lossless=True)
+        shown = to_8_bit(load(path)).astype(int)
+        assert abs(shown - photo[..., [1, 0, 2]]).max() <= 3
+
+    def test_a_pil_image_has_its_profile_too_and_keeps_its_alpha(self, swapped):
+        rgba = np.random.default_rng(1).integers(0, 256, (6, 5, 4), dtype=np.uint8)
+        image = Image.fromarray(rgba)
+        image.info["icc_profile"] = swapped
+        shown = load(image)
+        torch.testing.assert_close(shown, on_white(rgba[..., [1, 0, 2, 3]]).float(), atol=3 / 255, rtol=0)
+
+    def test_colours_of_srgb_stay_to_the_bit(self, photo, tmp_path, srgb):
+        path = save(Image.fromarray(photo), tmp_path / "a.png", icc_profile=srgb)
+        assert np.array_equal(to_8_bit(load(path)), photo)
+
+    @pytest.mark.parametrize("mode", ["L", "CMYK", "I;16"])
+    def test_a_profile_of_another_kind_of_image_is_ignored(self, swapped, mode):
+        image = Image.new(mode, (3, 2), 90 if mode != "CMYK" else (10, 20, 30, 40))
+        plain = load(image)
+        image.info["icc_profile"] = swapped
+        shown = load(image)
+        if mode == "L":  # grey is grey, also where red and green change places
+            torch.testing.assert_close(shown, plain, atol=3 / 255, rtol=0)
+        else:
+            assert torch.equal(shown, plain)
+
+    @pytest.mark.parametrize("icc", [b"no profile", b"\0" * 200])
+    def test_a_broken_profile_is_ignored(self, photo, tmp_path, icc):
+        path = save(Image.fromarray(photo), tmp_path / "a.png", icc_profile=icc)
+        assert np.array_equal(to_8_bit(load(path)), photo)
+
+    @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+    def test_a_broken_exif_block_is_ignored(self, photo, tmp_path, suffix):
+        plain = to_8_bit(load(save(Image.fromarray(photo), tmp_path / f"plain.{suffix}")))
+        path = save(Image.fromarray(photo), tmp_path / f"a.{suffix}", exif=b"Exif\0\0nothing that is EXIF")
+        assert np.array_equal(to_8_bit(load(path)), plain)
+
+    @pytest.mark.parametrize("fault", ["long", "checksum", "compression"])
+    def test_texts_that_cannot_be_read_are_ignored(self, photo, tmp_path, fault):
+        data = save(Image.fromarray(photo), tmp_path / "a.png").read_bytes()
+        text = {"long": zlib.compress(b"a" * 2**22), "checksum": zlib.compress(b"a"), "compression": b"nothing"}[fault]
+        content = b"zTXtnote\0\0" + text
+        check = zlib.crc32(content) ^ (fault == "checksum")
+        chunk = struct.pack(">I", len(content) - 4) + content + struct.pack(">I", check)
+        (tmp_path / "a.png").write_bytes(data[:33] + chunk + data[33:])
+        assert np.array_equal(to_8_bit(load(tmp_path / "a.png")), photo)
+
+    def test_heic_is_read_where_pillow_heif_is_installed(self, tmp_path):
+        pytest.importorskip("pillow_heif").register_heif_opener()
+        path = save(Image.new("RGB", (64, 48), (200, 60, 30)), tmp_path / "a.heic", quality=95)
+        shown = load(path)
+        assert shown.shape == (3, 48, 64)
+        assert abs(to_8_bit(shown).reshape(-1, 3).mean(0) - (200, 60, 30)).max() < 6
+
+    @pytest.mark.skipif(importlib.util.find_spec("pillow_heif") is not None, reason="pillow-heif is installed")
+    def test_heic_names_what_is_missing(self, tmp_path):
+        path = tmp_path / "a.heic"
+        path.write_bytes(struct.pack(">I", 24) + b"ftypheic" + bytes(12))
+        with pytest.raises(ValueError, match=r"pip install 'dreammover-pipeline\[heic\]'"):
+            load(path)
+
+    @pytest.mark.parametrize("kind", ["numpy", "torch"])
+    def test_boolean_arrays_are_black_and_white(self, kind):
+        values = np.random.default_rng(2).random((5, 7)) < 0.5
+        shown = load(values if kind == "numpy" else torch.from_numpy(values))
+        assert torch.equal(shown[0], torch.from_numpy(values).float())

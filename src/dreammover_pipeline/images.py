@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import os
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 Photo = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
 Size = tuple[int, int]
@@ -18,9 +22,14 @@ Size = tuple[int, int]
 # Large enough for a 108-megapixel photo, which takes 1.3 GB as float32 RGB; a larger file is more likely an attack.
 MAX_PIXELS = 2**27
 
-_DTYPES = ("uint8", "uint16", "float16", "bfloat16", "float32", "float64")
+_DTYPES = ("bool", "uint8", "uint16", "float16", "bfloat16", "float32", "float64")
 _MODES_8_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV")
 _MODES_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+# The mode that an image must have for a profile of a colour space to be about it.
+_MODES_OF_PROFILES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
 
 def is_batch(source: Photo | Sequence[Photo]) -> bool:
@@ -29,16 +38,20 @@ def is_batch(source: Photo | Sequence[Photo]) -> bool:
 
 
 def decode_images(source: Photo | Sequence[Photo], name: str) -> list[torch.Tensor]:
-    """Reads one image, or a batch of images, with the values as they are stored and EXIF orientation applied.
+    """Reads one image, or a batch of images, as every viewer shows it: upright by its EXIF, its colours in sRGB.
+
+    Colours of an image with an ICC profile are brought to sRGB, except those of 16-bit grey. EXIF blocks, profiles and
+    texts that cannot be read are ignored.
 
     Args:
         source: One image: a path, a PIL image, a numpy array (H, W) or (H, W, C), or a torch tensor (H, W) or
-            (C, H, W), with C = 1, 3 or 4; uint8, uint16 or floats in [0, 1]. Or a batch: a list or tuple of images, a
-            numpy array (B, H, W, C), or a torch tensor (B, C, H, W).
+            (C, H, W), with C = 1, 3 or 4; bool, uint8, uint16 or floats in [0, 1]. Or a batch: a list or tuple of
+            images, a numpy array (B, H, W, C), or a torch tensor (B, C, H, W).
         name: What error messages call the image or the batch.
 
     Returns:
-        One CPU tensor (C, H, W) for each image, C = 1, 3 or 4, in the image's own dtype. `rgb` makes colours of it.
+        One CPU tensor (C, H, W) for each image, C = 1, 3 or 4, in the image's own dtype, bool as uint8 of 0 and 255.
+        `rgb` makes colours of it.
 
     Raises:
         TypeError: An image is of a type or of a dtype that is not allowed.
@@ -144,20 +157,92 @@ def _from_file(path: str | os.PathLike, name: str) -> torch.Tensor:
         fault = "is a folder" if os.path.isdir(path) else "is no existing file"
         raise ValueError(f"{name} {fault}; an image file is needed")
     with _pillow_errors(name):
-        opened = Image.open(path)
+        opened = _opened(Path(path))
     with opened:
         return _from_pil(opened, name)
+
+
+def _opened(path: Path) -> Image.Image:
+    """Open an image file with Pillow, also where texts in it are broken, and HEIC where pillow-heif is installed.
+
+    Raises:
+        ValueError: The file is HEIC, and pillow-heif is not installed.
+        Exception: Pillow cannot read the file.
+    """
+    with path.open("rb") as file:
+        start = file.read(12)
+    if start[4:8] == b"ftyp" and start[8:] in _HEIC_BRANDS:
+        try:
+            importlib.import_module("pillow_heif").register_heif_opener()
+        except ImportError:
+            raise ValueError(
+                "it is a HEIC photo, for which the package pillow-heif is needed; install it with "
+                "pip install 'dreammover-pipeline[heic]', or save the photo as JPEG"
+            ) from None
+    try:
+        return Image.open(path)
+    except (ValueError, UnidentifiedImageError):
+        if start[:8] != _PNG:
+            raise
+        return Image.open(io.BytesIO(_without_texts(path.read_bytes())))
+
+
+def _without_texts(png: bytes) -> bytes:
+    """A PNG file without the texts in it, which no viewer needs and which may be broken or too long for Pillow."""
+    kept, at = [png[:8]], 8
+    while at < len(png):
+        length = struct.unpack(">I", png[at : at + 4])[0] if at + 8 <= len(png) else 0
+        end = at + 12 + length
+        if png[at + 4 : at + 8] not in _PNG_TEXTS:
+            kept.append(png[at:end])
+        at = end
+    return b"".join(kept)
 
 
 def _from_pil(image: Image.Image, name: str) -> torch.Tensor:
     _check_size(image.height, image.width, name)  # the file's header tells the size, before anything is decoded
     with _pillow_errors(name):
-        upright = ImageOps.exif_transpose(image)
+        upright = _upright(image)
+        upright = _in_srgb(upright, image.info.get("icc_profile"))
     if upright.mode in _MODES_16_BIT:
         return _from_array(_grey_16_bit(upright, name), name)
     if upright.mode not in _MODES_8_BIT:
         raise ValueError(f"{name} has PIL mode {upright.mode}; allowed are {', '.join(_MODES_8_BIT + _MODES_16_BIT)}")
     return _from_array(np.asarray(upright.convert("RGBA" if upright.has_transparency_data else "RGB")), name)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """An image turned as its EXIF block says; as it is stored where there is none, or a broken one."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow raises nearly anything on a broken block, and on broken pixels once more in `copy`
+        return image.copy()
+
+
+def _in_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
+    """An image with its colours brought from those of an ICC profile to sRGB.
+
+    An image without a profile, or with one that cannot be read or is about another kind of image, stays as it is.
+    """
+    if not icc or image.mode in _MODES_16_BIT:
+        return image
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        mode = _MODES_OF_PROFILES.get(profile.profile.xcolor_space.strip())
+        if mode is None or (mode == "CMYK") != (image.mode == "CMYK"):
+            return image
+        if ImageCms.getProfileName(profile).startswith("sRGB"):
+            return image  # to the bit
+        transparent = image.has_transparency_data
+        alpha = image.convert("RGBA").getchannel("A") if transparent else None
+        colours = ImageCms.profileToProfile(
+            image.convert(mode), profile, ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+    except (ImageCms.PyCMSError, OSError):
+        return image
+    if alpha is not None:
+        colours.putalpha(alpha)
+    return colours
 
 
 @contextmanager
@@ -193,6 +278,8 @@ def _from_array(array: np.ndarray | torch.Tensor, name: str) -> torch.Tensor:
     if dtype.removeprefix("torch.") not in _DTYPES:
         raise TypeError(f"{name} has dtype {dtype}; allowed are {', '.join(_DTYPES)}, floats in [0, 1]")
     _check_size(*size, name)
+    if dtype.removeprefix("torch.") == "bool":
+        array = array.astype(np.uint8) * 255 if isinstance(array, np.ndarray) else array.to(torch.uint8) * 255
     if isinstance(array, torch.Tensor):
         return _check_range(array.detach().to("cpu", copy=True).reshape(-1, *size), name)
     # Copied, because torch takes neither foreign byte orders nor negative strides, and warns about read-only memory.
