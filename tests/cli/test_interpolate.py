@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from dreammover_pipeline import __version__
 from dreammover_pipeline.cli.main import main
+from dreammover_pipeline.media.files import write_video
 from dreammover_pipeline.tiny import CHECKPOINT
 
 pytestmark = pytest.mark.usefixtures("restored_logging")
@@ -200,9 +201,7 @@ def test_pickles_are_read_only_where_allowed(tmp_path, capsys):
 
 def test_a_folder_of_frames_cannot_replace_the_photos_it_holds(tmp_path, capsys):
     frames = tmp_path / "run"
-    frames.mkdir()
-    for index, photo in enumerate(PHOTOS):
-        (frames / f"frame_{index:04d}.png").write_bytes(Path(photo).read_bytes())
+    write_video([Image.open(photo) for photo in PHOTOS], frames, fps=16)
     photos = [str(path) for path in sorted(frames.iterdir())]
     assert "would replace" in refused(capsys, *photos, "-o", str(frames))
 

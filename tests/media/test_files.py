@@ -2,14 +2,23 @@
 """Files are read back with other code than wrote them, and a failure leaves what was there."""
 
 import os
-import shutil
+import re
+import subprocess
 
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from dreammover_pipeline.media.files import check_fps, check_picture_path, check_video_path, write_picture, write_video
+from dreammover_pipeline.media.files import (
+    check_fps,
+    check_picture_path,
+    check_video_path,
+    write_picture,
+    write_video,
+    write_video_or_keep,
+)
 
 KINDS = ["out.mp4", "out.gif", "out"]
 
@@ -113,13 +122,100 @@ def test_frames_must_be_some_and_of_one_size(tmp_path, kind):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(shutil.which("false") is None, reason="needs a program that fails")
-def test_a_failing_encoder_is_an_error_and_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.fixture
+def program(tmp_path_factory, monkeypatch):
+    """Puts a shell script in ffmpeg's place."""
+
+    def put(script):
+        path = tmp_path_factory.mktemp("bin") / "ffmpeg"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(path))
+
+    return put
+
+
+needs_scripts = pytest.mark.skipif(os.name != "posix", reason="needs shell scripts")
+LATE_FAILURE = 'case "$*" in *-encoders*) echo libx264;; *) echo no more room >&2; exit 3;; esac'
+
+
+@needs_scripts
+def test_a_failing_encoder_is_an_error_and_leaves_the_old_file(tmp_path, program):
     (tmp_path / "out.mp4").write_bytes(b"finished")
-    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", shutil.which("false"))
-    with pytest.raises(RuntimeError, match="ffmpeg could not write the video"):
+    program(LATE_FAILURE)
+    with pytest.raises(RuntimeError, match="ffmpeg could not write the video: no more room"):
         write_video(make_frames(), tmp_path / "out.mp4", fps=16)
     assert snapshot(tmp_path) == {(tmp_path / "out.mp4").relative_to(tmp_path): b"finished"}
+
+
+@needs_scripts
+@pytest.mark.parametrize(
+    ("script", "fault"),
+    [
+        ("exit 1", "does not work as ffmpeg"),
+        ("echo other encoders", "has no encoder libx264"),
+        ("echo \"Unknown encoder 'libx264'\" >&2; exit 1", "does not work as ffmpeg"),
+    ],
+)
+def test_an_ffmpeg_that_cannot_encode_is_refused_before_there_are_frames(tmp_path, program, script, fault):
+    program(script)
+    with pytest.raises(RuntimeError, match=f"{fault}.*write a .gif or a folder of PNGs instead"):
+        check_video_path(tmp_path / "out.mp4")
+    check_video_path(tmp_path / "out.gif")
+    check_video_path(tmp_path / "out")
+
+
+@needs_scripts
+def test_frames_are_kept_where_the_video_cannot_be_written(tmp_path, program):
+    program(LATE_FAILURE)
+    frames = make_frames()
+    with pytest.raises(RuntimeError, match="no more room; the 5 frames are kept in '") as caught:
+        write_video_or_keep(frames, tmp_path / "out.mp4", fps=16)
+    (folder,) = tmp_path.iterdir()
+    assert str(folder) in str(caught.value)
+    kept = [Image.open(path) for path in sorted(folder.iterdir())]
+    assert np.array_equal(pixels(kept), pixels(frames))
+
+
+def test_frames_are_kept_among_temporary_files_where_there_is_no_other_place(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(RuntimeError, match=re.escape(f"the 5 frames are kept in '{tmp_path}")):
+        write_video_or_keep(make_frames(), tmp_path / "missing" / "a.gif", fps=16)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    with pytest.raises(RuntimeError, match="nor could the frames be kept anywhere"):
+        write_video_or_keep(make_frames(), tmp_path / "missing" / "a.gif", fps=16)
+
+
+def test_an_mp4_says_what_its_colours_are(tmp_path):
+    write_video(make_frames(), tmp_path / "out.mp4", fps=16)
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-i", str(tmp_path / "out.mp4")]
+    told = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    assert "bt709/bt709/iec61966-2-1" in told
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_name_that_is_too_long_is_refused(tmp_path, kind):
+    with pytest.raises(ValueError, match=r"its name has 2\d\d bytes"):
+        check_video_path(tmp_path / ("猫" * 90 + kind))
+
+
+def test_a_folder_of_another_programs_frames_is_not_replaced(tmp_path):
+    write_video(make_frames(), tmp_path / "out", fps=1)
+    check_video_path(tmp_path / "out")
+    make_frames()[0].save(tmp_path / "out" / "frame_0005.png")
+    with pytest.raises(ValueError, match=r"'frame_0005.png' in it was not written by this program"):
+        check_video_path(tmp_path / "out")
+    (tmp_path / "out" / "frame_0005.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="was not written by this program"):
+        check_video_path(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "desktop.ini"])
+def test_what_systems_leave_in_folders_makes_none_foreign(tmp_path, name):
+    write_video(make_frames(), tmp_path / "out", fps=1)
+    (tmp_path / "out" / name).write_bytes(b"")
+    write_video(make_frames(2), tmp_path / "out", fps=1)
+    assert len(list((tmp_path / "out").iterdir())) == 2
 
 
 @pytest.mark.parametrize("name", ["a:b c%03d.mp4", "-v.mp4", "LOUD.MP4"])

@@ -16,7 +16,7 @@ import torch
 from ..arguments import taken
 from ..framing import fit
 from ..images import decode_images, rgb
-from ..media.files import move_over, write_video
+from ..media.files import move_over, write_video_or_keep
 from ..outputs import DreamMoverPipelineOutput
 from ..pipeline import DreamMoverPipeline
 from ..records import PreparedPair
@@ -104,7 +104,7 @@ class Worker:
         output = self.pipe.render(pair, **taken(job.settings, *RENDERING))
         clock.stop("render")
         video = work / f"video{job.output.suffix}"
-        write_video(output.frames[0], video, job.settings["fps"])
+        write_video_or_keep(output.frames[0], video, job.settings["fps"], job.output)
         clock.stop("write")
         record = {
             "dreammover_batch": FORMAT,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..media.correspondences import flow_picture, matches_picture
-from ..media.files import check_fps, check_picture_path, check_video_path, write_picture, write_video
+from ..media.files import check_fps, check_picture_path, check_video_path, write_picture, write_video_or_keep
 from ..media.pictures import comparison, contact_sheet, crossfade, picture_of
 from ..media.playback import check_hold, frames_to_fill, play
 from ..settings import RenderSettings
@@ -184,12 +184,12 @@ def write_frames(
     if flagged:
         print(f"dreammover: warning: the safety checker blacked out {flagged} frames", file=sys.stderr)
     shown = _played(frames, args)
-    write_video(shown, args.output, args.fps)
+    write_video_or_keep(shown, args.output, args.fps)
     if args.sheet:
         write_picture(contact_sheet(frames, times), args.sheet)
     if args.compare:
         videos = {"DreamMover": frames, "cross-fade": fade()}
-        write_video(_played(comparison(videos), args), args.compare, args.fps)
+        write_video_or_keep(_played(comparison(videos), args), args.compare, args.fps)
     return len(shown)
 
 

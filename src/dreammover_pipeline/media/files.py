@@ -16,16 +16,23 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 FRAME_NAME = "frame_{:04d}.png"  # how frames in a folder are called, by their index
 FRAME_PATTERN = re.compile(r"frame_\d{4,}\.png")  # the names that `FRAME_NAME` makes
+SOFTWARE = (
+    "DreamMover"  # what the text `Software` in a frame's file says, by which a folder of frames is known as ours
+)
+# Files that systems put into any folder that somebody looks at.
+LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
+PROBE_SECONDS = 30  # that ffmpeg may take to say what it can encode
 
 FPS_RANGE = (0.01, 1000)
 # Browsers play a gif of more than 50 frames per second, whose delays are under 20 ms, at 10 frames per second.
@@ -55,6 +62,41 @@ def write_video(frames: Iterable[Image.Image], path: str | os.PathLike, fps: flo
         VIDEO_WRITERS[_video_suffix(path)](_checked(frames), temporary, fps)
 
 
+def write_video_or_keep(
+    frames: Sequence[Image.Image], path: str | os.PathLike, fps: float, beside: str | os.PathLike | None = None
+) -> None:
+    """`write_video`; if it fails for whatever reason, the frames are kept as PNGs, since they have cost the most.
+
+    Args:
+        frames: at least one picture, all of one size.
+        path: the file or folder to write, as of `write_video`.
+        fps: frames per second.
+        beside: the file or folder that frames are kept beside; by default `path`.
+
+    Raises:
+        RuntimeError: the video could not be written; the message says why, and where the frames are.
+    """
+    try:
+        write_video(frames, path, fps)
+    except Exception as error:
+        kept = _kept(frames, Path(path if beside is None else beside))
+        where = f"the {len(frames)} frames are kept in '{kept}'" if kept else "nor could the frames be kept anywhere"
+        raise RuntimeError(f"'{path}' could not be written: {error}; {where}") from error
+
+
+def _kept(frames: Sequence[Image.Image], path: Path) -> Path | None:
+    """A new folder with the frames, beside a path or among temporary files; None where neither has room."""
+    for place in (path.resolve().parent, Path(tempfile.gettempdir())):
+        folder = place / f"dreammover-frames-{secrets.token_hex(4)}"
+        try:
+            _write_folder(iter(frames), folder, fps=1)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            return folder
+    return None
+
+
 def write_picture(picture: Image.Image, path: str | os.PathLike) -> None:
     """Write one picture as png or jpeg, whichever the ending of the path says.
 
@@ -71,7 +113,9 @@ def check_video_path(path: str | os.PathLike) -> None:
 
     Raises:
         ValueError: the ending is unknown, the parent folder is missing or read-only, a folder is where a file should
-            go or a file where a folder should go, or the folder holds anything but the frames of an earlier run.
+            go or a file where a folder should go, the folder holds anything but the frames of an earlier run, or the
+            name is too long.
+        RuntimeError: an mp4 is asked for, and there is no ffmpeg that can encode H.264.
     """
     suffix = _video_suffix(path)
     if suffix not in VIDEO_WRITERS:
@@ -81,6 +125,8 @@ def check_video_path(path: str | os.PathLike) -> None:
         _check_not_a_folder(path)
     else:
         _check_replaceable_folder(path)
+    if suffix == ".mp4":
+        check_ffmpeg(_ffmpeg())
 
 
 def check_picture_path(path: str | os.PathLike) -> None:
@@ -117,12 +163,55 @@ def check_fps(fps: float, path: str | os.PathLike) -> None:
         raise ValueError(f"fps must be between {low} and {high} for '{path}', got {fps}")
 
 
+def _ffmpeg() -> str:
+    """The program ffmpeg that encodes videos: the one that IMAGEIO_FFMPEG_EXE names, or that imageio-ffmpeg brings.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    try:
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"no ffmpeg to write an mp4 with: {error}; write a .gif or a folder of PNGs instead"
+        ) from None
+
+
+@cache
+def check_ffmpeg(program: str) -> None:
+    """Refuse a program that cannot encode H.264, by asking it once.
+
+    Raises:
+        RuntimeError: the program cannot be run, fails, does not answer, or knows no encoder libx264.
+    """
+    remedy = "set IMAGEIO_FFMPEG_EXE to another ffmpeg, or write a .gif or a folder of PNGs instead"
+    try:
+        answer = subprocess.run(
+            [program, "-hide_banner", "-encoders"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PROBE_SECONDS,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RuntimeError(f"'{program}' does not work as ffmpeg: {error}; {remedy}") from None
+    if "libx264" not in answer.stdout:
+        raise RuntimeError(f"'{program}' has no encoder libx264 for mp4; {remedy}")
+
+
 def _video_suffix(path: str | os.PathLike) -> str:
     return "" if os.fspath(path).endswith(("/", os.sep)) else Path(path).suffix.lower()
 
 
 def _check_parent(path: str | os.PathLike) -> None:
-    parent = Path(path).resolve().parent
+    parent, name = Path(path).resolve().parent, Path(path).name
+    longest = os.pathconf(parent, "PC_NAME_MAX") if hasattr(os, "pathconf") and parent.is_dir() else 255
+    if len(os.fsencode(name)) > longest:
+        raise ValueError(
+            f"cannot write '{path}': its name has {len(os.fsencode(name))} bytes, and at most {longest} are allowed"
+        )
     if not parent.is_dir():
         raise ValueError(f"cannot write '{path}': there is no folder '{parent}'")
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -140,9 +229,25 @@ def _check_replaceable_folder(path: str | os.PathLike) -> None:
         raise ValueError(f"cannot write frames to '{path}': the current folder cannot be replaced; name one inside it")
     if target.exists() and not target.is_dir():
         raise ValueError(f"cannot write the folder '{path}': there is a file of that name")
-    others = [entry.name for entry in target.glob("*") if not FRAME_PATTERN.fullmatch(entry.name)]
+    entries = [entry for entry in target.glob("*") if entry.name not in LITTER]
+    others = [entry.name for entry in entries if not FRAME_PATTERN.fullmatch(entry.name)]
     if others:
         raise ValueError(f"cannot replace the folder '{path}': besides frames it holds '{min(others)}'")
+    foreign = [entry.name for entry in entries if not _is_ours(entry)]
+    if foreign:
+        raise ValueError(
+            f"cannot replace the folder '{path}': '{min(foreign)}' in it was not written by this program; "
+            "name another folder, or remove this one"
+        )
+
+
+def _is_ours(frame: Path) -> bool:
+    """Whether a file is a frame that `write_video` wrote."""
+    try:
+        with Image.open(frame) as picture:
+            return picture.info.get("Software") == SOFTWARE
+    except Exception:  # Pillow raises nearly anything on a file that is no picture
+        return False
 
 
 @contextmanager
@@ -194,19 +299,32 @@ def _checked(frames: Iterable[Image.Image]) -> Iterator[Image.Image]:
 def _write_mp4(frames: Iterator[Image.Image], path: Path, fps: float) -> None:
     first = next(frames)
     size = f"{first.width + first.width % 2}x{first.height + first.height % 2}"
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+    command = [_ffmpeg(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24"]
     command += ["-s", size, "-r", str(Fraction(fps).limit_denominator(1001)), "-i", "-"]
-    # The colour matrix is chosen here and noted in the file; players that have to guess it shift the colours.
-    command += ["-vf", "scale=out_color_matrix=bt709:flags=accurate_rnd", "-colorspace", "bt709"]
+    # Frames are sRGB, and their colours are brought to the matrix of BT.709. All of this is noted in the file, since
+    # players that have to guess shift the colours.
+    tags = "color_primaries=bt709:color_trc=iec61966-2-1:colorspace=bt709"
+    command += ["-vf", f"scale=out_color_matrix=bt709:flags=accurate_rnd,setparams={tags}"]
+    command += ["-color_primaries", "bt709", "-color_trc", "iec61966-2-1", "-colorspace", "bt709"]
     command += ["-c:v", "libx264", "-crf", "14", "-pix_fmt", "yuv420p"]
     command += ["-movflags", "+faststart", "-f", "mp4", str(path)]
-    with tempfile.TemporaryFile() as raw:
-        for frame in chain([first], frames):
-            raw.write(_padded_to_even(np.asarray(frame)).tobytes())
-        raw.seek(0)
-        ffmpeg = subprocess.run(command, stdin=raw, capture_output=True, text=True, errors="replace", check=False)
-    if ffmpeg.returncode:
-        raise RuntimeError(f"ffmpeg could not write the video: {ffmpeg.stderr.strip()}")
+    with tempfile.TemporaryFile() as messages:
+        ffmpeg = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=messages)
+        try:
+            for frame in chain([first], frames):
+                ffmpeg.stdin.write(_padded_to_even(np.asarray(frame)).tobytes())
+            ffmpeg.stdin.close()
+        except BrokenPipeError:
+            pass  # it gave up, and says why below
+        except BaseException:
+            ffmpeg.kill()
+            raise
+        finally:
+            status = ffmpeg.wait()
+        messages.seek(0)
+        said = messages.read().decode(errors="replace").strip()
+    if status:
+        raise RuntimeError(f"ffmpeg could not write the video: {said or f'exit status {status}'}")
 
 
 def _padded_to_even(pixels: np.ndarray) -> np.ndarray:
@@ -222,8 +340,10 @@ def _write_gif(frames: Iterator[Image.Image], path: Path, fps: float) -> None:
 
 def _write_folder(frames: Iterator[Image.Image], path: Path, fps: float) -> None:
     path.mkdir()
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text("Software", SOFTWARE)
     for index, frame in enumerate(frames):
-        frame.save(path / FRAME_NAME.format(index))
+        frame.save(path / FRAME_NAME.format(index), pnginfo=mark)
 
 
 VIDEO_WRITERS: dict[str, Callable[[Iterator[Image.Image], Path, float], None]] = {
