@@ -103,7 +103,7 @@ def test_cells_worked_on_a_few_at_a_time_give_the_same_flow(monkeypatch):
     photos, truth = moved_pair(12, 10, 8, 1.0, (1.3, -0.4))
     rough = BidirectionalFlow.of(truth.round())
     made = refined_flow(rough, photos, TOLERANCE).stacked()
-    monkeypatch.setattr(refinement, "CELLS_AT_ONCE", 7)
+    monkeypatch.setattr(refinement, "WINDOWS_AT_ONCE", 7)
     torch.testing.assert_close(refined_flow(rough, photos, TOLERANCE).stacked(), made)
 
 

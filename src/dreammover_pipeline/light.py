@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from .fields import backward_warp, cell_grid
 from .flow import agreement
 from .records import BidirectionalFlow
+from .rigid import TINY
 
-ROUNDS = 8  # how often the gains are fitted, each time with less weight for colours that they do not explain
+GAIN_ROUNDS = 8  # how often the gains are fitted, each time with less weight for colours that they do not explain
 WIDEST = 0.15  # difference in colour, of 1, that counts half as much or less in the first round …
 NARROWING = 0.6  # … and by what this falls from round to round …
 NARROWEST = 0.02  # … down to this
-STIFFNESS = 3e-4  # how strongly the gains are held to 1 all over, as a share of the weight of all colours
-TINY = 1e-12  # keeps the gains at 1 where no cell has any weight
+GAIN_STIFFNESS = 3e-4  # how strongly the gains are held to 1 all over, as a share of the weight of all colours
 DARKEST = 0.2  # least gain that photos are brought to one light by
 
 
@@ -49,9 +49,9 @@ def light_gains(photos: torch.Tensor, flow: BidirectionalFlow) -> torch.Tensor:
     even = torch.tensor([1.0, 0, 0]).double()
     stiff = torch.diag(torch.tensor([1.0, 4, 4])).double()
     explained = torch.ones_like(there[:, 0])
-    for done in range(ROUNDS):
+    for done in range(GAIN_ROUNDS):
         weight = (sure.flatten(1) * explained)[:, None, None]
-        total = STIFFNESS * weight.sum(3, keepdim=True) + TINY
+        total = GAIN_STIFFNESS * weight.sum(3, keepdim=True) + TINY  # 1 where no cell has any weight
         square = (own * weight) @ own.transpose(2, 3) + total * stiff
         right = (own * weight) @ there[..., None] + total * (stiff @ even)[:, None]
         gains = torch.linalg.solve(square, right)  # (2, 3, 3, 1)

@@ -29,7 +29,7 @@ from .rigid import Similarity, complex_product, fit_similarities, nearer_fit, si
 PIXELS = 4  # the photos are compared at this many pixels a cell; in finer ones every other pixel would go unseen
 WINDOW_HALF = 2.5  # cells; from the middle of a window to its edge
 WINDOW_SAMPLES = 11  # places along a side of the window at which the photos are compared
-ROUNDS = 2  # how often neighbours are asked and steps are taken
+REFINEMENT_ROUNDS = 2  # how often neighbours are asked and steps are taken
 NEIGHBOURS = (1, 2, 4)  # cells; how far away the eight neighbours are that are asked, from near to far
 NEIGHBOUR_GAIN = 0.004  # difference in colour by which a neighbour's similarity must be better to be taken over
 REST_GAIN = 0.01  # difference in colour by which a cell's similarity must be better than rest to be kept
@@ -40,10 +40,10 @@ SCALES = (0.6, 1.6)  # between which a similarity may shrink and grow what it ca
 DAMPING = 0.03  # what is added to the normal equations' diagonal, so that a window without texture stays
 OUTLIER = 0.12  # difference in colour that counts a quarter as much as it would without the robust weight
 WORST = 0.25  # difference in colour beyond which it makes no difference how much larger it is
-DOUBT = 0.3  # weight of a cell whose colours were not found, when the flow is made regular again
+UNFOUND_WEIGHT = 0.3  # weight of a cell whose colours were not found, when the flow is made regular again
 REGULAR_SIGMA = 1.5  # cells of the unit grid, as of `rigid.WINDOW_SIGMA`
 REGULAR_TOLERANCES = (2.0, 1.0, 0.7, 0.5)  # cells of the unit grid, as `rigid.TOLERANCES`
-CELLS_AT_ONCE = 2048  # whose windows are worked on together, so that memory does not grow with the grid
+WINDOWS_AT_ONCE = 2048  # that are worked on together, so that memory does not grow with the grid
 
 
 def refined_flow(flow: BidirectionalFlow, photos: torch.Tensor, tolerance: float) -> BidirectionalFlow:
@@ -69,12 +69,12 @@ def refined_flow(flow: BidirectionalFlow, photos: torch.Tensor, tolerance: float
         windows = Windows.of(in_one_light(photos, flow), (h, w))
         turn = fit_similarities(ways, agreement(flow), False, PATH_SIGMA, PATH_TOLERANCES, PATH_STIFFNESS).turn
         best = windows.compared(ways, turn)
-        for _ in range(ROUNDS):
+        for _ in range(REFINEMENT_ROUNDS):
             best = _rest_or_neighbours(windows, best)
             best = _steps(windows, best)
         found = best.residual <= tolerance
         ways = torch.where(found, best.shift, ways)
-        sure = agreement(BidirectionalFlow.of(ways)) * torch.where(found, 1, DOUBT)
+        sure = agreement(BidirectionalFlow.of(ways)) * torch.where(found, 1, UNFOUND_WEIGHT)
         return BidirectionalFlow.of(fit_similarities(ways, sure, True, REGULAR_SIGMA, REGULAR_TOLERANCES).shift)
 
 
@@ -164,8 +164,8 @@ class Windows:
         middle = (self.cells + shift).flatten(2)[..., None]
         turn = turn.flatten(2)[..., None]
         offsets = self.offsets.expand(2, -1, -1, -1)
-        for start in range(0, middle.shape[2], CELLS_AT_ONCE):
-            block = slice(start, start + CELLS_AT_ONCE)
+        for start in range(0, middle.shape[2], WINDOWS_AT_ONCE):
+            block = slice(start, start + WINDOWS_AT_ONCE)
             yield block, middle[:, :, block] + offsets + complex_product(turn[:, :, block], offsets)
 
 
