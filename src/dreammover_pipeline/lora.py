@@ -26,6 +26,7 @@ from .adapters import (
 )
 from .ddim import recompose, v_from_eps
 from .inputs import check_integer, check_number
+from .turns import interruptible
 
 FIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -107,14 +108,15 @@ def fit_pair_lora(
         optimizer = torch.optim.AdamW(parameters, lr=fit.learning_rate, fused=True)
         # Without a scaled loss, float16 gradients underflow.
         scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=dtype == torch.float16)
-        for _ in range(fit.steps):
-            images, texts = _draw_two(clean, prompt_embeds, generator)
-            loss = _prediction_loss(unet, images, texts, alphas_cumprod, prediction_type, generator)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            on_step()
+        with interruptible():
+            for _ in range(fit.steps):
+                images, texts = _draw_two(clean, prompt_embeds, generator)
+                loss = _prediction_loss(unet, images, texts, alphas_cumprod, prediction_type, generator)
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                on_step()
         weights = {name: parameter.detach().clone() for name, parameter in adapter_weights(layers).items()}
     _check_converged(weights, dtype, fit.learning_rate)
     return weights

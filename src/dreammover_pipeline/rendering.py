@@ -33,6 +33,7 @@ from .settings import RenderSettings, VideoSettings
 from .spacing import PREVIEWS, even_times
 from .timing import EVEN, eased_times
 from .tone import tone_difference, with_tone
+from .turns import interruptible
 
 FRAMES_FUSED_AT_ONCE = 8
 
@@ -83,7 +84,8 @@ def render_latents(
     Raises:
         RuntimeError: The UNet overflowed.
     """
-    times = place_frames(pair, settings, settings.importance, paths)
+    with interruptible():
+        times = place_frames(pair, settings, settings.importance, paths)
     delta = torch.tensor(times)
     conditions = models.conditioner.frames(pair.prompt_embeds, delta, settings.guidance_scale > 1, negative)
     denoiser, inversion = models.denoiser, pair.inversion
@@ -95,7 +97,8 @@ def render_latents(
         ) as predict_noise,
         stages("Denoising", inversion.steps) as step,
     ):
-        fused = fuse_pair(pair, delta, settings.fusion, settings.importance, paths, predict_noise)
+        with interruptible():
+            fused = fuse_pair(pair, delta, settings.fusion, settings.importance, paths, predict_noise)
 
         def on_step(i: int, timestep: int, latents: torch.Tensor) -> torch.Tensor:
             step()

@@ -7,6 +7,8 @@ import torch
 from diffusers.utils import logging
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from .turns import interruptible
+
 logger = logging.get_logger(__name__)
 
 
@@ -36,11 +38,12 @@ def embed_text(
         lost = tokenizer.batch_decode(whole[:, limit - 1 : -1])
         logger.warning(f"CLIP reads {limit} tokens; this part of the prompt is left out: {lost}")
     masked = text_encoder.config.to_dict().get("use_attention_mask")
-    output = text_encoder(
-        tokens.input_ids.to(device),
-        attention_mask=tokens.attention_mask.to(device) if masked else None,
-        output_hidden_states=True,
-    )
+    with interruptible():
+        output = text_encoder(
+            tokens.input_ids.to(device),
+            attention_mask=tokens.attention_mask.to(device) if masked else None,
+            output_hidden_states=True,
+        )
     if clip_skip is None:
         return output.last_hidden_state
     # Since transformers 5 the text model's layers belong to CLIPTextModel itself.
