@@ -24,6 +24,7 @@ from .adapters import (
     uncompiled,
     without_group_offloading,
 )
+from .attention import separate_projections
 from .ddim import recompose, v_from_eps
 from .inputs import check_integer, check_number
 from .turns import interruptible
@@ -99,6 +100,7 @@ def fit_pair_lora(
         torch.enable_grad(),
         torch.compiler.set_stance("force_eager"),
         without_group_offloading(unet, resident=True),
+        separate_projections(unet),
         isolated_adapter(unet, fit.rank) as layers,
         _checkpointing(unet, gradient_checkpointing),
     ):
@@ -204,6 +206,11 @@ def _check_trainable(unet: torch.nn.Module) -> None:
             "a LoRA cannot be fitted while the UNet is offloaded layer by layer (enable_sequential_cpu_offload); "
             "use enable_model_cpu_offload(), or pass lora_steps=0"
         )
+    if any(parameter.is_inference() for parameter in unet.parameters()):
+        raise ValueError(
+            "a LoRA cannot be fitted on a UNet whose weights or adapters were loaded inside torch.inference_mode(); "
+            "load them outside of it, or pass lora_steps=0"
+        )
     stored = {parameter.dtype for parameter in unet.parameters()}
     if not stored <= set(FIT_DTYPES):
         raise ValueError(
@@ -228,7 +235,8 @@ def pair_lora(unet: torch.nn.Module, weights: dict[str, torch.Tensor] | None, sc
         yield
         return
     stored = {parameter.dtype for parameter in unet.parameters()}
-    with _fused(unet, weights, scale) if stored <= set(FIT_DTYPES) else _adapted(unet, weights, scale):
+    acting = _fused if stored <= set(FIT_DTYPES) else _adapted
+    with separate_projections(unet), acting(unet, weights, scale):
         yield
 
 
@@ -245,12 +253,18 @@ def _fused(unet: torch.nn.Module, weights: dict[str, torch.Tensor], scale: float
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 down, up = (weights[f"{name}.lora_{part}.weight"].to(weight.device, wide) for part in "AB")
                 originals[name] = weight.clone()
-                weight.copy_(weight.to(wide) + scale * (up @ down))
+                _overwrite(weight, weight.to(wide) + scale * (up @ down))
         yield
     finally:
         with without_group_offloading(model):
             for name, original in originals.items():
-                base_weight(model, name).copy_(original)
+                _overwrite(base_weight(model, name), original)
+
+
+def _overwrite(weight: torch.Tensor, values: torch.Tensor) -> None:
+    """Put values into a model's weight, also where the model was loaded in inference mode."""
+    with torch.inference_mode():
+        weight.copy_(values)
 
 
 @contextmanager
