@@ -21,7 +21,7 @@ from .adapters import (
     base_weight,
     isolated_adapter,
     require_in_memory,
-    uncompiled,
+    unwrapped,
     without_group_offloading,
 )
 from .attention import separate_projections
@@ -64,7 +64,7 @@ def fit_pair_lora(
 
     The base weights stay frozen, and the UNet is afterwards as it was before. `seed` alone decides the result:
     everything random is drawn from a CPU generator of the fit's own, so the global generator is neither used nor
-    changed, and the draws are the same on every device. No step waits for a GPU. A compiled UNet runs uncompiled,
+    changed, and the draws are the same on every device. No step waits for a GPU. A compiled UNet runs unwrapped,
     because compiling a backward pass takes longer than a fit. A group-offloaded UNet is wholly on the device during
     the fit.
 
@@ -143,7 +143,7 @@ def _draw_two(
     """
     if len(clean) == 2:
         return clean, prompt_embeds
-    drawn = _placed(torch.randperm(len(clean), generator=generator)[:2], clean.device)
+    drawn = _placed(torch.randperm(len(clean), generator=generator, device="cpu")[:2], clean.device)
     return clean[drawn], prompt_embeds[drawn]
 
 
@@ -159,13 +159,19 @@ def _prediction_loss(
 
     The UNet is run in the precision of `texts`, the embedded prompts of the two images.
     """
-    timesteps = _placed(torch.randint(len(alphas_cumprod), (2,), generator=generator), images.device)
-    noise = _placed(torch.randn(images.shape, generator=generator), images.device).to(images.dtype)
+    timesteps = torch.randint(len(alphas_cumprod), (2,), generator=generator, device="cpu")
+    timesteps = _placed(timesteps, images.device)
+    noise = _placed(_drawn(images.shape, generator), images.device).to(images.dtype)
     alpha_bar = alphas_cumprod[timesteps]
     target = v_from_eps(images, noise, alpha_bar) if prediction_type == "v_prediction" else noise
     noisy = recompose(images, noise, alpha_bar)
     predicted = unet(noisy.to(texts.dtype), timesteps, texts, return_dict=False)[0]
     return F.mse_loss(predicted.to(target.dtype), target)
+
+
+def _drawn(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Values from a Gaussian, float32 on the CPU, whatever torch's default dtype and default device are."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _placed(draw: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -179,7 +185,7 @@ def _initialise(layers: dict[str, torch.nn.Module], generator: torch.Generator) 
     for name, parameter in parameters.items():
         parameter.data = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
         if "lora_A" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[0])
+            parameter.data.copy_(_drawn(parameter.shape, generator) / parameter.shape[0])
         parameter.requires_grad_(True)
     return list(parameters.values())
 
@@ -187,7 +193,7 @@ def _initialise(layers: dict[str, torch.nn.Module], generator: torch.Generator) 
 @contextmanager
 def _checkpointing(unet: torch.nn.Module, wanted: bool) -> Iterator[None]:
     """Switch gradient checkpointing of the UNet on while the context lasts, if wanted and not already on."""
-    model = uncompiled(unet)
+    model = unwrapped(unet)
     if not wanted or model.is_gradient_checkpointing:
         yield
         return
@@ -243,7 +249,7 @@ def pair_lora(unet: torch.nn.Module, weights: dict[str, torch.Tensor] | None, sc
 @contextmanager
 def _fused(unet: torch.nn.Module, weights: dict[str, torch.Tensor], scale: float) -> Iterator[None]:
     """Replace every weight W that the LoRA acts on by W + scale · B A, computed at least in float32."""
-    model = uncompiled(unet)
+    model = unwrapped(unet)
     require_in_memory(model)
     originals = {}
     try:
@@ -310,7 +316,7 @@ def check_pair_lora(unet: torch.nn.Module, weights: dict[str, torch.Tensor]) -> 
 def _sides(unet: torch.nn.Module) -> dict[str, int]:
     """The length of the axis of each LoRA weight that is not the rank, by the weight's name."""
     sides = {}
-    for name, layer in uncompiled(unet).named_modules():
+    for name, layer in unwrapped(unet).named_modules():
         if name.endswith(tuple(f".{target}" for target in TARGETS)):
             base = getattr(layer, "base_layer", layer)
             sides[f"{name}.lora_A.weight"], sides[f"{name}.lora_B.weight"] = base.in_features, base.out_features

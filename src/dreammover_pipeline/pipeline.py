@@ -26,7 +26,7 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
 # The loader of custom pipelines copies exactly the modules that this file names by `from .name import`. So this block
 # names every module that any of them needs; those that this file itself has no use for are marked.
-from .adapters import load_beside
+from .adapters import check_new_adapter_name, load_beside
 from .arguments import Settings
 from .attention import reference_attention  # noqa: F401, named for the loader
 from .autoencoder import Autoencoder
@@ -600,8 +600,7 @@ class DreamMoverPipeline(
         check_integer("lora_steps", lora_steps, 1)
         arguments = locals()
         settings = FitSettings.of(arguments)
-        if adapter_name in getattr(self.unet, "peft_config", {}):
-            raise ValueError(f"`adapter_name` {adapter_name!r} is loaded already; choose another, or delete that one")
+        check_new_adapter_name(self.unet, adapter_name)
         pair = checked_pair(img0, img1, Content.of(arguments), self._sizes, random=True)
         with self._turn():
             weights = fit_lora_of_gaps(self._models(cross_attention_kwargs), [pair], settings, self._stage)

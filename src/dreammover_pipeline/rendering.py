@@ -86,7 +86,7 @@ def render_latents(
     """
     with interruptible():
         times = place_frames(pair, settings, settings.importance, paths)
-    delta = torch.tensor(times)
+    delta = torch.tensor(times, dtype=torch.float32, device="cpu")
     conditions = models.conditioner.frames(pair.prompt_embeds, delta, settings.guidance_scale > 1, negative)
     denoiser, inversion = models.denoiser, pair.inversion
     denoiser.guidance_scale = settings.guidance_scale
@@ -126,7 +126,8 @@ def place_frames(pair: PreparedPair, video: VideoSettings, importance: str, path
         paths: The way of every cell of both photos in the previews.
     """
     if video.easing == EVEN:
-        return even_times(video.n_frames, preview_pair(pair, torch.linspace(0, 1, PREVIEWS), importance, paths))
+        times = torch.linspace(0, 1, PREVIEWS, dtype=torch.float32, device="cpu")
+        return even_times(video.n_frames, preview_pair(pair, times, importance, paths))
     linear = frame_times(video.n_frames, video.times)
     return eased_times(linear, video.easing) if video.times is None else linear
 

@@ -32,16 +32,16 @@ def embed_text(
         The embeddings (P, L, D) of L tokens for each text, in the text encoder's precision.
     """
     limit = tokenizer.model_max_length
-    tokens = tokenizer(text, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
-    whole = tokenizer(text, padding="longest", return_tensors="pt").input_ids
+    tokens = tokenizer(text, padding="max_length", max_length=limit, truncation=True, return_tensors="np")
+    whole = tokenizer(text, padding="longest", return_tensors="np").input_ids
     if whole.shape[-1] > limit:
         lost = tokenizer.batch_decode(whole[:, limit - 1 : -1])
         logger.warning(f"CLIP reads {limit} tokens; this part of the prompt is left out: {lost}")
     masked = text_encoder.config.to_dict().get("use_attention_mask")
     with interruptible():
         output = text_encoder(
-            tokens.input_ids.to(device),
-            attention_mask=tokens.attention_mask.to(device) if masked else None,
+            torch.from_numpy(tokens.input_ids).to(device),
+            attention_mask=torch.from_numpy(tokens.attention_mask).to(device) if masked else None,
             output_hidden_states=True,
         )
     if clip_skip is None:

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from .adapters import uncompiled
+from .adapters import unwrapped
 
 POLL_SECONDS = 0.1  # how often a call that waits for its turn looks whether Ctrl-C was pressed
 
@@ -37,7 +37,7 @@ _seats_lock = threading.Lock()
 
 def _seat(model: torch.nn.Module) -> _Seat:
     with _seats_lock:
-        return _seats.setdefault(uncompiled(model), _Seat())
+        return _seats.setdefault(unwrapped(model), _Seat())
 
 
 class Turn:
