@@ -8,7 +8,7 @@ the user's adapters, whether loaded, disabled or fused, are afterwards as they w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,14 +17,21 @@ from diffusers.utils import is_peft_available
 ADAPTER = "dreammover_pair"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
+# What torch takes as the name of a submodule is what peft takes as the name of an adapter.
+_NO_NAMES = frozenset(dir(torch.nn.ModuleDict())) | {""}
+
 # The flags of an adapter layer that change when another adapter is added: which adapters are active, whether adapters
 # are disabled, and which adapters are fused into the weights.
 _Flags = tuple[str | list[str], bool, list[str]]
 
 
-def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside torch.compile's wrapper, whose modules can be changed; a model without one as it is."""
-    return getattr(model, "_orig_mod", model)
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside the wrappers of torch.compile and of peft's `get_peft_model`, whose modules can be changed.
+
+    A model without a wrapper is returned as it is.
+    """
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 # ── Adapters ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -45,62 +52,69 @@ def isolated_adapter(unet: torch.nn.Module, rank: int) -> Iterator[dict[str, tor
 
     Raises:
         ImportError: The library peft is not installed.
+        ValueError: One of the user's adapters has the name that the pair's LoRA has.
     """
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise ImportError("the pair's LoRA needs peft: pip install peft, or pass lora_steps=0") from error
 
-    model = uncompiled(unet)
+    model = unwrapped(unet)
+    _check_name_is_free(model)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
     with _restored_adapters(model) as users:
-        for layer in _tuner_layers(model).values():
+        for layer in users:
             layer.merged_adapters = []  # else peft would unmerge fused adapters; the base is to include them
-        with torch.random.fork_rng(devices=[]):  # peft draws initial weights, which the caller overwrites
+        # Peft draws initial weights, which the caller overwrites, and moves them to where the layers are.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             model.add_adapter(config, adapter_name=ADAPTER)
-        for name, layer in _tuner_layers(model).items():
+        layers = {name: layer for name, layer in _tuner_layers(model).items() if _carries_lora(layer)}
+        for layer in [*users, *layers.values()]:
             layer.enable_adapters(True)
-            layer.set_adapter(_acting(*users[name]) if name in users else [])
-        layers = {name: layer for name, layer in _tuner_layers(model).items() if ADAPTER in layer.lora_A}
-        for layer in layers.values():
-            layer.set_adapter([*layer.active_adapters, ADAPTER])
+            acting = _acting(*users[layer]) if layer in users else []
+            layer.set_adapter([*acting, ADAPTER] if _carries_lora(layer) else acting)
         model.requires_grad_(False)
         _reapply_group_offloading(model)
         yield layers
 
 
 @contextmanager
-def _restored_adapters(model: torch.nn.Module) -> Iterator[dict[str, _Flags]]:
-    """Remove the pair's adapter at the end and restore every flag; yields the flags of the user's layers, by name."""
-    users = _tuner_layers(model)
-    flags = {
-        name: (layer._active_adapter, layer._disable_adapters, layer.merged_adapters) for name, layer in users.items()
+def _restored_adapters(model: torch.nn.Module) -> Iterator[dict[torch.nn.Module, _Flags]]:
+    """Remove the pair's adapter at the end and restore every flag; yields the flags of the user's adapter layers."""
+    users = {
+        layer: (layer._active_adapter, layer._disable_adapters, layer.merged_adapters)
+        for layer in _tuner_layers(model).values()
     }
     requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    had_adapters = model._hf_peft_config_loaded
+    had_adapters, had_config = model._hf_peft_config_loaded, hasattr(model, "peft_config")
     try:
-        yield flags
+        yield users
     finally:
         _remove_adapter(model, users)
-        for name, layer in users.items():
-            layer._active_adapter, layer._disable_adapters, layer.merged_adapters = flags[name]
+        for layer, flags in users.items():
+            layer._active_adapter, layer._disable_adapters, layer.merged_adapters = flags
         for parameter, flag in requires_grad:
             parameter.requires_grad_(flag)
         if hasattr(model, "peft_config"):
             model.peft_config.pop(ADAPTER, None)
-            if not had_adapters:
+            if not had_config:
                 del model.peft_config
         model._hf_peft_config_loaded = had_adapters
         _reapply_group_offloading(model)
 
 
-def _remove_adapter(model: torch.nn.Module, users: dict[str, torch.nn.Module]) -> None:
+def _remove_adapter(model: torch.nn.Module, users: Container[torch.nn.Module]) -> None:
     for name, layer in _tuner_layers(model).items():
-        if name not in users:
+        if layer not in users:  # it wraps a layer of the model, or a user's adapter of another kind, such as LoHa
             model.set_submodule(name, layer.base_layer)
-        elif ADAPTER in layer.lora_A:
+        elif _carries_lora(layer):
             layer.set_adapter([])  # else peft would activate another adapter, and warn that it does
             layer.delete_adapter(ADAPTER)
+
+
+def _carries_lora(layer: torch.nn.Module) -> bool:
+    """Whether the pair's LoRA is on an adapter layer; only layers of peft's kind "LoRA" can carry one."""
+    return ADAPTER in getattr(layer, "lora_A", ())
 
 
 def _acting(active: str | list[str], disabled: bool, merged: list[str]) -> list[str]:
@@ -149,7 +163,7 @@ def acting_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, 
     Raises:
         ValueError: The model's tensors are on disk, or cannot be found.
     """
-    model = uncompiled(model)
+    model = unwrapped(model)
     require_in_memory(model)
     tuners = _tuner_layers(model) if is_peft_available() else {}
     for name, tensor in model.state_dict().items():
@@ -162,7 +176,8 @@ def acting_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, 
             if kind == "base_layer":
                 plain = ".".join([tuner, adapter, *rest])
             elif adapter in _acting(layer._active_adapter, layer._disable_adapters, layer.merged_adapters):
-                plain, scale = ".".join([tuner, kind, *rest]), layer.scaling[adapter]
+                plain = ".".join([tuner, kind, *rest])
+                scale = getattr(layer, "scaling", {}).get(adapter, 1.0)  # some kinds of adapters have no scale
             else:
                 continue
         yield plain.replace("_orig_mod.", ""), value, scale
@@ -229,7 +244,7 @@ def without_group_offloading(unet: torch.nn.Module, resident: bool = False) -> I
     """
     from diffusers.hooks import group_offloading as offloading
 
-    model = uncompiled(unet)
+    model = unwrapped(unet)
     hook = offloading._get_top_level_group_offload_hook(model)
     if hook is None:
         yield
@@ -256,6 +271,44 @@ def _reapply_group_offloading(model: torch.nn.Module) -> None:
     _maybe_remove_and_reapply_group_offloading(model)
 
 
+def check_new_adapter_name(unet: torch.nn.Module, adapter_name: str) -> None:
+    """Raise unless a LoRA can be loaded into a UNet under a name.
+
+    Args:
+        unet: The UNet, compiled or not.
+        adapter_name: The name to check.
+
+    Raises:
+        TypeError: The name is not a string.
+        ValueError: Another adapter has the name, or torch cannot have a module of this name.
+    """
+    if not isinstance(adapter_name, str):
+        raise TypeError(f"`adapter_name` must be a string, not {adapter_name!r}")
+    if "." in adapter_name or adapter_name in _NO_NAMES:
+        raise ValueError(
+            f"`adapter_name` must not be empty, have a dot, or be an attribute of torch modules, not {adapter_name!r}"
+        )
+    if adapter_name == ADAPTER:
+        raise ValueError(f"`adapter_name` {ADAPTER!r} is the name of what a fit adds for a while; choose another")
+    if adapter_name in getattr(unwrapped(unet), "peft_config", {}):
+        raise ValueError(f"`adapter_name` {adapter_name!r} is loaded already; choose another, or delete that one")
+
+
+def _check_name_is_free(model: torch.nn.Module) -> None:
+    """Raise ValueError if one of the user's adapters has the name of the pair's, and would be taken for it."""
+    if ADAPTER in getattr(model, "peft_config", {}):
+        raise ValueError(
+            f"an adapter named {ADAPTER!r} is loaded, which is the name of what a fit adds for a while; "
+            "delete it, and load yours under another name"
+        )
+
+
+def _adapter_dtype(layer: torch.nn.Module) -> torch.dtype:
+    """The dtype of a LoRA on a layer: that of the layer's own weight, or float32 beside a quantised weight."""
+    own = layer.get_base_layer().weight.dtype
+    return own if own.is_floating_point and own.itemsize > 1 else torch.float32
+
+
 def load_beside(pipe, weights: dict[str, torch.Tensor], adapter_name: str) -> None:
     """Load LoRA weights into a pipeline's UNet as an adapter that acts beside those that are already active.
 
@@ -264,10 +317,17 @@ def load_beside(pipe, weights: dict[str, torch.Tensor], adapter_name: str) -> No
         weights: The LoRA weights, by the names that diffusers gives them in a file.
         adapter_name: A name for the adapter that no loaded adapter has.
     """
-    unet = pipe.unet
-    active = unet.active_adapters() if unet._hf_peft_config_loaded else []
+    unet = unwrapped(pipe.unet)
+    acting = [_acting(layer._active_adapter, False, []) for layer in _tuner_layers(unet).values()]
+    active = list(dict.fromkeys(name for names in acting for name in names))
     flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
-    unet.load_lora_adapter(weights, prefix=None, adapter_name=adapter_name, _pipeline=pipe)
+    with torch.device("cpu"):  # whatever torch's default device is; peft moves the layers to where the others are
+        unet.load_lora_adapter(weights, prefix=None, adapter_name=adapter_name, _pipeline=pipe)
+    for name, layer in _tuner_layers(unet).items():
+        for part in ("lora_A", "lora_B"):
+            if adapter_name in getattr(layer, part, ()):  # peft made it in torch's default dtype, whatever that is
+                parameter = getattr(layer, part)[adapter_name].weight
+                parameter.data = weights[f"{name}.{part}.weight"].to(parameter.device, _adapter_dtype(layer))
     unet.set_adapter([*active, adapter_name])
     unet.requires_grad_(False)  # peft makes active adapters trainable
     for parameter, flag in flags:

@@ -57,8 +57,7 @@ class ReferenceAttnProcessor:
     def __init__(self, name: str, inner, references: References):
         self.name = name
         # A fused processor projects q, k and v of one sequence at once and cannot take k and v from another sequence.
-        # It is replaced by one that uses the separate projections, which fusing leaves in the layer.
-        self.inner = AttnProcessor2_0() if type(inner).__name__.startswith("Fused") else inner
+        self.inner = _separate(inner)
         self.references = references
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
@@ -73,6 +72,32 @@ class ReferenceAttnProcessor:
         tokens = tokens.reshape(groups, 2 * length, channels)
         attended = self.inner(attn, queries, encoder_hidden_states=tokens)
         return attended.reshape(batch, length, channels)
+
+
+def _separate(processor):
+    """A processor like this one that uses the separate projections, which `fuse_qkv_projections` leaves in a layer."""
+    return AttnProcessor2_0() if type(processor).__name__.startswith("Fused") else processor
+
+
+@contextmanager
+def separate_projections(unet: torch.nn.Module) -> Iterator[None]:
+    """Have q, k and v projected apart while the context lasts, also after `fuse_qkv_projections`.
+
+    A LoRA on `to_q`, `to_k` and `to_v` can neither be fitted nor act where one fused projection computes instead.
+
+    Args:
+        unet: A `UNet2DConditionModel`.
+    """
+    installed = dict(unet.attn_processors)
+    separate = {name: _separate(processor) for name, processor in installed.items()}
+    if all(separate[name] is installed[name] for name in installed):
+        yield
+        return
+    try:
+        unet.set_attn_processor(separate)
+        yield
+    finally:
+        unet.set_attn_processor(installed)
 
 
 @contextmanager

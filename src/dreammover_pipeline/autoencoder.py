@@ -11,6 +11,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img impo
 from diffusers.utils import logging
 
 from .memory import advice_on_out_of_memory, free_cache, is_out_of_memory
+from .turns import interruptible
 
 logger = logging.get_logger(__name__)
 
@@ -99,7 +100,8 @@ class Autoencoder:
     def _in_precision(self, function: Callable, x: torch.Tensor, doing: str) -> torch.Tensor:
         """Run the VAE in its own precision; where that overflows, as float16 can, run it once more in float32."""
         dtype = self.vae.dtype
-        result = function(x.to(dtype)).float()
+        with interruptible():
+            result = function(x.to(dtype)).float()
         if result.isfinite().all() or dtype == torch.float32:
             return result
         if not self._warned_of_overflow:
@@ -107,6 +109,7 @@ class Autoencoder:
             self._warned_of_overflow = True
         try:
             self.vae.to(torch.float32)
-            return function(x.float())
+            with interruptible():
+                return function(x.float())
         finally:
             self.vae.to(dtype)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from diffusers import DDIMScheduler
@@ -16,6 +16,7 @@ from .ddim import eps_from_v
 from .lora import pair_lora
 from .memory import Batches, advice_on_out_of_memory, affordable_frames
 from .records import PreparedPair
+from .turns import interruptible
 
 logger = logging.get_logger(__name__)
 
@@ -65,7 +66,9 @@ class Denoiser:
         if guided:
             latents = latents.repeat(2, 1, 1, 1)
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
-        with advice_on_out_of_memory(f"in the UNet, on latents {tuple(latents.shape)}"):
+        # diffusers scales the user's LoRAs for the time of a forward, which Ctrl-C must not leave half undone.
+        stoppable = nullcontext() if "scale" in (self.cross_attention_kwargs or {}) else interruptible()
+        with stoppable, advice_on_out_of_memory(f"in the UNet, on latents {tuple(latents.shape)}"):
             # A number for the timestep, or expanded embeddings besides others, would make torch.compile start anew.
             output = self.unet(
                 latents.to(self.unet.dtype),

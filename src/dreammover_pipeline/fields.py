@@ -57,7 +57,7 @@ def upsampled_flow(flow: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     Returns:
         Flow on the fine grid, (B, 2, H, W), in cells of that grid.
     """
-    scale = torch.tensor([size[1] / flow.shape[-1], size[0] / flow.shape[-2]]).reshape(1, 2, 1, 1).to(flow)
+    scale = flow.new_tensor([size[1] / flow.shape[-1], size[0] / flow.shape[-2]]).reshape(1, 2, 1, 1)
     return F.interpolate(flow, size=size, mode="bilinear", align_corners=False) * scale
 
 
@@ -72,9 +72,9 @@ def flow_at_cell_centres(flow: torch.Tensor, size: tuple[int, int]) -> torch.Ten
         Flow of the cells, (B, 2, h, w), in cells.
     """
     (h, w), (height, width) = size, flow.shape[-2:]
-    row = ((torch.arange(h) + 0.5) * height / h).long()
-    column = ((torch.arange(w) + 0.5) * width / w).long()
-    pixels_per_cell = torch.tensor([width / w, height / h], device=flow.device).reshape(1, 2, 1, 1)
+    row = (_centres(h, flow.device) * height / h).long()
+    column = (_centres(w, flow.device) * width / w).long()
+    pixels_per_cell = flow.new_tensor([width / w, height / h]).reshape(1, 2, 1, 1)
     return flow[..., row[:, None], column] / pixels_per_cell
 
 
@@ -91,15 +91,20 @@ def pixel_flow(flow: BidirectionalFlow, canvas: Canvas) -> tuple[torch.Tensor, t
         The forward flow and the backward flow, (1, 2, H, W) each, in pixels of the output.
     """
     h, w = flow.forward.shape[-2:]
-    row = (torch.arange(canvas.output_height) + 0.5) * (canvas.content_height / canvas.output_height)
-    column = (torch.arange(canvas.output_width) + 0.5) * (canvas.content_width / canvas.output_width)
+    device = flow.forward.device
+    row = _centres(canvas.output_height, device) * (canvas.content_height / canvas.output_height)
+    column = _centres(canvas.output_width, device) * (canvas.content_width / canvas.output_width)
     row, column = (row * h / canvas.height).long(), (column * w / canvas.width).long()
-    pixels_per_cell = torch.tensor(
+    pixels_per_cell = flow.forward.new_tensor(
         [
             canvas.width / w * canvas.output_width / canvas.content_width,
             canvas.height / h * canvas.output_height / canvas.content_height,
-        ],
-        device=flow.forward.device,
+        ]
     ).reshape(1, 2, 1, 1)
     forward, backward = (field[..., row[:, None], column] for field in (flow.forward, flow.backward))
     return forward * pixels_per_cell, backward * pixels_per_cell
+
+
+def _centres(cells: int, device: torch.device) -> torch.Tensor:
+    """The centres of cells along one side, 0.5, 1.5 and so on, (cells,), float32."""
+    return torch.arange(cells, dtype=torch.float32, device=device) + 0.5

@@ -80,7 +80,7 @@ def fit_points(points: torch.Tensor, size: Size, canvas: Canvas) -> torch.Tensor
         The points (k, 2), x and y in pixels of the canvas, where (0, 0) is the centre of the top left pixel.
     """
     cropping = _cropping(size, canvas.content_height, canvas.content_width)
-    part, scaled, before, after = (torch.tensor(pair[::-1]).to(points) for pair in cropping)
+    part, scaled, before, after = (points.new_tensor(pair[::-1]) for pair in cropping)
     return (points + 0.5 - before) * scaled / part - 0.5 - after
 
 

@@ -77,7 +77,7 @@ class GapFolder(KeptGaps):
         """Keep the frames of gap k."""
         tensors = {
             "latents": frames.latents,
-            "times": torch.tensor(frames.times, dtype=torch.float64),
+            "times": torch.tensor(frames.times, dtype=torch.float64, device="cpu"),
             "ends": frames.clean_ends,
             "flow.forward": frames.flow.forward,
             "flow.backward": frames.flow.backward,

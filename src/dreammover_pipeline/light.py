@@ -46,8 +46,8 @@ def light_gains(photos: torch.Tensor, flow: BidirectionalFlow) -> torch.Tensor:
     sure = agreement(BidirectionalFlow.of(ways)) * (found[:, 3:] > 0.999)
     own = colours.flatten(2)[:, :, None] * _planes(*size, colours).flatten(1)  # (2, 3 colours, 3 planes, n)
     there = found[:, :3].flatten(2)
-    even = torch.tensor([1.0, 0, 0]).double()
-    stiff = torch.diag(torch.tensor([1.0, 4, 4])).double()
+    even = colours.new_tensor([1.0, 0, 0])
+    stiff = torch.diag(colours.new_tensor([1.0, 4, 4]))
     explained = torch.ones_like(there[:, 0])
     for done in range(GAIN_ROUNDS):
         weight = (sure.flatten(1) * explained)[:, None, None]

@@ -21,11 +21,13 @@ from .adapters import (
     base_weight,
     isolated_adapter,
     require_in_memory,
-    uncompiled,
+    unwrapped,
     without_group_offloading,
 )
+from .attention import separate_projections
 from .ddim import recompose, v_from_eps
 from .inputs import check_integer, check_number
+from .turns import interruptible
 
 FIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -62,7 +64,7 @@ def fit_pair_lora(
 
     The base weights stay frozen, and the UNet is afterwards as it was before. `seed` alone decides the result:
     everything random is drawn from a CPU generator of the fit's own, so the global generator is neither used nor
-    changed, and the draws are the same on every device. No step waits for a GPU. A compiled UNet runs uncompiled,
+    changed, and the draws are the same on every device. No step waits for a GPU. A compiled UNet runs unwrapped,
     because compiling a backward pass takes longer than a fit. A group-offloaded UNet is wholly on the device during
     the fit.
 
@@ -98,6 +100,7 @@ def fit_pair_lora(
         torch.enable_grad(),
         torch.compiler.set_stance("force_eager"),
         without_group_offloading(unet, resident=True),
+        separate_projections(unet),
         isolated_adapter(unet, fit.rank) as layers,
         _checkpointing(unet, gradient_checkpointing),
     ):
@@ -107,14 +110,15 @@ def fit_pair_lora(
         optimizer = torch.optim.AdamW(parameters, lr=fit.learning_rate, fused=True)
         # Without a scaled loss, float16 gradients underflow.
         scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=dtype == torch.float16)
-        for _ in range(fit.steps):
-            images, texts = _draw_two(clean, prompt_embeds, generator)
-            loss = _prediction_loss(unet, images, texts, alphas_cumprod, prediction_type, generator)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            on_step()
+        with interruptible():
+            for _ in range(fit.steps):
+                images, texts = _draw_two(clean, prompt_embeds, generator)
+                loss = _prediction_loss(unet, images, texts, alphas_cumprod, prediction_type, generator)
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                on_step()
         weights = {name: parameter.detach().clone() for name, parameter in adapter_weights(layers).items()}
     _check_converged(weights, dtype, fit.learning_rate)
     return weights
@@ -139,7 +143,7 @@ def _draw_two(
     """
     if len(clean) == 2:
         return clean, prompt_embeds
-    drawn = _placed(torch.randperm(len(clean), generator=generator)[:2], clean.device)
+    drawn = _placed(torch.randperm(len(clean), generator=generator, device="cpu")[:2], clean.device)
     return clean[drawn], prompt_embeds[drawn]
 
 
@@ -155,13 +159,19 @@ def _prediction_loss(
 
     The UNet is run in the precision of `texts`, the embedded prompts of the two images.
     """
-    timesteps = _placed(torch.randint(len(alphas_cumprod), (2,), generator=generator), images.device)
-    noise = _placed(torch.randn(images.shape, generator=generator), images.device).to(images.dtype)
+    timesteps = torch.randint(len(alphas_cumprod), (2,), generator=generator, device="cpu")
+    timesteps = _placed(timesteps, images.device)
+    noise = _placed(_drawn(images.shape, generator), images.device).to(images.dtype)
     alpha_bar = alphas_cumprod[timesteps]
     target = v_from_eps(images, noise, alpha_bar) if prediction_type == "v_prediction" else noise
     noisy = recompose(images, noise, alpha_bar)
     predicted = unet(noisy.to(texts.dtype), timesteps, texts, return_dict=False)[0]
     return F.mse_loss(predicted.to(target.dtype), target)
+
+
+def _drawn(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Values from a Gaussian, float32 on the CPU, whatever torch's default dtype and default device are."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _placed(draw: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -175,7 +185,7 @@ def _initialise(layers: dict[str, torch.nn.Module], generator: torch.Generator) 
     for name, parameter in parameters.items():
         parameter.data = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
         if "lora_A" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[0])
+            parameter.data.copy_(_drawn(parameter.shape, generator) / parameter.shape[0])
         parameter.requires_grad_(True)
     return list(parameters.values())
 
@@ -183,7 +193,7 @@ def _initialise(layers: dict[str, torch.nn.Module], generator: torch.Generator) 
 @contextmanager
 def _checkpointing(unet: torch.nn.Module, wanted: bool) -> Iterator[None]:
     """Switch gradient checkpointing of the UNet on while the context lasts, if wanted and not already on."""
-    model = uncompiled(unet)
+    model = unwrapped(unet)
     if not wanted or model.is_gradient_checkpointing:
         yield
         return
@@ -201,6 +211,11 @@ def _check_trainable(unet: torch.nn.Module) -> None:
         raise ValueError(
             "a LoRA cannot be fitted while the UNet is offloaded layer by layer (enable_sequential_cpu_offload); "
             "use enable_model_cpu_offload(), or pass lora_steps=0"
+        )
+    if any(parameter.is_inference() for parameter in unet.parameters()):
+        raise ValueError(
+            "a LoRA cannot be fitted on a UNet whose weights or adapters were loaded inside torch.inference_mode(); "
+            "load them outside of it, or pass lora_steps=0"
         )
     stored = {parameter.dtype for parameter in unet.parameters()}
     if not stored <= set(FIT_DTYPES):
@@ -226,14 +241,15 @@ def pair_lora(unet: torch.nn.Module, weights: dict[str, torch.Tensor] | None, sc
         yield
         return
     stored = {parameter.dtype for parameter in unet.parameters()}
-    with _fused(unet, weights, scale) if stored <= set(FIT_DTYPES) else _adapted(unet, weights, scale):
+    acting = _fused if stored <= set(FIT_DTYPES) else _adapted
+    with separate_projections(unet), acting(unet, weights, scale):
         yield
 
 
 @contextmanager
 def _fused(unet: torch.nn.Module, weights: dict[str, torch.Tensor], scale: float) -> Iterator[None]:
     """Replace every weight W that the LoRA acts on by W + scale · B A, computed at least in float32."""
-    model = uncompiled(unet)
+    model = unwrapped(unet)
     require_in_memory(model)
     originals = {}
     try:
@@ -243,12 +259,18 @@ def _fused(unet: torch.nn.Module, weights: dict[str, torch.Tensor], scale: float
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 down, up = (weights[f"{name}.lora_{part}.weight"].to(weight.device, wide) for part in "AB")
                 originals[name] = weight.clone()
-                weight.copy_(weight.to(wide) + scale * (up @ down))
+                _overwrite(weight, weight.to(wide) + scale * (up @ down))
         yield
     finally:
         with without_group_offloading(model):
             for name, original in originals.items():
-                base_weight(model, name).copy_(original)
+                _overwrite(base_weight(model, name), original)
+
+
+def _overwrite(weight: torch.Tensor, values: torch.Tensor) -> None:
+    """Put values into a model's weight, also where the model was loaded in inference mode."""
+    with torch.inference_mode():
+        weight.copy_(values)
 
 
 @contextmanager
@@ -294,7 +316,7 @@ def check_pair_lora(unet: torch.nn.Module, weights: dict[str, torch.Tensor]) -> 
 def _sides(unet: torch.nn.Module) -> dict[str, int]:
     """The length of the axis of each LoRA weight that is not the rank, by the weight's name."""
     sides = {}
-    for name, layer in uncompiled(unet).named_modules():
+    for name, layer in unwrapped(unet).named_modules():
         if name.endswith(tuple(f".{target}" for target in TARGETS)):
             base = getattr(layer, "base_layer", layer)
             sides[f"{name}.lora_A.weight"], sides[f"{name}.lora_B.weight"] = base.in_features, base.out_features

@@ -217,7 +217,7 @@ def steering_of(
     fitted = torch.stack([fit_points(pairs[:, i], photo_sizes[i], canvas) for i in (0, 1)], 1)
     cells = cells_of(fitted, content, cell, name)
     if masks is None:
-        moves = torch.ones(2, 1, canvas.height // cell, canvas.width // cell, dtype=torch.bool)
+        moves = fitted.new_ones(2, 1, canvas.height // cell, canvas.width // cell, dtype=torch.bool)
     else:
         on_canvas = torch.stack([fit(part, canvas) for part in masks]).expand(2, -1, -1, -1)
         moves = cells_that_move(on_canvas, content, cell, f"mask{place}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,7 +26,7 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
 # The loader of custom pipelines copies exactly the modules that this file names by `from .name import`. So this block
 # names every module that any of them needs; those that this file itself has no use for are marked.
-from .adapters import load_beside
+from .adapters import check_new_adapter_name, load_beside
 from .arguments import Settings
 from .attention import reference_attention  # noqa: F401, named for the loader
 from .autoencoder import Autoencoder
@@ -67,6 +68,7 @@ from .storage import write_pair  # noqa: F401, named for the loader
 from .text import embed_text  # noqa: F401, named for the loader
 from .timing import CURVES  # noqa: F401, named for the loader
 from .tone import with_tone  # noqa: F401, named for the loader
+from .turns import interruptible
 
 logger = logging.get_logger(__name__)
 
@@ -150,7 +152,7 @@ class DreamMoverPipeline(
         self._guidance_scale = 1.0
         self._num_timesteps = 0
         self._interrupt = False
-        self._listener: ProgressListener | None = None
+        self._listeners: dict[int, ProgressListener] = {}
         self._autoencoder: Autoencoder | None = None
 
     @property
@@ -309,17 +311,18 @@ class DreamMoverPipeline(
         arguments = locals()
         content, negative = Content.of(arguments), NegativeContent.of(arguments)
         preparing, rendering, delivery = (group.of(arguments) for group in (PrepareSettings, RenderSettings, Delivery))
-        self._interrupt = False
         self._check_model_fits(preparing, rendering, delivery)
         pairs = checked_pairs(img0, img1, content, negative, self._sizes, random=lora_steps > 0)
         check_stackable(pairs, output_type)
-        outputs = []
-        for pair in pairs:
-            prepared = self._prepare(pair, preparing)
-            outputs.append(self._render(prepared, rendering, pair.negative, delivery))
-            if self.interrupt:
-                break
-        return returned(joined(outputs), return_dict)
+        with self._turn():
+            self._interrupt = False
+            outputs = []
+            for pair in pairs:
+                prepared = self._prepare(pair, preparing)
+                outputs.append(self._render(prepared, rendering, pair.negative, delivery))
+                if self.interrupt:
+                    break
+            return returned(joined(outputs), return_dict)
 
     @torch.no_grad()
     def prepare(
@@ -372,7 +375,8 @@ class DreamMoverPipeline(
             check_pair_lora(self.unet, lora)
         random = lora is None and lora_steps > 0
         pair = checked_pair(img0, img1, Content.of(arguments), self._sizes, random, canvas)
-        return self._prepare(pair, settings, lora)
+        with self._turn():
+            return self._prepare(pair, settings, lora)
 
     @torch.no_grad()
     def render(
@@ -413,9 +417,10 @@ class DreamMoverPipeline(
         arguments = locals()
         settings, delivery = RenderSettings.of(arguments), Delivery.of(arguments)
         self._check_model_fits(settings, delivery)
-        self._interrupt = False
         (negative,) = pair_negatives(negative_prompt, negative_prompt_embeds, 1, self._sizes.text_width)
-        return returned(self._render(pair, settings, negative, delivery), return_dict)
+        with self._turn():
+            self._interrupt = False
+            return returned(self._render(pair, settings, negative, delivery), return_dict)
 
     def _prepare(
         self, pair: PairInput, settings: PrepareSettings, lora: dict[str, torch.Tensor] | None = None
@@ -438,13 +443,15 @@ class DreamMoverPipeline(
         self._guidance_scale = settings.guidance_scale
         self._num_timesteps = pair.inversion.steps
         models = self._models(settings.cross_attention_kwargs)
-        paths = motion_paths(pair.flow, settings.motion)
+        with interruptible():
+            paths = motion_paths(pair.flow, settings.motion)
 
         def on_step_end(i: int, timestep: int, tensors: dict) -> dict:
             if delivery.callback_on_step_end is None:
                 return {}
             wanted = {name: tensors[name] for name in delivery.callback_on_step_end_tensor_inputs}
-            replaced = delivery.callback_on_step_end(self, i, timestep, wanted) or {}
+            with interruptible():
+                replaced = delivery.callback_on_step_end(self, i, timestep, wanted) or {}
             models.denoiser.guidance_scale = self._guidance_scale  # which a callback may change
             return replaced
 
@@ -501,29 +508,31 @@ class DreamMoverPipeline(
         arguments |= {"prompt": prompt, "include_inputs": include_inputs}
         content, negative = Content.of(arguments), NegativeContent.of(arguments)
         preparing, delivery = PrepareSettings.of(arguments), Delivery.of(arguments)
-        self._interrupt = False
         shared = lora == "shared"
         gaps = checked_gaps(images, content, negative, self._sizes, shared, random=preparing.lora_steps > 0)
         counts = frames_of_gaps(n_frames, len(gaps))
         rendering = [RenderSettings.of({**arguments, "n_frames": count}) for count in counts]
         self._check_model_fits(preparing, rendering[0], delivery)
 
-        kept = KeptGaps()
         if keep is not None:
             check_no_callback("keep", delivery)
-            fingerprints = f"{self.fingerprint()} {[str(model.dtype) for model in self._fingerprinted.values()]}"
-            kept = kept_gaps(keep, gaps, preparing, rendering, shared, fingerprints, self._execution_device)
-        models = self._models(preparing.cross_attention_kwargs)
-        fits_once = shared and preparing.lora_steps > 0
-        stages = GapStages(
-            (lambda: fit_lora_of_gaps(models, gaps, preparing, self._stage)) if fits_once else None,
-            lambda gap, own: self._prepare(gap, preparing, own),
-            lambda k, pair: self._render_latents(pair, rendering[k], gaps[k].negative, delivery),
-            lambda k, frames: self._finish(frames, rendering[k], delivery),
-        )
-        output = make_gaps(gaps, stages, kept, lambda: self.interrupt, include_inputs)
-        self.maybe_free_model_hooks()
-        return returned(output, return_dict)
+        with self._turn():
+            self._interrupt = False
+            kept = KeptGaps()
+            if keep is not None:
+                fingerprints = f"{self._fingerprint()} {[str(model.dtype) for model in self._fingerprinted.values()]}"
+                kept = kept_gaps(keep, gaps, preparing, rendering, shared, fingerprints, self._execution_device)
+            models = self._models(preparing.cross_attention_kwargs)
+            fits_once = shared and preparing.lora_steps > 0
+            stages = GapStages(
+                (lambda: fit_lora_of_gaps(models, gaps, preparing, self._stage)) if fits_once else None,
+                lambda gap, own: self._prepare(gap, preparing, own),
+                lambda k, pair: self._render_latents(pair, rendering[k], gaps[k].negative, delivery),
+                lambda k, frames: self._finish(frames, rendering[k], delivery),
+            )
+            output = make_gaps(gaps, stages, kept, lambda: self.interrupt, include_inputs)
+            self.maybe_free_model_hooks()
+            return returned(output, return_dict)
 
     @torch.no_grad()
     def fit_shared_lora(
@@ -557,9 +566,10 @@ class DreamMoverPipeline(
         arguments = locals()
         settings = FitSettings.of(arguments)
         gaps = checked_gaps(images, Content.of(arguments), NegativeContent(), self._sizes, shared=True, random=True)
-        weights = fit_lora_of_gaps(self._models(cross_attention_kwargs), gaps, settings, self._stage)
-        self.maybe_free_model_hooks()
-        return weights
+        with self._turn():
+            weights = fit_lora_of_gaps(self._models(cross_attention_kwargs), gaps, settings, self._stage)
+            self.maybe_free_model_hooks()
+            return weights
 
     @torch.no_grad()
     def fit_lora(
@@ -596,13 +606,13 @@ class DreamMoverPipeline(
         check_integer("lora_steps", lora_steps, 1)
         arguments = locals()
         settings = FitSettings.of(arguments)
-        if adapter_name in getattr(self.unet, "peft_config", {}):
-            raise ValueError(f"`adapter_name` {adapter_name!r} is loaded already; choose another, or delete that one")
+        check_new_adapter_name(self.unet, adapter_name)
         pair = checked_pair(img0, img1, Content.of(arguments), self._sizes, random=True)
-        weights = fit_lora_of_gaps(self._models(cross_attention_kwargs), [pair], settings, self._stage)
-        load_beside(self, weights, adapter_name)
-        self.maybe_free_model_hooks()
-        return weights
+        with self._turn():
+            weights = fit_lora_of_gaps(self._models(cross_attention_kwargs), [pair], settings, self._stage)
+            load_beside(self, weights, adapter_name)
+            self.maybe_free_model_hooks()
+            return weights
 
     def check_inputs(self, **arguments) -> None:
         """Raise TypeError or ValueError unless these arguments of `__call__` are what they may be.
@@ -621,16 +631,22 @@ class DreamMoverPipeline(
     def listening(self, listener: ProgressListener) -> Iterator[None]:
         """Tell a listener of progress, instead of drawing bars, while the context lasts.
 
+        It is told of calls that are made in the thread that entered the context.
+
         Args:
             listener: Called as (stage, steps done, steps in all) when a stage begins and after each of its steps. What
                 it raises ends the work at that step and passes on, with the models as they were: so a job is
                 cancelled.
         """
-        before, self._listener = self._listener, listener
+        thread = threading.get_ident()
+        before, self._listeners[thread] = self._listeners.get(thread), listener
         try:
             yield
         finally:
-            self._listener = before
+            if before is None:
+                del self._listeners[thread]
+            else:
+                self._listeners[thread] = before
 
     # What the methods above share.
 
@@ -664,8 +680,9 @@ class DreamMoverPipeline(
     @contextmanager
     def _stage(self, name: str, total: int) -> Iterator[Callable[[], object]]:
         """A stage of the work: told to the listener, or drawn as diffusers' bar, whose settings stand."""
-        if self._listener is not None:
-            with reported_stage(self._listener, name, total) as step:
+        listener = self._listeners.get(threading.get_ident())
+        if listener is not None:
+            with reported_stage(listener, name, total) as step:
                 yield step
             return
         settings = getattr(self, "_progress_bar_config", {})

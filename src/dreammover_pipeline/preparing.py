@@ -26,6 +26,7 @@ from .sampling import invert
 from .schedules import ddim_schedule
 from .settings import FitSettings, PrepareSettings
 from .steering import Steering, held_flow, steered_flow
+from .turns import interruptible
 
 logger = logging.get_logger(__name__)
 
@@ -63,7 +64,8 @@ def prepare_pair(
     with models.denoiser.with_lora(lora, settings.lora_scale):
         inversion = invert_pair(models.denoiser, clean, prompt_embeds, settings, stages)
         features = pair_features(models.denoiser, inversion, prompt_embeds, settings)
-    flow = match_pair(features, photos, tuple(clean.shape[-2:]), pair.steering, settings)
+    with interruptible():
+        flow = match_pair(features, photos, tuple(clean.shape[-2:]), pair.steering, settings)
     return PreparedPair(pair.ends(), pair.canvas, inversion, flow, prompt_embeds, lora, settings.lora_scale)
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+from .turns import interruptible
+
 # Called with (stage, steps done, steps in all) when a stage begins and after each of its steps. Whatever it raises
 # ends the work at that step and passes on to the caller, with the models as they were: so a job is cancelled.
 ProgressListener = Callable[[str, int, int], None]
@@ -28,7 +30,9 @@ def reported_stage(listener: ProgressListener, stage: str, total: int) -> Iterat
     def step() -> None:
         nonlocal done
         done += 1
-        listener(stage, done, total)
+        with interruptible():
+            listener(stage, done, total)
 
-    listener(stage, 0, total)
+    with interruptible():
+        listener(stage, 0, total)
     yield step

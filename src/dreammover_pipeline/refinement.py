@@ -74,7 +74,7 @@ def refined_flow(flow: BidirectionalFlow, photos: torch.Tensor, tolerance: float
             best = _steps(windows, best)
         found = best.residual <= tolerance
         ways = torch.where(found, best.shift, ways)
-        sure = agreement(BidirectionalFlow.of(ways)) * torch.where(found, 1, UNFOUND_WEIGHT)
+        sure = agreement(BidirectionalFlow.of(ways)) * found.to(ways.dtype).clamp(min=UNFOUND_WEIGHT)
         return BidirectionalFlow.of(fit_similarities(ways, sure, True, REGULAR_SIGMA, REGULAR_TOLERANCES).shift)
 
 
@@ -99,7 +99,7 @@ class Windows:
     @classmethod
     def of(cls, photos: torch.Tensor, size: tuple[int, int]) -> Windows:
         """The windows of two photos (2, 3, H, W) around the cells of a grid (h, w)."""
-        side = torch.linspace(-WINDOW_HALF, WINDOW_HALF, WINDOW_SAMPLES).to(photos)
+        side = torch.linspace(-WINDOW_HALF, WINDOW_HALF, WINDOW_SAMPLES, dtype=photos.dtype, device=photos.device)
         y, x = torch.meshgrid(side, side, indexing="ij")
         offsets = torch.stack([x.flatten(), y.flatten()]).reshape(1, 2, 1, -1)
         weight = (-2 * offsets.square().sum(1, keepdim=True) / WINDOW_HALF**2).exp()
@@ -154,7 +154,8 @@ class Windows:
             products.append(torch.einsum("ians,abs->inb", tensor, squares))
             rights.append(torch.einsum("insa,sba->inb", towards, moves))
         # On the CPU, because not every device solves equations.
-        square = torch.cat(products, 1).unflatten(2, (4, 4)).cpu().double() + DAMPING * torch.eye(4).double()
+        square = torch.cat(products, 1).unflatten(2, (4, 4)).cpu().double()
+        square = square + DAMPING * torch.eye(4, dtype=square.dtype, device=square.device)
         step = torch.linalg.solve(square, torch.cat(rights, 1).cpu().double()[..., None])[..., 0].to(shift)
         step = step.clamp(-LONGEST_STEP, LONGEST_STEP).movedim(2, 1).unflatten(2, self.size)
         return shift + step[:, :2], _held_to_scale(turn + step[:, 2:] / unit)
@@ -194,7 +195,7 @@ def _steps(windows: Windows, fit: Similarity) -> Similarity:
 
 def _held_to_scale(turn: torch.Tensor) -> torch.Tensor:
     """Turns (2, 2, h, w) that scale by no less and no more than `SCALES`."""
-    one = torch.tensor([1.0, 0]).reshape(1, 2, 1, 1).to(turn)
+    one = turn.new_tensor([1.0, 0]).reshape(1, 2, 1, 1)
     scale = (one + turn).norm(dim=1, keepdim=True).clamp(min=1e-3)
     return (one + turn) * (scale.clamp(*SCALES) / scale) - one
 
@@ -205,7 +206,7 @@ def _sampled(images: torch.Tensor, places: torch.Tensor, size: tuple[int, int]) 
     Returns:
         Bilinear values (2, C, n, s), the edge's beyond the edge; and (2, 1, n, s) bool.
     """
-    extent = torch.tensor(size[::-1]).to(places).reshape(1, 2, 1, 1)
+    extent = places.new_tensor(size[::-1]).reshape(1, 2, 1, 1)
     normalised = (2 * places + 1) / extent - 1
     values = F.grid_sample(
         images, normalised.movedim(1, -1), mode="bilinear", padding_mode="border", align_corners=False

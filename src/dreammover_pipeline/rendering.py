@@ -34,6 +34,7 @@ from .settings import RenderSettings, VideoSettings
 from .spacing import PREVIEWS, even_times
 from .timing import EVEN, eased_times
 from .tone import tone_difference, with_tone
+from .turns import interruptible
 
 FRAMES_FUSED_AT_ONCE = 8
 
@@ -84,8 +85,9 @@ def render_latents(
     Raises:
         RuntimeError: The UNet overflowed.
     """
-    times = place_frames(pair, settings, settings.importance, paths)
-    delta = torch.tensor(times)
+    with interruptible():
+        times = place_frames(pair, settings, settings.importance, paths)
+    delta = torch.tensor(times, dtype=torch.float32, device="cpu")
     conditions = models.conditioner.frames(pair.prompt_embeds, delta, settings.guidance_scale > 1, negative)
     denoiser, inversion = models.denoiser, pair.inversion
     denoiser.guidance_scale = settings.guidance_scale
@@ -96,7 +98,8 @@ def render_latents(
         ) as predict_noise,
         stages("Denoising", inversion.steps) as step,
     ):
-        fused = fuse_pair(pair, delta, settings.fusion, settings.importance, paths, predict_noise)
+        with interruptible():
+            fused = fuse_pair(pair, delta, settings.fusion, settings.importance, paths, predict_noise)
 
         def on_step(i: int, timestep: int, latents: torch.Tensor) -> torch.Tensor:
             step()
@@ -125,7 +128,8 @@ def place_frames(pair: PreparedPair, video: VideoSettings, importance: str, path
         paths: The way of every cell of both photos in the previews.
     """
     if video.easing == EVEN:
-        return even_times(video.n_frames, preview_pair(pair, torch.linspace(0, 1, PREVIEWS), importance, paths))
+        times = torch.linspace(0, 1, PREVIEWS, dtype=torch.float32, device="cpu")
+        return even_times(video.n_frames, preview_pair(pair, times, importance, paths))
     linear = frame_times(video.n_frames, video.times)
     return eased_times(linear, video.easing) if video.times is None else linear
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 
+import torch
 from diffusers import DDIMScheduler, SchedulerMixin
 
 from .records import Schedule
@@ -50,7 +51,8 @@ def deterministic_ddim(scheduler: SchedulerMixin) -> DDIMScheduler:
         config.update(timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False)
     config.update(clip_sample=False, thresholding=False)
     known = inspect.signature(DDIMScheduler).parameters
-    return DDIMScheduler.from_config({name: value for name, value in config.items() if name in known})
+    with torch.device("cpu"):  # whatever torch's default device is
+        return DDIMScheduler.from_config({name: value for name, value in config.items() if name in known})
 
 
 def ddim_schedule(scheduler: SchedulerMixin, num_inference_steps: int, inversion_steps: int) -> Schedule:
@@ -65,7 +67,8 @@ def ddim_schedule(scheduler: SchedulerMixin, num_inference_steps: int, inversion
         ValueError: The trained timesteps cannot be cut into N distinct steps, or ᾱ is 0 at one of the first T steps.
     """
     ddim = deterministic_ddim(scheduler)
-    ddim.set_timesteps(num_inference_steps)
+    with torch.device("cpu"):
+        ddim.set_timesteps(num_inference_steps)
     timesteps = ddim.timesteps.tolist()[::-1]
     trained = len(ddim.alphas_cumprod)
     distinct = len(timesteps) == num_inference_steps and timesteps == sorted(set(timesteps))

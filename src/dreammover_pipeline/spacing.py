@@ -35,7 +35,7 @@ def even_times(n_frames: int, previews: torch.Tensor) -> tuple[float, ...]:
     travelled = torch.cat([steps.new_zeros(1), steps.cumsum(0)])
     if travelled[-1] == 0:
         return linear
-    targets = torch.tensor(linear, dtype=torch.float64) * travelled[-1]
+    targets = travelled.new_tensor(linear) * travelled[-1]
     after = torch.searchsorted(travelled, targets).clamp(1, len(steps))
     within = (targets - travelled[after - 1]) / steps[after - 1]
     return tuple(((after - 1 + within) / len(steps)).tolist())

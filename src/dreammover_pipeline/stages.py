@@ -17,6 +17,7 @@ from .rendering import fuse_pair, place_frames, preview_pair
 from .schedules import schedule_settings
 from .settings import VideoSettings
 from .storage import check_same_models, fingerprint, fingerprints, read_pair, write_pair
+from .turns import Turn, interruptible
 
 
 class StageMethods:
@@ -50,19 +51,22 @@ class StageMethods:
         Returns:
             (P · num_images_per_prompt, L, D) twice; the second is None without guidance.
         """
-        embeds, negative = self._conditioner(device, lora_scale).encode(
-            prompt, do_classifier_free_guidance, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip
-        )
+        with self._step_turn():
+            embeds, negative = self._conditioner(device, lora_scale).encode(
+                prompt, do_classifier_free_guidance, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip
+            )
         embeds = embeds.repeat_interleave(num_images_per_prompt, 0)
         return embeds, None if negative is None else negative.repeat_interleave(num_images_per_prompt, 0)
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Clean latents z_0 (B, C, h, w), float32, of images (B, 3, H, W) in [0, 1]: the posterior mean, scaled."""
-        return self._models().autoencoder.encode(images)
+        with self._step_turn():
+            return self._models().autoencoder.encode(images)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures (B, 3, H, W) in [0, 1], float32, of clean latents (B, C, h, w)."""
-        return self._models().autoencoder.decode(latents)
+        with self._step_turn():
+            return self._models().autoencoder.decode(latents)
 
     def predict_noise(
         self,
@@ -84,9 +88,10 @@ class StageMethods:
         Returns:
             ε, (B, C, h, w), float32.
         """
-        denoiser = self._models(cross_attention_kwargs).denoiser
-        denoiser.guidance_scale = self.guidance_scale
-        return denoiser.predict_noise(latents, timestep, prompt_embeds, negative_prompt_embeds)
+        with self._step_turn():
+            denoiser = self._models(cross_attention_kwargs).denoiser
+            denoiser.guidance_scale = self.guidance_scale
+            return denoiser.predict_noise(latents, timestep, prompt_embeds, negative_prompt_embeds)
 
     def place_frames(
         self,
@@ -167,7 +172,8 @@ class StageMethods:
         pictures = self.image_processor.numpy_to_pil(self.image_processor.pt_to_numpy(image))
         device, dtype = self._execution_device, self.safety_checker.dtype
         clip_input = self.feature_extractor(pictures, return_tensors="pt").pixel_values.to(device, dtype)
-        return self.safety_checker(images=image, clip_input=clip_input)
+        with interruptible():
+            return self.safety_checker(images=image, clip_input=clip_input)
 
     def fingerprint(self) -> str:
         """What decides the frames of given arguments, in short: all weights of UNet, VAE and text encoder, the noise
@@ -180,9 +186,15 @@ class StageMethods:
         Returns:
             64 hexadecimal digits.
         """
+        with self._turn():
+            return self._fingerprint()
+
+    def _fingerprint(self) -> str:
         scale = None if self.vae is None else self.vae.config.scaling_factor
         settings = json.dumps([schedule_settings(self.scheduler), scale], default=list)
-        return hashlib.sha256(f"{fingerprint(self._fingerprinted)} {settings}".encode()).hexdigest()
+        with interruptible():
+            weights = fingerprint(self._fingerprinted)
+        return hashlib.sha256(f"{weights} {settings}".encode()).hexdigest()
 
     def save_pair(self, pair: PreparedPair, path: str | os.PathLike) -> None:
         """Write a prepared pair to one safetensors file, whole or not at all, together with the models' fingerprints.
@@ -193,7 +205,9 @@ class StageMethods:
             pair: what `prepare` returned.
             path: the file; one that is there is replaced.
         """
-        write_pair(pair, path, fingerprints(self._fingerprinted))
+        with self._turn(), interruptible():
+            found = fingerprints(self._fingerprinted)
+        write_pair(pair, path, found)
 
     def load_pair(self, path: str | os.PathLike) -> PreparedPair:
         """Read a pair that `save_pair` wrote, for `render` on this pipeline's device; frames come out the same.
@@ -210,8 +224,18 @@ class StageMethods:
                 the VAE are other ones.
         """
         pair, saved = read_pair(path, self._execution_device)
-        check_same_models(path, saved, fingerprints(self._fingerprinted))
+        with self._turn(), interruptible():
+            found = fingerprints(self._fingerprinted)
+        check_same_models(path, saved, found)
         return replace(pair, prompt_embeds=pair.prompt_embeds.to(self.unet.dtype))
+
+    def _turn(self) -> Turn:
+        """A turn for a whole call, which is refused inside another one."""
+        return Turn(self._fingerprinted.values(), self.unet)
+
+    def _step_turn(self) -> Turn:
+        """A turn for a single step, which a step callback may take too."""
+        return Turn(self._fingerprinted.values())
 
     @property
     def _fingerprinted(self) -> dict[str, torch.nn.Module]:

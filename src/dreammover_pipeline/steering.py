@@ -57,7 +57,7 @@ def point_pairs(points: object, name: str = "points") -> torch.Tensor:
         TypeError, ValueError: The argument is not a sequence of ((x0, y0), (x1, y1)), or a number is not finite.
     """
     if points is None or (isinstance(points, (list, tuple)) and not points):
-        return torch.zeros(0, 2, 2)
+        return torch.zeros(0, 2, 2, dtype=torch.float32, device="cpu")
     form = f"`{name}` must be a sequence of ((x0, y0), (x1, y1)), a place in each photo"
     try:
         values = torch.as_tensor(points, dtype=torch.float32, device="cpu")
@@ -97,7 +97,7 @@ def cells_of(points: torch.Tensor, content: tuple[int, int], cell: int, name: st
         ValueError: A point lies more than a cell outside the picture, in a part of the photo that is cropped.
     """
     height, width = content
-    last = torch.tensor([width, height]).to(points) - 0.5
+    last = points.new_tensor([width, height]) - 0.5
     outside = ((points < -0.5 - cell) | (points > last + cell)).any(2)
     if outside.any():
         i, image = outside.nonzero()[0].tolist()
@@ -267,7 +267,7 @@ def _pins(steering: Steering, like: torch.Tensor) -> tuple[torch.Tensor, torch.T
     """The flow of the points, (2, 2, h, w), at the cells nearest to them, and a mask of these cells, (2, 1, h, w)."""
     h, w = steering.moves.shape[-2:]
     points = steering.points.to("cpu", like.dtype)
-    pins, pinned = torch.zeros(2, 2, h * w, dtype=like.dtype), torch.zeros(2, 1, h * w, dtype=torch.bool)
+    pins, pinned = points.new_zeros(2, 2, h * w), points.new_zeros(2, 1, h * w, dtype=torch.bool)
     for image, (own, other) in enumerate(((points[:, 0], points[:, 1]), (points[:, 1], points[:, 0]))):
         for cell, way in zip(_nearest_cells(own, h, w), other - own, strict=True):
             pins[image, :, cell], pinned[image, :, cell] = way, True

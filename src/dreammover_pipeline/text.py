@@ -7,6 +7,8 @@ import torch
 from diffusers.utils import logging
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from .turns import interruptible
+
 logger = logging.get_logger(__name__)
 
 
@@ -30,17 +32,18 @@ def embed_text(
         The embeddings (P, L, D) of L tokens for each text, in the text encoder's precision.
     """
     limit = tokenizer.model_max_length
-    tokens = tokenizer(text, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
-    whole = tokenizer(text, padding="longest", return_tensors="pt").input_ids
+    tokens = tokenizer(text, padding="max_length", max_length=limit, truncation=True, return_tensors="np")
+    whole = tokenizer(text, padding="longest", return_tensors="np").input_ids
     if whole.shape[-1] > limit:
         lost = tokenizer.batch_decode(whole[:, limit - 1 : -1])
         logger.warning(f"CLIP reads {limit} tokens; this part of the prompt is left out: {lost}")
     masked = text_encoder.config.to_dict().get("use_attention_mask")
-    output = text_encoder(
-        tokens.input_ids.to(device),
-        attention_mask=tokens.attention_mask.to(device) if masked else None,
-        output_hidden_states=True,
-    )
+    with interruptible():
+        output = text_encoder(
+            torch.from_numpy(tokens.input_ids).to(device),
+            attention_mask=torch.from_numpy(tokens.attention_mask).to(device) if masked else None,
+            output_hidden_states=True,
+        )
     if clip_skip is None:
         return output.last_hidden_state
     # Since transformers 5 the text model's layers belong to CLIPTextModel itself.

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from support.fitting import FIT, add_user_lora, forward
 from support.snapshot import snapshot
@@ -77,6 +77,41 @@ def user_trains_it(unet):
         parameter.requires_grad_("lora_A" in name)
 
 
+def random_weights(unet, name):
+    generator = torch.Generator().manual_seed(1)
+    for parameter_name, parameter in unet.named_parameters():
+        if f".{name}" in parameter_name:
+            parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator)
+    unet.requires_grad_(False)
+
+
+def ia3(target_modules):
+    return IA3Config(target_modules=target_modules, feedforward_modules=[])
+
+
+def user_of_another_kind(config):
+    """An adapter that is no LoRA, both on layers that the pair's LoRA is on and on others."""
+
+    def user(unet):
+        unet.add_adapter(config(target_modules=["to_q", "ff.net.0.proj"]), adapter_name="style")
+        random_weights(unet, "style")
+
+    user.__name__ = f"user_{config.__name__}"
+    return user
+
+
+def user_two_kinds(unet):
+    add_user_lora(unet, targets=("to_k", "ff.net.2"))
+    unet.add_adapter(LoHaConfig(r=2, target_modules=["to_q", "ff.net.0.proj"]), adapter_name="other")
+    random_weights(unet, "other")
+    unet.set_adapter(["style", "other"])
+
+
+def user_injects_by_peft(unet):
+    get_peft_model(unet, LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "ff.net.2"]))
+    random_weights(unet, "default")
+
+
 USERS = [
     user_none,
     user_active,
@@ -85,6 +120,11 @@ USERS = [
     user_fused,
     user_fused_and_unloaded,
     user_trains_it,
+    user_of_another_kind(LoHaConfig),
+    user_of_another_kind(LoKrConfig),
+    user_of_another_kind(ia3),
+    user_two_kinds,
+    user_injects_by_peft,
 ]
 
 
@@ -116,6 +156,32 @@ def test_an_interrupted_fit_leaves_the_unet_as_it_was(unet, pair, alphas_cumprod
     with pytest.raises(KeyboardInterrupt):
         fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0, on_step=interrupt)
     assert snapshot(unet) == before
+
+
+@pytest.mark.parametrize("user", [user_active, user_of_another_kind(LoHaConfig), user_of_another_kind(ia3)])
+def test_a_fingerprint_knows_adapters_of_every_kind(pipe, user):
+    plain = pipe.fingerprint()
+    user(pipe.unet)
+    acting = pipe.fingerprint()
+    assert acting != plain
+    pipe.unet.disable_adapters()
+    assert pipe.fingerprint() == plain
+
+
+def test_a_unet_inside_a_model_of_peft_is_fitted_as_itself(pipe, photos, fast):
+    """`get_peft_model` wraps the UNet; names of a LoRA are those in the UNet all the same."""
+    fit = {"lora_steps": 2, "lora_learning_rate": 1e-2}
+    seed = torch.Generator().manual_seed
+    wrapped = get_peft_model(pipe.unet, LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "ff.net.2"]))
+    random_weights(wrapped, "default")
+    before = snapshot(pipe.unet)
+    expected = pipe(*photos, **fast | fit, generator=seed(0)).frames
+    pipe.unet = wrapped
+    assert torch.equal(pipe(*photos, **fast | fit, generator=seed(0)).frames, expected)
+    assert snapshot(wrapped.get_base_model()) == before
+    weights = pipe.fit_lora(*photos, lora_steps=1)
+    assert not any("base_model" in name for name in weights)
+    assert wrapped.get_base_model().active_adapters() == ["default", "dreammover"]
 
 
 def test_no_trace_is_left_in_what_is_saved(unet, pair, alphas_cumprod):
@@ -182,6 +248,34 @@ def test_a_lora_acts_on_a_unet_offloaded_layer_by_layer(unet, pair, fitted):
 
 
 # ── Through the pipeline ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", [None, 1, "", "v1.0", "keys", "training", "dreammover_pair", "style"])
+def test_a_name_that_a_kept_lora_cannot_have_is_refused_before_the_fit(pipe, photos, name):
+    user_active(pipe.unet)
+    before, steps = snapshot(pipe.unet), []
+    with (
+        pipe.listening(lambda *step: steps.append(step)),
+        pytest.raises((TypeError, ValueError), match="`adapter_name`"),
+    ):
+        pipe.fit_lora(*photos, lora_steps=1, adapter_name=name)
+    assert not steps
+    assert snapshot(pipe.unet) == before
+
+
+def test_an_adapter_with_the_name_of_the_pairs_is_not_taken_for_it(unet, pair, alphas_cumprod):
+    add_user_lora(unet, name="dreammover_pair")
+    before = snapshot(unet)
+    with pytest.raises(ValueError, match="dreammover_pair"):
+        fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0)
+    assert snapshot(unet) == before
+
+
+def test_a_fit_in_inference_mode_leaves_nothing_that_refuses_gradients(pipe, photos):
+    with torch.inference_mode():
+        pipe.fit_lora(*photos, lora_steps=1)
+    assert pipe.fit_lora(*photos, lora_steps=1, adapter_name="second")
+    assert not any(tensor.is_inference() for tensor in pipe.unet.state_dict().values())
 
 
 def test_a_kept_lora_leaves_the_users_beside_it(pipe, photos):

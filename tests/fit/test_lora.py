@@ -299,3 +299,36 @@ def test_a_kept_lora_is_an_adapter_like_any_other(pipe, photos, fast, tmp_path):
     before = forward(donor.unet, latents, text)
     donor.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     assert not torch.allclose(forward(donor.unet, latents, text), before, atol=1e-5)
+
+
+# ── Fused projections ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_lora_is_fitted_and_acts_where_projections_are_fused(unet, pair, alphas_cumprod):
+    expected = fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0)
+    with pair_lora(unet, expected, 1.0):
+        acting = forward(unet, *pair)
+    with torch.no_grad():
+        unet.fuse_qkv_projections()
+    before = snapshot(unet)
+    weights = fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    with pair_lora(unet, weights, 1.0):
+        assert torch.equal(forward(unet, *pair), acting)
+    assert snapshot(unet) == before
+
+
+# ── Inference mode ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_unet_loaded_in_inference_mode_is_refused_by_a_fit_and_takes_a_lora(components, pair, alphas_cumprod):
+    fitted = fit_pair_lora(components["unet"], *pair, alphas_cumprod, FIT, seed=0)
+    with torch.inference_mode():
+        unet = type(components["unet"]).from_config(components["unet"].config).eval()
+    with pytest.raises(ValueError, match="inference_mode"):
+        fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0)
+    plain = forward(unet, *pair)
+    with torch.no_grad(), pair_lora(unet, fitted, 1.0):
+        assert not torch.equal(forward(unet, *pair), plain)
+    assert torch.equal(forward(unet, *pair), plain)

@@ -73,7 +73,7 @@ def test_cancelling_stops_at_the_next_step_and_leaves_all_as_it_was(session, fil
     assert session.finished is finished
     assert all_files(session.folder) == kept
     assert snapshot(pipe.unet) == before
-    assert pipe._listener is None
+    assert not pipe._listeners
     assert not session._pipeline_lock.locked()
     assert session.make(files, PREPARING, RENDERING, fps=8).work[-2:] == ("rendered", "written")
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..adapters import uncompiled
+from ..adapters import unwrapped
 from ..attention import self_attention_names
 from ..fusion import slerp
 from ..pipeline import DreamMoverPipeline
@@ -181,7 +181,7 @@ def interpolated_attention(unet: torch.nn.Module) -> Iterator[InterpolatedAttent
     Args:
         unet: A `UNet2DConditionModel`, compiled or not.
     """
-    model, attention = uncompiled(unet), InterpolatedAttention()
+    model, attention = unwrapped(unet), InterpolatedAttention()
     layers = [name for block in range(len(model.up_blocks)) for name in self_attention_names(model, block)]
     projections = [name.removesuffix("processor") + part for name in layers for part in ("to_k", "to_v")]
     handles = []
