@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from dreammover_pipeline import flow as flow_module
 from dreammover_pipeline.fields import backward_warp, cell_grid
 from dreammover_pipeline.flow import (
     distance_bias,
+    exact_matmul,
     join_features,
     match_features,
     neighbourhood_mean,
@@ -293,3 +295,33 @@ def test_a_doubtful_cell_rests_where_it_looks_as_well_like_itself():
 def test_regularising_by_means_is_smoothing():
     flow = BidirectionalFlow(2 * randn(1, 2, 6, 7, seed=1), 2 * randn(1, 2, 6, 7, seed=2))
     assert_same_flow(regularise(flow, 2, neighbourhood_mean), smooth_flow(flow, 2))
+
+
+def test_threads_that_ask_for_exact_products_leave_the_settings_as_they_were():
+    backend = torch.backends.cuda.matmul
+    name, lower = ("fp32_precision", "tf32") if hasattr(backend, "fp32_precision") else ("allow_tf32", True)
+    before = getattr(backend, name)
+    first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
+
+    def first():
+        with exact_matmul("cpu"):
+            first_in.set()
+            second_in.wait(0.2)  # which does not come, as the second waits for its turn
+        first_out.set()
+
+    def second():
+        first_in.wait()
+        with exact_matmul("cpu"):
+            second_in.set()
+            first_out.wait(0.2)
+
+    setattr(backend, name, lower)
+    try:
+        threads = [threading.Thread(target=work) for work in (first, second)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert getattr(backend, name) == lower
+    finally:
+        setattr(backend, name, before)

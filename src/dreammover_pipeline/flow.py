@@ -6,6 +6,7 @@ The conventions for coordinates and flow are those of `fields.py`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -25,27 +26,32 @@ REST_WEIGHT = 0.5  # least weight of a cell that was found to rest
 DOUBT = 1e-3  # weight of a cell whose match does not lead back to it at all, so that every window has a mean
 
 
+_precision_lock = threading.RLock()  # the settings are the whole process's, so that threads take turns to change them
+
+
 @contextmanager
 def exact_matmul(device_type: str) -> Iterator[None]:
     """Compute matrix products in full float32 while the context lasts.
 
-    The caller's autocast, TF32 or bf16 setting would lower their precision; in bf16, 45 % of the matches change.
+    The caller's autocast, TF32 or bf16 setting would lower their precision; in bf16, 45 % of the matches change. Other
+    threads that ask for the same wait, since the one that leaves last would put back what it found on entering.
     """
-    if hasattr(torch.backends.mkldnn, "matmul"):  # since torch 2.9 every backend has a setting of its own
-        backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-        attribute, exact = "fp32_precision", "ieee"
-        settings = [backend.fp32_precision for backend in backends]
-    else:
-        backends, attribute, exact = [torch.backends.cuda.matmul], "allow_tf32", False
-        settings = [torch.backends.cuda.matmul.allow_tf32]
-    try:
-        for backend in backends:
-            setattr(backend, attribute, exact)
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        for backend, setting in zip(backends, settings, strict=True):
-            setattr(backend, attribute, setting)
+    with _precision_lock:
+        if hasattr(torch.backends.mkldnn, "matmul"):  # since torch 2.9 every backend has a setting of its own
+            backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+            attribute, exact = "fp32_precision", "ieee"
+            settings = [backend.fp32_precision for backend in backends]
+        else:
+            backends, attribute, exact = [torch.backends.cuda.matmul], "allow_tf32", False
+            settings = [torch.backends.cuda.matmul.allow_tf32]
+        try:
+            for backend in backends:
+                setattr(backend, attribute, exact)
+            with torch.autocast(device_type, enabled=False):
+                yield
+        finally:
+            for backend, setting in zip(backends, settings, strict=True):
+                setattr(backend, attribute, setting)
 
 
 def unit_features(features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

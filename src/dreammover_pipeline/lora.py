@@ -64,7 +64,7 @@ def fit_pair_lora(
 
     The base weights stay frozen, and the UNet is afterwards as it was before. `seed` alone decides the result:
     everything random is drawn from a CPU generator of the fit's own, so the global generator is neither used nor
-    changed, and the draws are the same on every device. No step waits for a GPU. A compiled UNet runs unwrapped,
+    changed, and the draws are the same on every device. No step waits for a GPU. A compiled UNet runs uncompiled,
     because compiling a backward pass takes longer than a fit. A group-offloaded UNet is wholly on the device during
     the fit.
 
