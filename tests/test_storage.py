@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.lora import check_pair_lora
 from dreammover_pipeline.records import PreparedPair
-from dreammover_pipeline.storage import fingerprint, read_pair, write_pair
+from dreammover_pipeline.storage import fingerprint, read_pair, read_tensors, write_pair, write_tensors
 from dreammover_pipeline.tiny import CHECKPOINT
 
 CPU = torch.device("cpu")
@@ -252,6 +252,31 @@ def test_another_format_version_is_refused(pipe, file, version):
 def test_a_damaged_pair_is_refused(pipe, file, changes, reason):
     with pytest.raises(ValueError, match=rf"is damaged: .*{reason}"):
         pipe.load_pair(rewritten(file, **changes))
+
+
+@pytest.mark.parametrize("name", ["flow.forward", "inversion.path", "images.1", "prompt_embeds"])
+def test_a_pair_with_a_single_altered_value_is_refused(pipe, file, name):
+    tensors, header = load_file(file), safe_open(file, "pt").metadata()
+    tensors[name].view(-1)[3] += 0.5
+    save_file(tensors, file, header)
+    with pytest.raises(ValueError, match="is damaged: its content is not what was written; prepare the pair anew"):
+        pipe.load_pair(file)
+
+
+def test_a_pair_of_an_earlier_version_which_has_no_digest_is_read(pipe, file):
+    tensors, header = load_file(file), safe_open(file, "pt").metadata()
+    del header["dreammover_digest"]
+    save_file(tensors, file, header)
+    assert torch.equal(pipe.load_pair(file).flow.forward, tensors["flow.forward"])
+
+
+def test_altered_tensors_count_as_missing(tmp_path):
+    write_tensors(tmp_path / "a", {"x": torch.arange(4.0), "y": torch.ones(())}, {"about": "numbers"})
+    assert read_tensors(tmp_path / "a", "cpu").keys() == {"x", "y"}
+    tensors, header = load_file(tmp_path / "a"), safe_open(tmp_path / "a", "pt").metadata()
+    for changed, texts in (({**tensors, "x": tensors["x"] + 1}, header), (tensors, {**header, "about": "others"})):
+        save_file(changed, tmp_path / "b", texts)
+        assert read_tensors(tmp_path / "b", "cpu") is None
 
 
 @pytest.mark.parametrize("changed", [("unet",), ("vae",), ("unet", "vae")])

@@ -31,6 +31,7 @@ logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
 HEADER = "dreammover_pair"
+DIGEST = "dreammover_digest"  # the header entry with the digest of all that a file holds besides
 LORA = "lora."  # prefix, in the file, of the names of the pair's LoRA weights
 
 # Odd constants of splitmix64, as signed integers: 0x9E3779B97F4A7C15 and 0xBF58476D1CE4E5B9.
@@ -102,7 +103,7 @@ def digest_of_tensors(tensors: Iterable[torch.Tensor]) -> str:
     total = hashlib.sha256()
     for tensor in tensors:
         total.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
 
 
@@ -114,18 +115,49 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappi
         tensors: The tensors, by the names that they have in the file.
         header: Further text for the file's header, by name.
     """
+    write_whole(path, packed_tensors(tensors, header))
+
+
+def packed_tensors(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str] | None = None) -> bytes:
+    """The content of a safetensors file with tensors, further text by name, and a digest of all of it."""
     # Tensors are copied, because safetensors does not take tensors that share memory or are not contiguous.
     copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    write_whole(path, save(copies, header))
+    header = dict(header or {})
+    return save(copies, {**header, DIGEST: _digest(copies, header)})
 
 
 def read_tensors(path: Path, device: str | torch.device) -> dict[str, torch.Tensor] | None:
-    """The tensors of a safetensors file, on a device; None if the file is missing, cut off or damaged."""
+    """The tensors of a safetensors file, on a device; None if the file is missing, cut off, damaged or altered.
+
+    A file that holds no digest, which other programs and earlier versions write, is taken as it is.
+    """
     try:
-        with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
-            return {name: _own(file.get_tensor(name), device) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):
+        _, tensors = _unpacked(path)
+    except (OSError, SafetensorError, ValueError):
         return None
+    return {name: _own(tensor, device) for name, tensor in tensors.items()}
+
+
+def _unpacked(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """The header's texts and the tensors of a safetensors file.
+
+    Raises:
+        OSError, SafetensorError: The file is missing, cut off or of another kind.
+        ValueError: The file holds a digest, and it is not that of the content.
+    """
+    with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
+        header = dict(file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    digest = header.pop(DIGEST, None)
+    if digest is not None and digest != _digest(tensors, header):
+        raise ValueError("its content is not what was written")
+    return header, tensors
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> str:
+    """The digest of the names and values of tensors and of a header's texts."""
+    names = sorted(tensors)
+    return digest_of([names, digest_of_tensors(tensors[name] for name in names), dict(header)])
 
 
 def _own(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
@@ -178,17 +210,18 @@ def read_pair(path: str | os.PathLike, device: str | torch.device) -> tuple[Prep
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: The path is a folder, or the file is cut off, damaged, of another kind or of an unknown format
-            version.
+        ValueError: The path is a folder, or the file is cut off, damaged, altered, of another kind or of an unknown
+            format version.
     """
     if Path(path).is_dir():
         raise ValueError(f"'{path}' is a folder; a prepared pair is one file")
     try:
-        with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
-            text = (file.metadata() or {}).get(HEADER)
-            tensors = {} if text is None else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        texts, tensors = _unpacked(path)
     except SafetensorError as error:
         raise ValueError(f"'{path}' is no whole safetensors file ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"'{path}' is damaged: {error}; prepare the pair anew") from error
+    text = texts.get(HEADER)
     if text is None:
         raise ValueError(f"'{path}' is a safetensors file, but holds no prepared pair")
     header = _checked_header(text, path)

@@ -8,11 +8,10 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 
 from ..arguments import arguments_of
 from ..settings import FitSettings
-from ..storage import digest_of, read_tensors
+from ..storage import digest_of, packed_tensors, read_tensors
 from .jobs import Job
 
 
@@ -28,7 +27,7 @@ class LoraCache:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def load(self, key: str) -> dict[str, torch.Tensor] | None:
-        """The LoRA of a key that `lora_key` gave; None if its file is missing, cut off or damaged."""
+        """The LoRA of a key that `lora_key` gave; None if its file is missing, cut off, damaged or altered."""
         return read_tensors(self._path(key), "cpu")
 
     def save(self, key: str, weights: dict[str, torch.Tensor], owner: str) -> None:
@@ -43,7 +42,7 @@ class LoraCache:
         temporary = self.folder / f".{digest_of(owner)[:16]}"
         try:
             with temporary.open("wb") as file:
-                file.write(save({name: weight.cpu().contiguous() for name, weight in weights.items()}))
+                file.write(packed_tensors(weights))
                 file.flush()
                 os.fsync(file.fileno())  # a power cut could otherwise leave zeros of full length, which would load
             os.replace(temporary, self._path(key))
