@@ -219,3 +219,21 @@ def test_sliders_hold_their_defaults():
 
 def test_groups_are_settings():
     assert all(issubclass(group, Settings) for group in GROUPS)
+
+
+# Bounds
+
+
+@pytest.mark.parametrize(
+    ("group", "values", "fault"),
+    [
+        (VideoSettings, {"n_frames": 10**8}, "`n_frames` must be at most 100000, not 100000000"),
+        (PrepareSettings, {"flow_smoothing": 10**9}, "`flow_smoothing` must be at most 1000"),
+        (PrepareSettings, {"lora_steps": 10**6}, "`lora_steps` must be at most 100000"),
+        (PrepareSettings, {"lora_scale": 1e30}, r"`lora_scale` must be at most 1000, not 1e\+30"),
+        (RenderSettings, {"guidance_scale": 1e9}, "`guidance_scale` must be at most 1000"),
+    ],
+)
+def test_values_that_would_fill_the_memory_or_never_end_are_refused(group, values, fault):
+    with pytest.raises(ValueError, match=f"^{fault}"):
+        group.of(values)

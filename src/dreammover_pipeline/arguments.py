@@ -24,27 +24,29 @@ class Values:
 
 @dataclass(frozen=True)
 class WholeNumbers(Values):
-    """Whole numbers of at least `least`."""
+    """Whole numbers from `least` to `largest`; beyond that lies nothing that anybody could wait for."""
 
     least: int
+    largest: int = 100_000
     in_files: ClassVar[bool] = True
 
     def check(self, name: str, value: object) -> None:
         """Raise TypeError or ValueError unless the value is such a number."""
-        check_integer(name, value, self.least)
+        check_integer(name, value, self.least, self.largest)
 
 
 @dataclass(frozen=True)
 class Numbers(Values):
-    """Finite numbers of at least `least`, or above it where `inclusive` is false."""
+    """Numbers from `least`, or above it where `inclusive` is false, to `largest`, far beyond what is of any use."""
 
     least: float
     inclusive: bool = True
+    largest: float = 1000.0
     in_files: ClassVar[bool] = True
 
     def check(self, name: str, value: object) -> None:
         """Raise TypeError or ValueError unless the value is such a number."""
-        check_number(name, value, self.least, self.inclusive)
+        check_number(name, value, self.least, self.inclusive, self.largest)
 
 
 @dataclass(frozen=True)

@@ -12,21 +12,28 @@ from ctypes import c_float
 from numbers import Integral, Real
 
 
-def check_integer(name: str, value, minimum: int) -> None:
-    """Raise TypeError or ValueError unless `value` is an integer of at least `minimum`."""
+def check_integer(name: str, value, minimum: int, maximum: int | None = None) -> None:
+    """Raise TypeError or ValueError unless `value` is an integer of at least `minimum`, and of at most `maximum`."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` must be an integer, not {value!r} of type {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, not {value}")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"`{name}` must be at most {maximum}, not {value}")
 
 
-def check_number(name: str, value, minimum: float, inclusive: bool = True) -> None:
-    """Raise unless `value` is a finite real number of at least `minimum`, or above it if not `inclusive`."""
+def check_number(name: str, value, minimum: float, inclusive: bool = True, maximum: float = math.inf) -> None:
+    """Raise unless `value` is a finite real number of at least `minimum`, or above it if not `inclusive`.
+
+    It must not be above `maximum` either.
+    """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number, not {value!r} of type {type(value).__name__}")
     if not math.isfinite(value) or value < minimum or (value == minimum and not inclusive):
         bound = "at least" if inclusive else "above"
         raise ValueError(f"`{name}` must be finite and {bound} {minimum}, not {value}")
+    if value > maximum:
+        raise ValueError(f"`{name}` must be at most {maximum:g}, not {value}")
 
 
 def check_choice(name: str, value, allowed: Sequence[str]) -> None:

@@ -168,7 +168,7 @@ class PrepareSettings(FitSettings):
     )
     flow_smoothing: int = argument(
         1,
-        WholeNumbers(0),
+        WholeNumbers(0, 1000),
         "Passes that carry the flow from cells whose match agrees both ways to their neighbours. More make the flow "
         "smoother and lose finer motion; 0 is the paper's bare argmax.",
         paper=0,

@@ -90,6 +90,9 @@ def test_bad_tables_and_files_are_refused(album):
         ("m.csv", b"folder,seed\n.,many\n", "`seed` must be an integer, not 'many'"),
         ("m.csv", b'folder\n"a"b\n', "is not valid CSV after line 1"),
         ("m.csv", b"folder\n\xff\n", "cannot be read"),
+        ("m.csv", b"folder;seed\n.;1\n", "separates its cells by semicolons; save it with commas"),
+        ("m.csv", b"folder\tseed\n.\t1\n", "separates its cells by tabs; save it with commas"),
+        ("m.csv", b"folder\n \n\n", "holds no pairs"),
         ("m.json", b"[]", "ends in '.json'; allowed are .jsonl and .csv"),
         ("missing.jsonl", None, "cannot be read"),
     ]:
@@ -128,3 +131,8 @@ def test_every_plain_argument_of_the_pipeline_can_be_said_and_reaches_a_stage():
     tensors = {"generator", "prompt_embeds", "negative_prompt_embeds", "cross_attention_kwargs"}
     forms = {"output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
     assert set(parameters) - set(PARAMETERS) == images | tensors | forms
+
+
+def test_rows_of_a_spreadsheet_that_hold_nothing_are_left_out(album):
+    (album / "m.csv").write_text("folder,seed\n.,1\n,\n \n\n.,2\n,\n", encoding="utf-8-sig")
+    assert [job.settings["seed"] for job in read_manifest(album / "m.csv", album, DEFAULTS)] == [1, 2]

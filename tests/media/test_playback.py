@@ -41,9 +41,9 @@ def test_a_duration_is_filled_to_a_frame(duration, fps, hold, ping_pong):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ((math.inf, 16), "above 0, not inf"),
-        ((math.nan, 16), "above 0, not nan"),
-        ((-1, 16), "above 0, not -1"),
+        ((math.inf, 16), "seconds, not inf"),
+        ((math.nan, 16), "seconds, not nan"),
+        ((-1, 16), "seconds, not -1"),
         ((0.1, 16), r"the shortest is 0\.188 s"),
         ((1, 16, 0.5), r"the shortest is 1\.06 s"),
         ((1, 16, -1), "at least 0, not -1"),
@@ -87,7 +87,7 @@ def test_a_gif_lasts_as_long_as_asked_for(tmp_path, capsys, restored_logging):
     ("options", "reason"),
     [
         ("--duration 2 --frames 3", "leave one of them out"),
-        ("--duration 0", "above 0, not 0.0"),
+        ("--duration 0", "seconds, not 0.0"),
         ("--hold -1", "at least 0, not -1.0"),
         ("--easing bounce", "'ease-in-out'"),
         ("--endpoints none", "'original', 'reconstructed'"),

@@ -175,10 +175,16 @@ def _jsonl_rows(text: str, path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, dict]]:
-    """The rows of a `.csv` manifest, each with the number of its last line; empty cells are left out of them."""
+    """The rows of a `.csv` manifest, each with the number of its last line; empty cells and rows are left out."""
+    keys = text.partition("\n")[0]
+    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+        if separator in keys and "," not in keys:
+            raise ValueError(f"{path.name} separates its cells by {name}; save it with commas")
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:
+            if not any(map(_filled, row.values())):
+                continue
             if None in row:
                 raise ValueError(
                     f"{path.name}, line {reader.line_num} has more cells than the first line has keys: {row[None]}"
@@ -186,6 +192,11 @@ def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, dict]]:
             yield reader.line_num, {key: _cell(key, text) for key, text in row.items() if text}
     except csv.Error as error:
         raise ValueError(f"{path.name} is not valid CSV after line {reader.line_num}: {error}") from error
+
+
+def _filled(text: str | list | None) -> bool:
+    """Whether a cell of a spreadsheet holds anything that can be seen."""
+    return bool(text) and (not isinstance(text, str) or bool(text.strip()))
 
 
 def _cell(key: str, text: str) -> object:

@@ -115,7 +115,7 @@ def read_points(text: str) -> object:
     )
     if not _is_json(text):
         try:
-            text = Path(text).read_text(encoding="utf-8")
+            text = Path(text).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"{source} cannot be read: {getattr(error, 'strerror', None) or error}; {form}"

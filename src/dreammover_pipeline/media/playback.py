@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TypeVar
 
 Frame = TypeVar("Frame")
+
+LONGEST = 86_400  # seconds; a day, longer than anybody watches
 
 
 def play(frames: Sequence[Frame], fps: float, hold: float = 0.0, ping_pong: bool = False) -> list[Frame]:
@@ -25,7 +26,7 @@ def play(frames: Sequence[Frame], fps: float, hold: float = 0.0, ping_pong: bool
         The same frames, some of them several times.
 
     Raises:
-        ValueError: there are fewer than two frames, or `hold` is negative or not finite.
+        ValueError: there are fewer than two frames, or `hold` is not from 0 to `LONGEST`.
     """
     if len(frames) < 2:
         raise ValueError(f"a video needs at least its first and its last frame, but {len(frames)} frames came")
@@ -49,12 +50,12 @@ def frames_to_fill(duration: float, fps: float, hold: float = 0.0, ping_pong: bo
         The number of frames, at least 1.
 
     Raises:
-        ValueError: `duration` is not a finite number of seconds or too short for one frame in between, or `hold` is
-            negative or not finite.
+        ValueError: `duration` is not above 0 and at most `LONGEST`, or too short for one frame in between, or `hold`
+            is not from 0 to `LONGEST`.
     """
     ends = 2 * _shown(hold, fps)
-    if not 0 < duration < math.inf:
-        raise ValueError(f"the duration must be a finite number of seconds above 0, not {duration}")
+    if not 0 < duration <= LONGEST:
+        raise ValueError(f"the duration must be above 0 and at most {LONGEST} seconds, not {duration}")
     ways = 2 if ping_pong else 1
     between = (round(duration * fps) - ends) // ways
     if between < 1:
@@ -66,9 +67,9 @@ def frames_to_fill(duration: float, fps: float, hold: float = 0.0, ping_pong: bo
 
 
 def check_hold(hold: float) -> None:
-    """Raise ValueError unless `hold` is a finite number of seconds, at least 0."""
-    if not 0 <= hold < math.inf:  # NaN fails every comparison
-        raise ValueError(f"the ends must be held for a finite number of seconds, at least 0, not {hold}")
+    """Raise ValueError unless `hold` is a number of seconds from 0 to `LONGEST`."""
+    if not 0 <= hold <= LONGEST:  # NaN fails every comparison
+        raise ValueError(f"the ends must be held for 0 to {LONGEST} seconds, not {hold}")
 
 
 def _shown(hold: float, fps: float) -> int:
