@@ -46,8 +46,8 @@ def test_a_duration_is_filled_to_a_frame(duration, fps, hold, ping_pong):
         ((-1, 16), "seconds, not -1"),
         ((0.1, 16), r"the shortest is 0\.188 s"),
         ((1, 16, 0.5), r"the shortest is 1\.06 s"),
-        ((1, 16, -1), "at least 0, not -1"),
-        ((1, 16, math.nan), "at least 0, not nan"),
+        ((1, 16, -1), "0 to 86400 seconds, not -1"),
+        ((1, 16, math.nan), "0 to 86400 seconds, not nan"),
     ],
 )
 def test_durations_that_cannot_be_are_refused(arguments, reason):
@@ -88,7 +88,7 @@ def test_a_gif_lasts_as_long_as_asked_for(tmp_path, capsys, restored_logging):
     [
         ("--duration 2 --frames 3", "leave one of them out"),
         ("--duration 0", "seconds, not 0.0"),
-        ("--hold -1", "at least 0, not -1.0"),
+        ("--hold -1", "0 to 86400 seconds, not -1.0"),
         ("--easing bounce", "'ease-in-out'"),
         ("--endpoints none", "'original', 'reconstructed'"),
     ],
