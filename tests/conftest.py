@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # of commands run as processes, too
 
 import copy
+import signal
 
 import diffusers.utils.logging as diffusers_logging
 import numpy as np
@@ -139,3 +140,11 @@ def restored_logging():
     for logging, level in zip((diffusers_logging, transformers_logging), levels, strict=True):
         logging.set_verbosity(level)
         logging.enable_progress_bar()
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as a terminal has it: background jobs of a shell are started with it ignored, and pass that on."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)

@@ -163,6 +163,9 @@ def test_a_call_with_a_unet_of_its_own_works_inside_a_call(pipe, prepared):
 # ── Ctrl-C ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+pytestmark = pytest.mark.usefixtures("interruptible")
+
+
 class CtrlC:
     """Presses Ctrl-C at the n-th call of a Python function after `armed`; counts those calls."""
 
@@ -239,7 +242,7 @@ def test_ctrl_c_stops_a_call_that_waits_for_its_turn(pipe, prepared):
 
     def hold(pipe, i, timestep, tensors):
         begun.set()
-        release.wait()
+        release.wait(60)
         return {}
 
     def render():
@@ -247,7 +250,7 @@ def test_ctrl_c_stops_a_call_that_waits_for_its_turn(pipe, prepared):
 
     threads.append(threading.Thread(target=render))
     threads[0].start()
-    begun.wait()
+    begun.wait(60)
     timer = threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):

@@ -75,14 +75,6 @@ def test_one_lora_a_size_and_a_length(chain, loaded, album, fast):
     assert len(frames_in("beside")) == 7
 
 
-@pytest.fixture
-def interruptible():
-    """Ctrl-C as a terminal has it: background jobs of a shell are started with it ignored, and pass that on."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
-
-
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("other", "lora", "missing"), [([], "gap", 1), (["--one-lora"], "shared", 2)])
 def test_after_a_kill_the_command_makes_what_is_missing(chain, loaded, album, fast, capsys, other, lora, missing):
