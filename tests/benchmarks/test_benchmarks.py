@@ -19,6 +19,8 @@ from benchmarks.report import Table, ratio, spread
 from benchmarks.timing import fit_line
 from dreammover_pipeline.flow import match_features
 from dreammover_pipeline.lora import LoraFit, fit_pair_lora
+from dreammover_pipeline.records import BidirectionalFlow
+from dreammover_pipeline.refinement import refined_flow
 
 SMOKE = PROFILES["smoke"]
 MODELS = ("unet", "vae", "text_encoder")
@@ -63,6 +65,8 @@ def test_flops_are_those_of_the_formula_and_of_matching(pipe, photos, workload):
     features = torch.randn(2, 16 + 16 + 16, 8, 8)  # of the second up block, twice, and the third, joined
     matching = count_flops(lambda: match_features(features, (8, 8)))
     assert matching == 2 * 64 * 64 * 48
+    still, images = BidirectionalFlow.of(torch.zeros(2, 2, 8, 8)), torch.rand(2, 3, 64, 64)
+    matching += count_flops(lambda: refined_flow(still, images, 0.1))
     assert count_flops(lambda: run_workload(pipe, photos, workload)) == units.inference(workload) + matching
 
 
