@@ -211,6 +211,7 @@ def test_a_second_ctrl_c_cannot_stop_the_clean_up_after_the_first(pipe, photos, 
     for second in {1, 2, 5, *range(10, calls, max(1, calls // 3))}:
         interrupted_twice(work, stage, second)
         assert snapshot(pipe.unet) == before, f"Ctrl-C at call {second} of {calls}"
+        assert torch.is_grad_enabled(), f"Ctrl-C at call {second} of {calls}"
         assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -231,9 +232,10 @@ def test_one_ctrl_c_anywhere_leaves_the_models_as_they_were(pipe, prepared):
         return press.calls if at is None else None
 
     calls = interrupted(None)
-    for at in range(1, calls, calls // 12):
+    for at in [*range(1, calls, calls // 12), *range(calls - 20, calls, 3)]:
         assert interrupted(at), f"Ctrl-C at call {at} of {calls} was lost"
         assert snapshot(pipe.unet) == before, f"Ctrl-C at call {at} of {calls}"
+        assert torch.is_grad_enabled(), f"Ctrl-C at call {at} of {calls}"
     assert torch.equal(pipe.render(prepared, n_frames=1, output_type="pt").frames, expected)
 
 

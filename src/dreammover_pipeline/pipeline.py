@@ -170,7 +170,6 @@ class DreamMoverPipeline(
         """Whether the rest of the denoising steps is skipped; a step callback may set `_interrupt`."""
         return self._interrupt
 
-    @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
@@ -324,7 +323,6 @@ class DreamMoverPipeline(
                     break
             return returned(joined(outputs), return_dict)
 
-    @torch.no_grad()
     def prepare(
         self,
         img0,
@@ -378,7 +376,6 @@ class DreamMoverPipeline(
         with self._turn():
             return self._prepare(pair, settings, lora)
 
-    @torch.no_grad()
     def render(
         self,
         pair: PreparedPair,
@@ -465,7 +462,6 @@ class DreamMoverPipeline(
         autoencoder = self._models().autoencoder
         return finish_frames(autoencoder, frames, settings, delivery.output_type, self.run_safety_checker, self._stage)
 
-    @torch.no_grad()
     def interpolate_sequence(
         self,
         images,
@@ -534,7 +530,6 @@ class DreamMoverPipeline(
             self.maybe_free_model_hooks()
             return returned(output, return_dict)
 
-    @torch.no_grad()
     def fit_shared_lora(
         self,
         images,
@@ -571,7 +566,6 @@ class DreamMoverPipeline(
             self.maybe_free_model_hooks()
             return weights
 
-    @torch.no_grad()
     def fit_lora(
         self,
         img0,
