@@ -157,7 +157,10 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["", ".gif", ".mp4"])
-def test_a_full_disk_stops_the_run_and_leaves_nothing_half_written(pipe, album, small_disk, ending):
+def test_a_full_disk_stops_the_run_and_leaves_nothing_half_written(pipe, album, small_disk, ending, monkeypatch):
+    temporary = album.parent / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
     manifest = album / "manifest.jsonl"
     noise = torch.randint(256, (2, 512, 512, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     for i in (0, 1):
@@ -166,8 +169,11 @@ def test_a_full_disk_stops_the_run_and_leaves_nothing_half_written(pipe, album, 
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     jobs = read_manifest(manifest, small_disk, DEFAULTS)
     check_job_outputs(jobs)
-    with pytest.raises(RuntimeError, match=f"no space left on a disk while making 'big{ending}'"):
+    with pytest.raises(RuntimeError, match=f"no space left on a disk while making 'big{ending}'") as caught:
         work(pipe, jobs)
+    (kept,) = temporary.iterdir()  # the frames have room there
+    assert f"frames are kept in '{kept}'" in str(caught.value)
+    assert {Image.open(frame).size for frame in kept.iterdir()} == {(512, 512)}
     assert held(small_disk) == ["a", "a.json", f"big{ending}.error.json"]
     assert not leftovers(small_disk)
     assert digest(jobs[0].output) == read_sidecar(sidecar_path(jobs[0].output))["output"]["sha256"]
