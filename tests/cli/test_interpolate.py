@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line on the embedded checkpoint: as a process where the process matters, in process for the rest."""
 
+import io
 import os
 import re
 import shutil
@@ -106,6 +107,26 @@ def test_what_is_typed_reaches_the_pipeline(tmp_path, capsys):
     assert "Fitting" not in captured.err
     with Image.open(output) as gif:
         assert (gif.size, gif.n_frames, gif.info["duration"]) == ((64, 48), 4, 50)
+
+
+@pytest.mark.parametrize(("encoding", "name"), [("ascii", "猫.gif"), ("utf-8", os.fsdecode(b"\xff.gif"))])
+def test_a_name_that_the_terminal_cannot_show_is_no_failure(tmp_path, monkeypatch, encoding, name):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", shown)
+    monkeypatch.chdir(tmp_path)
+    assert main(["interpolate", *PHOTOS, *FAST, "--frames=1", "--quiet", "-o", name]) == 0
+    assert Path(name).is_file()
+    shown.flush()
+    escaped = name.encode(encoding, errors="backslashreplace")
+    assert shown.buffer.getvalue().startswith(escaped + b": 3 frames in ")
+    assert shown.errors == "strict"
+
+
+def test_the_help_can_be_read_on_a_terminal_of_ascii(monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["interpolate", "--help"])
+    assert stopped.value.code == 0
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ Exit codes: 0 done; 1 failed while running; 2 bad input; 130 interrupted; 143 te
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from .. import __version__
 from .batch import add_batch
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     try:
-        with warnings.catch_warnings():
+        with _printing_any_name(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # only third parties warn in this way; the pipeline uses logging
             args = _parser().parse_args(argv)
             args.run(args)
@@ -48,6 +50,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(1, error)
     except Exception as error:  # this was not written for users, so its message may say little without its class
         return _fail(1, f"{type(error).__name__}: {error}")
+
+
+@contextmanager
+def _printing_any_name() -> Iterator[None]:
+    """While the context lasts, print characters that the terminal cannot show as escapes such as `\\u732b`.
+
+    A video whose name the terminal cannot show is made all the same, and nothing has failed then.
+    """
+    if not isinstance(sys.stdout, io.TextIOWrapper):
+        yield  # a program that calls `main` has put something else there, which decides by itself
+        return
+    stdout, errors = sys.stdout, sys.stdout.errors
+    stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        stdout.reconfigure(errors=errors)
 
 
 def _fail(code: int, reason: Exception | str) -> int:
