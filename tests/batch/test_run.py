@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import imageio.v3 as iio
 import pytest
 import torch
 from PIL import Image
@@ -177,6 +178,16 @@ def test_a_full_disk_stops_the_run_and_leaves_nothing_half_written(pipe, album, 
     assert held(small_disk) == ["a", "a.json", f"big{ending}.error.json"]
     assert not leftovers(small_disk)
     assert digest(jobs[0].output) == read_sidecar(sidecar_path(jobs[0].output))["output"]["sha256"]
+
+
+def test_a_video_that_is_scaled_for_players_says_so(pipe, album):
+    for i in (0, 1):
+        Image.open(album / f"a{i}.png").resize((768, 768)).save(album / f"large{i}.png")
+    (job,) = plan(album, pair("large", n_frames=1, fps=1000, output="large.mp4"))
+    assert work(pipe, [job])["large.mp4"].note == "scaled from 768x768 to 720x720"
+    recorded = read_sidecar(sidecar_path(job.output))["output"]
+    assert (recorded["width"], recorded["height"], recorded["frame_size"]) == (720, 720, [768, 768])
+    assert iio.imread(job.output).shape == (3, 720, 720, 3)
 
 
 def holder(job):

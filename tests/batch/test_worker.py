@@ -29,6 +29,7 @@ def test_a_video_its_sidecar_and_nothing_else(pipe, album):
         "times": [0.0, 0.25, 0.5, 0.75, 1.0],
         "width": 64,
         "height": 64,
+        "frame_size": [64, 64],
         "blacked_out": 0,
     }
     assert [(out / "deep" / photo["path"]).resolve() for photo in record["inputs"]] == [

@@ -84,6 +84,17 @@ def test_video_and_pictures_as_a_process(tmp_path):
     assert np.abs(compared[2][28:156, 8:136] - video[2]).mean() < 4
 
 
+def test_what_is_too_large_for_many_players_is_scaled_and_that_is_said(tmp_path, capsys):
+    photos = [str(tmp_path / name) for name in ("0.png", "1.png")]
+    for photo, wide in zip(PHOTOS, photos, strict=True):
+        Image.open(photo).resize((8700, 290)).save(wide)
+    out = tmp_path / "out.mp4"
+    assert main(["interpolate", *photos, *FAST, "--frames=1", "--quiet", "-o", str(out)]) == 0
+    note = f"dreammover: note: '{out}' will have 8688x290 pixels instead of 8700x290, since many players refuse larger"
+    assert capsys.readouterr().err.startswith(note)
+    assert iio.imread(out).shape == (3, 290, 8688, 3)
+
+
 def test_the_same_seed_gives_the_same_bytes_and_a_folder_starts_and_ends_with_the_photos(tmp_path, capsys):
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:

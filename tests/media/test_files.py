@@ -15,6 +15,7 @@ from dreammover_pipeline.media.files import (
     check_fps,
     check_picture_path,
     check_video_path,
+    video_size,
     write_picture,
     write_video,
     write_video_or_keep,
@@ -49,6 +50,41 @@ def test_mp4_reads_back_and_odd_sizes_repeat_their_edge(tmp_path, size):
     metadata = iio.immeta(tmp_path / "out.mp4", plugin="FFMPEG")
     assert (metadata["codec"], metadata["fps"]) == ("h264", 24)
     assert metadata["pix_fmt"].startswith("yuv420p")
+
+
+@pytest.mark.parametrize(
+    ("size", "fps", "expected"),
+    [
+        ((48, 31), 16, (48, 32)),
+        ((1, 1), 1000, (2, 2)),
+        ((4096, 2304), 16, (4096, 2304)),  # the largest frames of level 5.2
+        ((3840, 2160), 64, (3840, 2160)),
+        ((8688, 64), 30, (8688, 64)),
+        ((4000, 3000), 16, (3542, 2656)),
+        ((3000, 4000), 16, (2656, 3542)),
+        ((4000, 3000), 60, (3424, 2568)),
+        ((16390, 300), 16, (8688, 160)),
+    ],
+)
+def test_an_mp4_is_no_larger_than_many_players_take(size, fps, expected):
+    assert video_size(size, "out.mp4", fps) == expected
+    assert video_size(size, "out.gif", 10) == video_size(size, "out", fps) == size
+
+
+@pytest.mark.parametrize(("size", "fps"), [((16390, 40), 16), ((1024, 768), 1000)])
+def test_frames_that_are_too_large_are_scaled_in_an_mp4(tmp_path, size, fps):
+    frames = make_frames(count=3, size=size)
+    write_video(frames, tmp_path / "out.mp4", fps)
+    video = iio.imread(tmp_path / "out.mp4").astype(float)
+    width, height = video_size(size, "out.mp4", fps)
+    assert width < size[0]
+    assert video.shape == (3, height, width, 3)
+    assert np.abs(video - pixels(frame.resize((width, height)) for frame in frames)).mean() < 3
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(tmp_path / "out.mp4")]
+    command += ["-c", "copy", "-bsf:v", "trace_headers", "-f", "null", "-"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert int(re.search(r"level_idc.* = (\d+)", told)[1]) <= 52
+    assert "SAR" not in told or "SAR 1:1" in told
 
 
 def test_mp4_keeps_flat_colours(tmp_path):
@@ -146,6 +182,14 @@ def test_a_failing_encoder_is_an_error_and_leaves_the_old_file(tmp_path, program
     with pytest.raises(RuntimeError, match="ffmpeg could not write the video: no more room"):
         write_video(make_frames(), tmp_path / "out.mp4", fps=16)
     assert snapshot(tmp_path) == {(tmp_path / "out.mp4").relative_to(tmp_path): b"finished"}
+
+
+@needs_scripts
+def test_an_encoder_that_stops_before_the_last_frame_is_an_error(tmp_path, program):
+    program('case "$*" in *-encoders*) echo libx264;; *) for last; do :; done; echo part > "$last"; exit 0;; esac')
+    with pytest.raises(RuntimeError, match="ffmpeg could not write the video"):
+        write_video(make_frames(size=(400, 300)), tmp_path / "out.mp4", fps=16)
+    assert not list(tmp_path.iterdir())
 
 
 @needs_scripts

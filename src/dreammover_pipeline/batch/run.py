@@ -189,10 +189,13 @@ def _claimed(job: Job) -> Iterator[Path | None]:
 
 def _success(job: Job, record: Mapping) -> Outcome:
     """The outcome of a job that is done, by its sidecar."""
-    notes = []
-    if record["output"]["blacked_out"]:
-        notes.append(f"the safety checker blacked out {record['output']['blacked_out']} frames")
-    if job.recorded and job.recorded["output"]["sha256"] != record["output"]["sha256"]:
+    notes, output = [], record["output"]
+    frame_size = output.get("frame_size", [0, 0])  # earlier versions did not scale, and did not record it
+    if output["width"] < frame_size[0] or output["height"] < frame_size[1]:
+        notes.append("scaled from {}x{} to {}x{}".format(*frame_size, output["width"], output["height"]))
+    if output["blacked_out"]:
+        notes.append(f"the safety checker blacked out {output['blacked_out']} frames")
+    if job.recorded and job.recorded["output"]["sha256"] != output["sha256"]:
         same = job.recorded["stack"] == record["stack"]
         stack = "and versions are the same" if same else "or versions differ"
         notes.append(f"not the recorded bytes; precision, device {stack}")

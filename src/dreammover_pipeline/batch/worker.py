@@ -16,7 +16,7 @@ import torch
 from ..arguments import taken
 from ..framing import fit
 from ..images import decode_images, rgb
-from ..media.files import move_over, write_video_or_keep
+from ..media.files import move_over, video_size, write_video_or_keep
 from ..outputs import DreamMoverPipelineOutput
 from ..pipeline import DreamMoverPipeline
 from ..records import PreparedPair
@@ -109,7 +109,7 @@ class Worker:
         record = {
             "dreammover_batch": FORMAT,
             "request": request,
-            "output": _recorded_output(job.name, video, output),
+            "output": _recorded_output(job, video, output),
             "inputs": inputs,
             "settings": dict(job.settings),
             "model": self.model,
@@ -168,22 +168,24 @@ def _require_recorded(job: Job, inputs: Sequence[Mapping]) -> None:
             raise ValueError(f"the photo '{now['path']}' is not the one of {job.origin}: its bytes have changed")
 
 
-def _recorded_output(name: str, video: Path, output: DreamMoverPipelineOutput) -> dict[str, object]:
+def _recorded_output(job: Job, video: Path, output: DreamMoverPipelineOutput) -> dict[str, object]:
     """What a sidecar says of the video itself.
 
     Args:
-        name: The path of the video relative to the folder of all outputs.
+        job: The job, which says what the video is called and how fast it is played.
         video: The file or the folder of frames as it was written.
         output: The output of the pipeline that was written.
     """
     frames = output.frames[0]
+    width, height = video_size(frames[0].size, video, job.settings["fps"])
     return {
-        "name": name,
+        "name": job.name,
         "sha256": digest(video),
         "frames": len(frames),
         "times": list(output.times[0]),
-        "width": frames[0].width,
-        "height": frames[0].height,
+        "width": width,
+        "height": height,
+        "frame_size": list(frames[0].size),
         "blacked_out": output.blacked_out,
     }
 

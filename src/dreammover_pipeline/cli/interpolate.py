@@ -23,7 +23,15 @@ from ..media.pictures import crossfade, picture_of
 from ..settings import PREPARING, RENDERING, arguments
 from .loading import add_model_options, check_model, load_chosen, pipeline_class
 from .options import add_method_options, call_arguments, seed, size, steering_files
-from .writing import add_output_options, check_length, check_output_paths, make_video, settle_length, write_frames
+from .writing import (
+    add_output_options,
+    check_length,
+    check_output_paths,
+    make_video,
+    say_if_scaled,
+    settle_length,
+    write_frames,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -97,6 +105,7 @@ def _make_pair(args: argparse.Namespace) -> None:
 
     def make(pipe: DreamMoverPipeline) -> tuple[PreparedPair, DreamMoverPipelineOutput]:
         pipe.check_inputs(**call)
+        say_if_scaled(args, pipe.canvas(photos[0], call.get("height"), call.get("width")))
         pair = pipe.prepare(*photos, **taken(call, *PREPARING))
         if args.save_pair:
             pipe.save_pair(pair, args.save_pair)
@@ -151,10 +160,11 @@ def _make_sequence(args: argparse.Namespace, photos: Sequence[str]) -> None:
     _check_parts(parts)
     pipe = load_chosen(args)
     pipe.set_progress_bar_config(disable=args.quiet)
+    canvas = pipe.canvas(decoded[0], call.get("height"), call.get("width"))
+    say_if_scaled(args, canvas)
     with _claimed(parts):
         made = _gaps(pipe, args, decoded, photos, {**call, "n_frames": counts}, parts)
         frames, times = made.frames[0], made.times
-        canvas = pipe.canvas(decoded[0], call.get("height"), call.get("width"))
         moments = [k + moment for k, gap in enumerate(times) for moment in gap]
         length = write_frames(args, frames, moments, made.blacked_out, lambda: _crossfades(decoded, canvas, times))
     shutil.rmtree(parts)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .loading import add_model_options, check_model, pipeline_class
 from .options import add_method_options, call_arguments
-from .writing import add_output_options, check_output_paths, make_video, settle_length
+from .writing import add_output_options, check_output_paths, make_video, say_if_scaled, settle_length
 
 if TYPE_CHECKING:
     from ..pipeline import DreamMoverPipeline, DreamMoverPipelineOutput
@@ -53,6 +53,7 @@ def _render(args: argparse.Namespace) -> None:
 
     def make(pipe: DreamMoverPipeline) -> tuple[PreparedPair, DreamMoverPipelineOutput]:
         pair = pipe.load_pair(args.pair)
+        say_if_scaled(args, pair.canvas)
         return pair, pipe.render(pair, **call, include_inputs=True)
 
     make_video(args, call, make)

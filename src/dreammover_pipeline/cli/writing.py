@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..media.correspondences import flow_picture, matches_picture
-from ..media.files import check_fps, check_picture_path, check_video_path, write_picture, write_video_or_keep
+from ..media.files import (
+    check_fps,
+    check_picture_path,
+    check_video_path,
+    video_size,
+    write_picture,
+    write_video_or_keep,
+)
 from ..media.pictures import comparison, contact_sheet, crossfade, picture_of
 from ..media.playback import check_hold, frames_to_fill, play
 from ..settings import RenderSettings
@@ -26,7 +33,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..pipeline import DreamMoverPipeline, DreamMoverPipelineOutput
-    from ..records import PreparedPair
+    from ..records import Canvas, PreparedPair
 
 
 def add_output_options(parser: argparse.ArgumentParser, gaps: bool = False) -> None:
@@ -42,7 +49,8 @@ def add_output_options(parser: argparse.ArgumentParser, gaps: bool = False) -> N
         "--output",
         metavar="PATH",
         required=True,
-        help="The video: an .mp4 file, a .gif file, or a folder for PNG files.",
+        help="The video: an .mp4 file, a .gif file, or a folder for PNG files. What is too large for many players is "
+        "scaled down in an .mp4.",
     )
     add("--fps", type=float, default=16, metavar="N", help="Frames per second (default: %(default)s).")
     seconds = for_each_gap(float) if gaps else float
@@ -125,6 +133,23 @@ def settle_length(args: argparse.Namespace) -> None:
     check_length(args)
     if args.duration is not None:
         args.n_frames = frames_to_fill(args.duration, args.fps, args.hold, args.ping_pong)
+
+
+def say_if_scaled(args: argparse.Namespace, canvas: Canvas) -> None:
+    """Print a note if the video will be smaller than its frames; it is best printed before the frames are made.
+
+    Args:
+        args: The options that `add_output_options` adds.
+        canvas: The canvas that the frames are made on.
+    """
+    size = canvas.output_width, canvas.output_height
+    width, height = video_size(size, args.output, args.fps)
+    if width < size[0] or height < size[1]:
+        print(
+            f"dreammover: note: '{args.output}' will have {width}x{height} pixels instead of {size[0]}x{size[1]}, "
+            "since many players refuse larger mp4 files; name a .gif or a folder to keep the size",
+            file=sys.stderr,
+        )
 
 
 def make_video(

@@ -7,6 +7,7 @@ a finished file of that name stays as it was, whatever goes wrong.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import secrets
@@ -38,13 +39,20 @@ FPS_RANGE = (0.01, 1000)
 # Browsers play a gif of more than 50 frames per second, whose delays are under 20 ms, at 10 frames per second.
 GIF_FPS_RANGE = (0.01, 50)
 
+# Many players refuse H.264 above level 5.2. These are that level's limits (ITU-T H.264, table A-1).
+MACROBLOCK = 16  # pixels along a side of the squares that H.264 divides a frame into
+MP4_MACROBLOCKS = 36_864  # of a frame
+MP4_MACROBLOCKS_PER_SECOND = 2_073_600
+MP4_SIDE = 8_688  # pixels: eight times the macroblocks of a frame are at least the square of those along a side
+
 
 def write_video(frames: Iterable[Image.Image], path: str | os.PathLike, fps: float) -> None:
     """Write frames as an H.264 mp4, a looping gif, or a folder of `frame_0000.png`, `frame_0001.png`, …
 
     The ending of the path decides which: `.mp4`, `.gif`, or a folder where the path has no ending or ends in a slash.
-    An mp4 needs an even width and height, so frames of odd size get their last column or row twice. Each frame of a
-    gif has a palette of its own and lasts 1/fps seconds, rounded to 10 ms; equal neighbours become one longer frame.
+    An mp4 needs an even width and height, so frames of odd size get their last column or row twice. In an mp4 frames
+    that are too large for many players are scaled down to the size that `video_size` tells. Each frame of a gif has a
+    palette of its own and lasts 1/fps seconds, rounded to 10 ms; equal neighbours become one longer frame.
 
     Args:
         frames: at least one picture, all of one size; they are taken one at a time.
@@ -60,6 +68,27 @@ def write_video(frames: Iterable[Image.Image], path: str | os.PathLike, fps: flo
     check_fps(fps, path)
     with _replacing(path) as temporary:
         VIDEO_WRITERS[_video_suffix(path)](_checked(frames), temporary, fps)
+
+
+def video_size(size: tuple[int, int], path: str | os.PathLike, fps: float) -> tuple[int, int]:
+    """The width and height, in pixels, of the video that `write_video` makes of frames.
+
+    A gif and a folder of PNGs have the size of the frames. An mp4 has it too, up to even numbers. But where that would
+    need a level of H.264 above 5.2, it has the largest size in the shape of the frames that does not: one of at most
+    about 9.4 megapixels, 8688 pixels along a side and 530 megapixels per second.
+
+    Args:
+        size: width and height of the frames, in pixels.
+        path: the file or folder of the video, which need not exist.
+        fps: frames per second, as `check_fps` allows it.
+    """
+    if _video_suffix(path) != ".mp4":
+        return size
+    even = [side + side % 2 for side in size]
+    most = min(MP4_MACROBLOCKS, MP4_MACROBLOCKS_PER_SECOND / fps)
+    longer_sides = range(min(max(even), MP4_SIDE), 0, -2)
+    sizes = ([max(2, 2 * round(side * longer / max(even) / 2)) for side in even] for longer in longer_sides)
+    return next((w, h) for w, h in sizes if math.ceil(w / MACROBLOCK) * math.ceil(h / MACROBLOCK) <= most)
 
 
 def write_video_or_keep(
@@ -126,7 +155,7 @@ def check_video_path(path: str | os.PathLike) -> None:
     else:
         _check_replaceable_folder(path)
     if suffix == ".mp4":
-        check_ffmpeg(_ffmpeg())
+        check_ffmpeg()
 
 
 def check_picture_path(path: str | os.PathLike) -> None:
@@ -177,8 +206,17 @@ def _ffmpeg() -> str:
         ) from None
 
 
+def check_ffmpeg() -> None:
+    """Refuse to go on without an ffmpeg that can encode H.264.
+
+    Raises:
+        RuntimeError: there is none, or it does not work.
+    """
+    _check_encodes(_ffmpeg())
+
+
 @cache
-def check_ffmpeg(program: str) -> None:
+def _check_encodes(program: str) -> None:
     """Refuse a program that cannot encode H.264, by asking it once.
 
     Raises:
@@ -298,13 +336,17 @@ def _checked(frames: Iterable[Image.Image]) -> Iterator[Image.Image]:
 
 def _write_mp4(frames: Iterator[Image.Image], path: Path, fps: float) -> None:
     first = next(frames)
-    size = f"{first.width + first.width % 2}x{first.height + first.height % 2}"
+    even = (first.width + first.width % 2, first.height + first.height % 2)
     command = [_ffmpeg(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24"]
-    command += ["-s", size, "-r", str(Fraction(fps).limit_denominator(1001)), "-i", "-"]
+    command += ["-s", f"{even[0]}x{even[1]}", "-r", str(Fraction(fps).limit_denominator(1001)), "-i", "-"]
     # Frames are sRGB, and their colours are brought to the matrix of BT.709. All of this is noted in the file, since
     # players that have to guess shift the colours.
     tags = "color_primaries=bt709:color_trc=iec61966-2-1:colorspace=bt709"
-    command += ["-vf", f"scale=out_color_matrix=bt709:flags=accurate_rnd,setparams={tags}"]
+    width, height = video_size(first.size, path, fps)
+    scale = "flags=accurate_rnd"
+    if (width, height) != even:
+        scale = f"w={width}:h={height}:flags=lanczos+accurate_rnd,setsar=1"  # rounding must not make pixels oblong
+    command += ["-vf", f"scale=out_color_matrix=bt709:{scale},setparams={tags}"]
     command += ["-color_primaries", "bt709", "-color_trc", "iec61966-2-1", "-colorspace", "bt709"]
     command += ["-c:v", "libx264", "-crf", "14", "-pix_fmt", "yuv420p"]
     command += ["-movflags", "+faststart", "-f", "mp4", str(path)]
@@ -314,8 +356,9 @@ def _write_mp4(frames: Iterator[Image.Image], path: Path, fps: float) -> None:
             for frame in chain([first], frames):
                 ffmpeg.stdin.write(_padded_to_even(np.asarray(frame)).tobytes())
             ffmpeg.stdin.close()
+            taken = True
         except BrokenPipeError:
-            pass  # it gave up, and says why below
+            taken = False  # it gave up, and says why below
         except BaseException:
             ffmpeg.kill()
             raise
@@ -323,7 +366,7 @@ def _write_mp4(frames: Iterator[Image.Image], path: Path, fps: float) -> None:
             status = ffmpeg.wait()
         messages.seek(0)
         said = messages.read().decode(errors="replace").strip()
-    if status:
+    if status or not taken:
         raise RuntimeError(f"ffmpeg could not write the video: {said or f'exit status {status}'}")
 
 
