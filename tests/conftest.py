@@ -148,3 +148,18 @@ def interruptible():
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, previous)
+
+
+@pytest.fixture
+def program(tmp_path_factory, monkeypatch):
+    """Puts a shell script in ffmpeg's place."""
+    if os.name != "posix":
+        pytest.skip("needs shell scripts")
+
+    def put(script):
+        path = tmp_path_factory.mktemp("bin") / "ffmpeg"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(path))
+
+    return put

@@ -10,6 +10,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
+from support.programs import LATE_FAILURE
 
 from dreammover_pipeline.media.files import (
     check_fps,
@@ -158,24 +159,6 @@ def test_frames_must_be_some_and_of_one_size(tmp_path, kind):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture
-def program(tmp_path_factory, monkeypatch):
-    """Puts a shell script in ffmpeg's place."""
-
-    def put(script):
-        path = tmp_path_factory.mktemp("bin") / "ffmpeg"
-        path.write_text(f"#!/bin/sh\n{script}\n")
-        path.chmod(0o755)
-        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(path))
-
-    return put
-
-
-needs_scripts = pytest.mark.skipif(os.name != "posix", reason="needs shell scripts")
-LATE_FAILURE = 'case "$*" in *-encoders*) echo libx264;; *) echo no more room >&2; exit 3;; esac'
-
-
-@needs_scripts
 def test_a_failing_encoder_is_an_error_and_leaves_the_old_file(tmp_path, program):
     (tmp_path / "out.mp4").write_bytes(b"finished")
     program(LATE_FAILURE)
@@ -184,7 +167,6 @@ def test_a_failing_encoder_is_an_error_and_leaves_the_old_file(tmp_path, program
     assert snapshot(tmp_path) == {(tmp_path / "out.mp4").relative_to(tmp_path): b"finished"}
 
 
-@needs_scripts
 def test_an_encoder_that_stops_before_the_last_frame_is_an_error(tmp_path, program):
     program('case "$*" in *-encoders*) echo libx264;; *) for last; do :; done; echo part > "$last"; exit 0;; esac')
     with pytest.raises(RuntimeError, match="ffmpeg could not write the video"):
@@ -192,7 +174,6 @@ def test_an_encoder_that_stops_before_the_last_frame_is_an_error(tmp_path, progr
     assert not list(tmp_path.iterdir())
 
 
-@needs_scripts
 @pytest.mark.parametrize(
     ("script", "fault"),
     [
@@ -209,7 +190,6 @@ def test_an_ffmpeg_that_cannot_encode_is_refused_before_there_are_frames(tmp_pat
     check_video_path(tmp_path / "out")
 
 
-@needs_scripts
 def test_frames_are_kept_where_the_video_cannot_be_written(tmp_path, program):
     program(LATE_FAILURE)
     frames = make_frames()

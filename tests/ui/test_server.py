@@ -231,3 +231,10 @@ def test_a_space_put_together_as_its_card_says_serves_and_ends(tmp_path):
 def test_bad_options_are_one_line(capsys, options, reason):
     assert main(["ui", *options.split()]) == 2
     assert reason in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_without_an_ffmpeg_that_encodes_no_page_is_served(capsys, program):
+    program("exit 1")
+    assert main(["ui", "--model", "tiny"]) == 1
+    assert "does not work as ffmpeg" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.programs import LATE_FAILURE
 from support.sessions import PREPARING, RENDERING, STAGES, Stages
 from support.snapshot import snapshot
 
@@ -48,6 +49,41 @@ def test_the_video_and_its_frames_are_those_of_the_pipeline(session, files, pipe
     for path, frame in zip(finished.rendered.files, frames, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(path)), np.asarray(frame))
     assert iio.imread(finished.video).shape == (4, 64, 64, 3)
+
+
+def test_frames_are_kept_where_the_video_cannot_be_written(session, files, program, monkeypatch):
+    program(LATE_FAILURE)
+    with pytest.raises(RuntimeError, match="no more room; its frames are kept, so another attempt only writes it"):
+        session.make(files, PREPARING, RENDERING, fps=8)
+    assert session.finished is None
+    monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
+    first = session.make(files, PREPARING, RENDERING, fps=8)
+    assert first.work == ("written",)
+
+    program(LATE_FAILURE)
+    for easing in ("ease-in", "ease-out"):
+        with pytest.raises(RuntimeError, match="its frames are kept"):
+            session.make(files, PREPARING, {**RENDERING, "easing": easing}, fps=8)
+        assert session.finished is first
+        assert first.video.is_file()
+    monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
+    last = session.make(files, PREPARING, {**RENDERING, "easing": "ease-out"}, fps=8)
+    assert last.work == ("written",)
+    # of the frames that were never shown nothing is left
+    assert all_files(session.folder) == {
+        last.video,
+        last.comparison,
+        *last.rendered.files,
+        *last.rendered.pictures.values(),
+    }
+
+
+def test_an_ffmpeg_that_cannot_encode_is_refused_before_any_model_runs(session, files, program):
+    program("exit 1")
+    report = Stages()
+    with pytest.raises(RuntimeError, match="does not work as ffmpeg"):
+        session.make(files, PREPARING, RENDERING, fps=8, report=report)
+    assert not report.stages
 
 
 def test_a_moment_of_the_prepared_pair(session, files, pipe):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
+from ..media.files import check_ffmpeg
 from .loading import add_model_options, check_model, choose_device, load_pipeline
 
 HOST, PORT, MAX_UPLOAD_MB = "127.0.0.1", 7860, 20.0
@@ -66,11 +67,12 @@ def serve(
 
     Raises:
         ValueError: The model or the device does not exist.
-        RuntimeError: Gradio is not installed, or the model cannot be loaded.
+        RuntimeError: Gradio is not installed, there is no ffmpeg for the videos, or the model cannot be loaded.
         OSError: Another program uses the port.
     """
     if find_spec("gradio") is None:
         raise RuntimeError("the web page needs gradio; install it with: pip install 'dreammover-pipeline[demo]'")
+    check_ffmpeg()
     check_model(model, allow_pickle)
     pipe = load_pipeline(model, dtype, choose_device(device), allow_pickle)
     from ..ui.serving import TINY_DEFAULTS, serving

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..media.files import check_fps, write_picture, write_video
+from ..media.files import check_ffmpeg, check_fps, write_picture, write_video
 from ..media.pictures import comparison, crossfade
 from ..media.playback import check_hold, play
 from ..memory import free_cache, is_out_of_memory
@@ -49,6 +49,7 @@ class Session:
         self._pipe, self._pipeline_lock = pipe, pipeline_lock
         self._photos = DecodedPhotos()
         self._prepared: PreparedPhotos | None = None
+        self._rendered: RenderedFrames | None = None  # also while no video of them could be written
         self._finished: FinishedVideo | None = None
         self._shown: dict[str, Path] = {}
         self._job_lock, self._shown_lock = threading.Lock(), threading.Lock()
@@ -72,7 +73,7 @@ class Session:
         """Stop the job in progress at its next step, let no other begin, forget everything and remove the folder."""
         self.leave()
         with self._job_lock:  # the job in progress holds it until its next step
-            self._prepared = self._finished = None
+            self._prepared = self._rendered = self._finished = None
             self._photos = DecodedPhotos()
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -111,8 +112,9 @@ class Session:
         Raises:
             StoppedError: the visitor cancelled the job or left.
             TypeError, ValueError: an argument or a photo is not what it may be; raised before any model runs.
-            RuntimeError: the work failed.
+            RuntimeError: the work failed. If only writing failed, the frames are kept for the next call.
         """
+        check_ffmpeg()
         self._pipe.check_inputs(**preparing, **rendering)
         check_fps(fps, "video.mp4")
         check_hold(hold)
@@ -122,11 +124,15 @@ class Session:
                 self._prepared = self._prepare(photos, preparing)
                 work.append("prepared")
             key = f"{self._prepared.key} {sorted(rendering.items())}"
-            rendered = self._finished and self._finished.rendered
-            if rendered is None or rendered.key != key:
-                rendered = self._render(key, rendering)
+            if self._rendered is None or self._rendered.key != key:
+                self._replace_rendered(self._render(key, rendering))
                 work.append("rendered")
-            return self._write(rendered, fps, hold, ping_pong, (*work, "written"))
+            try:
+                return self._write(self._rendered, fps, hold, ping_pong, (*work, "written"))
+            except (OSError, RuntimeError) as error:
+                raise RuntimeError(
+                    f"the video could not be written: {error}; its frames are kept, so another attempt only writes it"
+                ) from error
 
     def moment(self, time: float, rendering: Mapping[str, object], report: ProgressListener) -> Path:
         """Make a single frame of the prepared pair, at a δ of the visitor's choice, and return its file.
@@ -216,6 +222,12 @@ class Session:
         files = tuple(sorted((folder / "frames").iterdir()))
         return RenderedFrames(key, folder, files, times, paths, output.blacked_out)
 
+    def _replace_rendered(self, rendered: RenderedFrames) -> None:
+        """Keep these frames instead of those before them, which are removed unless the finished video is of them."""
+        before, self._rendered = self._rendered, rendered
+        if before is not None and (self._finished is None or self._finished.rendered is not before):
+            shutil.rmtree(before.folder, ignore_errors=True)
+
     def _write(
         self, rendered: RenderedFrames, fps: float, hold: float, ping_pong: bool, work: tuple[str, ...]
     ) -> FinishedVideo:
@@ -224,9 +236,13 @@ class Session:
         faded = crossfade(frames[0], frames[-1], rendered.times)
         folder = self._new_folder()
         finished = FinishedVideo(rendered, folder / "dreammover.mp4", folder / "beside_a_crossfade.mp4", work)
-        write_video(play(frames, fps, hold, ping_pong), finished.video, fps)
-        beside = comparison({"DreamMover": frames, "cross-fade": faded})
-        write_video(play(beside, fps, hold, ping_pong), finished.comparison, fps)
+        try:
+            write_video(play(frames, fps, hold, ping_pong), finished.video, fps)
+            beside = comparison({"DreamMover": frames, "cross-fade": faded})
+            write_video(play(beside, fps, hold, ping_pong), finished.comparison, fps)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         before, self._finished = self._finished, finished
         if before is not None:
             shutil.rmtree(before.video.parent, ignore_errors=True)
