@@ -190,6 +190,14 @@ def test_a_video_that_is_scaled_for_players_says_so(pipe, album):
     assert iio.imread(job.output).shape == (3, 720, 720, 3)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs names that are not UTF-8")
+def test_names_that_are_not_utf8_are_recorded(pipe, album):
+    (job,) = jobs = plan(album, pair("a", output=os.fsdecode(b"\xff")))
+    assert set(statuses(work(pipe, jobs)).values()) == {"done"}
+    assert read_sidecar(sidecar_path(job.output))["output"]["name"] == job.name
+    assert set(statuses(work(pipe, jobs)).values()) == {"skipped"}
+
+
 def holder(job):
     """Another process that has claimed a job."""
     work_path(job.output).mkdir(parents=True)

@@ -129,6 +129,11 @@ def test_what_a_sequence_cannot_have_is_refused_and_nothing_is_left(chain, capsy
     assert sorted(os.listdir()) == before
 
 
+def test_a_name_that_leaves_no_room_for_the_gaps_is_refused(chain, capsys):
+    assert main([*chain, "-o", "o" * 250]) == 2
+    assert "its name has 256 bytes, and at most" in capsys.readouterr().err
+
+
 def test_gaps_are_not_kept_where_something_else_is(chain, capsys):
     Path("out.mp4.parts").mkdir()
     Path("out.mp4.parts", "diary.txt").write_text("mine")

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from ..arguments import Numbers, arguments_of
 from ..inputs import check_integer, check_number
-from ..media.files import check_fps, check_video_path
+from ..media.files import check_fps, check_name_length, check_video_path
 from ..pipeline import DreamMoverPipeline
 from ..prompts import pair_negatives, pair_texts
 from ..settings import PREPARING, NegativeContent, RenderSettings
 from ..steering import point_pairs
 from .jobs import Job
-from .sidecar import PRIVATE, read_sidecar
+from .sidecar import PRIVATE, failure_path, read_sidecar
 
 PLACES = ("img0", "img1", "folder", "output")
 # The arguments of the pipeline that a line of text can hold. `Delivery` is left out: the frames always go to a file.
@@ -107,6 +107,7 @@ def check_job_outputs(jobs: Sequence[Job]) -> None:
         try:
             job.output.parent.mkdir(parents=True, exist_ok=True)
             check_video_path(job.output)
+            check_name_length(failure_path(job.output))  # the longest name of what is written beside the video
             check_fps(job.settings["fps"], job.output)
         except (OSError, ValueError) as error:
             raise ValueError(f"{job.origin}: {error}") from error

@@ -134,7 +134,9 @@ def write_record(record: Mapping[str, object], work: Path) -> Path:
         The path of the file.
     """
     path = work / "record.json"
-    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    # Names of files that are not UTF-8 have surrogates, and as escapes these are JSON too.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path
 
 

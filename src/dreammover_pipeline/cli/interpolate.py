@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..arguments import taken
-from ..media.files import check_file_path
+from ..media.files import check_file_path, check_name_length
 from ..media.pictures import crossfade, picture_of
 from ..settings import PREPARING, RENDERING, arguments
 from .loading import add_model_options, check_model, load_chosen, pipeline_class
@@ -148,6 +148,7 @@ def _make_sequence(args: argparse.Namespace, photos: Sequence[str]) -> None:
     output = Path(args.output).resolve()
     parts = output.with_name(f"{output.name}.parts")
     check_output_paths(args, photos, [parts])
+    check_name_length(parts)
     counts = _frames_of_gaps(args, len(photos) - 1)
     check_model(args.model, args.allow_pickle)
     pipeline_class()  # this comes first, since it switches off log lines that third parties write when imported

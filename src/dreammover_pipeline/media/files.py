@@ -243,13 +243,23 @@ def _video_suffix(path: str | os.PathLike) -> str:
     return "" if os.fspath(path).endswith(("/", os.sep)) else Path(path).suffix.lower()
 
 
-def _check_parent(path: str | os.PathLike) -> None:
+def check_name_length(path: str | os.PathLike) -> None:
+    """Refuse a path whose last part is longer than the disk allows.
+
+    Raises:
+        ValueError: the name is too long.
+    """
     parent, name = Path(path).resolve().parent, Path(path).name
     longest = os.pathconf(parent, "PC_NAME_MAX") if hasattr(os, "pathconf") and parent.is_dir() else 255
     if len(os.fsencode(name)) > longest:
         raise ValueError(
             f"cannot write '{path}': its name has {len(os.fsencode(name))} bytes, and at most {longest} are allowed"
         )
+
+
+def _check_parent(path: str | os.PathLike) -> None:
+    check_name_length(path)
+    parent = Path(path).resolve().parent
     if not parent.is_dir():
         raise ValueError(f"cannot write '{path}': there is no folder '{parent}'")
     if not os.access(parent, os.W_OK | os.X_OK):
