@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from support.programs import LATE_FAILURE
 
 from dreammover_pipeline import __version__
 from dreammover_pipeline.cli.main import main
@@ -82,6 +83,29 @@ def test_video_and_pictures_as_a_process(tmp_path):
     fade = (read(PHOTOS[0]) + read(PHOTOS[1])) / 2
     np.testing.assert_allclose(compared[2][28:156, 144:272], fade, atol=1)
     assert np.abs(compared[2][28:156, 8:136] - video[2]).mean() < 4
+
+
+def test_the_comparison_is_played_as_the_video_is(tmp_path):
+    out, beside = tmp_path / "out", tmp_path / "beside"
+    played = ["--fps=10", "--hold=0.2", "--ping-pong", "--quiet"]
+    assert main(["interpolate", *PHOTOS, *FAST, "--frames=2", *played, "-o", str(out), "--compare", str(beside)]) == 0
+    alone, compared = ([read(path) for path in sorted(folder.iterdir())] for folder in (out, beside))
+    assert len(alone) == len(compared) == 2 + 2 + 2 + 2
+    fades = [(1 - share) * read(PHOTOS[0]) + share * read(PHOTOS[1]) for share in (0, 1 / 3, 2 / 3, 1)]
+    for frame, both, step in zip(alone, compared, [0, 0, 1, 2, 3, 3, 2, 1], strict=True):
+        np.testing.assert_array_equal(both[28:156, 8:136], frame)
+        np.testing.assert_allclose(both[28:156, 144:272], fades[step], atol=1)
+
+
+def test_a_comparison_that_cannot_be_written_leaves_the_video(tmp_path, capsys, program):
+    program(LATE_FAILURE)
+    out, beside = tmp_path / "out", tmp_path / "beside.mp4"
+    options = [*FAST, "--frames=1", "--quiet", "-o", str(out), "--compare", str(beside)]
+    assert main(["interpolate", *PHOTOS, *options]) == 1
+    told = error_line(capsys.readouterr().err)
+    assert told.endswith(f"no more room; the video itself is in '{out}'")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert len(list(out.iterdir())) == 3
 
 
 def test_what_is_too_large_for_many_players_is_scaled_and_that_is_said(tmp_path, capsys):

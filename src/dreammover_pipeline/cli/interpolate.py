@@ -11,7 +11,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -167,7 +167,7 @@ def _make_sequence(args: argparse.Namespace, photos: Sequence[str]) -> None:
         made = _gaps(pipe, args, decoded, photos, {**call, "n_frames": counts}, parts)
         frames, times = made.frames[0], made.times
         moments = [k + moment for k, gap in enumerate(times) for moment in gap]
-        length = write_frames(args, frames, moments, made.blacked_out, lambda: _crossfades(decoded, canvas, times))
+        length = write_frames(args, frames, moments, made.blacked_out, _crossfades(decoded, canvas, times))
     shutil.rmtree(parts)
     print(f"{args.output}: {length} frames in {time.perf_counter() - start:.1f} s")
 
@@ -211,8 +211,8 @@ def _gaps(
 
 def _crossfades(
     decoded: Sequence[torch.Tensor], canvas: Canvas, times: Sequence[Sequence[float]]
-) -> list[Image.Image]:
-    """The frames of a video in which every gap is a cross-fade between its two photos.
+) -> Callable[[int], Image.Image]:
+    """Makes the frames, by their index, of a video in which every gap is a cross-fade between its two photos.
 
     Args:
         decoded: The photos as `decode_images` gives them.
@@ -223,7 +223,13 @@ def _crossfades(
     from ..images import rgb
 
     ends = [picture_of(fit_to_output(rgb(photo), canvas)) for photo in decoded]
-    return [frame for both, gap in zip(pairwise(ends), times, strict=True) for frame in crossfade(*both, gap)]
+    places = [(both, [time]) for both, gap in zip(pairwise(ends), times, strict=True) for time in gap]
+
+    def frame(index: int) -> Image.Image:
+        both, time = places[index]
+        return crossfade(*both, time)[0]
+
+    return frame
 
 
 def _check_numbers_of_gaps(args: argparse.Namespace, gaps: int) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from itertools import permutations, product
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby, permutations, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from ..media.files import (
     check_video_path,
     video_size,
     write_picture,
+    write_video,
     write_video_or_keep,
 )
 from ..media.pictures import comparison, contact_sheet, crossfade, picture_of
@@ -178,7 +179,7 @@ def make_video(
         raise RuntimeError(f"{error} Try --frame-batch-size 1, --dtype float16 or a smaller size") from error
     frames, times = output.frames[0], output.times[0]
     photos = [picture_of(image) for image in pair.images]
-    length = write_frames(args, frames, times, output.blacked_out, lambda: crossfade(*photos, times))
+    length = write_frames(args, frames, times, output.blacked_out, lambda index: crossfade(*photos, [times[index]])[0])
     if args.flow:
         write_picture(flow_picture(pair.flow, pair.canvas), args.flow)
     if args.matches:
@@ -192,7 +193,7 @@ def write_frames(
     frames: Sequence[Image.Image],
     times: Sequence[float],
     flagged: int,
-    fade: Callable[[], list[Image.Image]],
+    fade: Callable[[int], Image.Image],
 ) -> int:
     """Write the video, and where they were asked for a contact sheet and a comparison with a cross-fade.
 
@@ -201,23 +202,41 @@ def write_frames(
         frames: The frames, with the photos in their places.
         times: The times that the contact sheet shows, one for each frame.
         flagged: How many frames the safety checker blacked out; if there are any, a warning is printed.
-        fade: Makes the frames of the cross-fade, as many as `frames`.
+        fade: Makes the frame of the cross-fade that belongs to the frame of an index.
 
     Returns:
         How many frames the video has as it is played.
+
+    Raises:
+        OSError, RuntimeError: A file could not be written. The video is written first, and the message of the error
+            says where its frames are.
     """
     if flagged:
         print(f"dreammover: warning: the safety checker blacked out {flagged} frames", file=sys.stderr)
-    shown = _played(frames, args)
-    write_video_or_keep(shown, args.output, args.fps)
+    order = play(range(len(frames)), args.fps, args.hold, args.ping_pong)
+    write_video_or_keep([frames[index] for index in order], args.output, args.fps)
     if args.sheet:
         write_picture(contact_sheet(frames, times), args.sheet)
     if args.compare:
-        videos = {"DreamMover": frames, "cross-fade": fade()}
-        write_video_or_keep(_played(comparison(videos), args), args.compare, args.fps)
-    return len(shown)
+        try:
+            write_video(_compared(frames, fade, order), args.compare, args.fps)
+        except (OSError, RuntimeError) as error:
+            raise RuntimeError(
+                f"'{args.compare}' could not be written: {error}; the video itself is in '{args.output}'"
+            ) from error
+    return len(order)
 
 
-def _played(frames: Sequence[Image.Image], args: argparse.Namespace) -> list[Image.Image]:
-    """The frames in the order in which they are shown, with those that are shown for longer repeated."""
-    return play(frames, args.fps, args.hold, args.ping_pong)
+def _compared(
+    frames: Sequence[Image.Image], fade: Callable[[int], Image.Image], order: Sequence[int]
+) -> Iterator[Image.Image]:
+    """The frames beside those of a cross-fade, one at a time, since all at once could fill the memory.
+
+    Args:
+        frames: The frames, with the photos in their places.
+        fade: Makes the frame of the cross-fade that belongs to the frame of an index.
+        order: The indices of the frames in the order in which they are shown.
+    """
+    for index, repetitions in groupby(order):
+        (beside,) = comparison({"DreamMover": [frames[index]], "cross-fade": [fade(index)]})
+        yield from (beside for _ in repetitions)
