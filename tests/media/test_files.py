@@ -201,11 +201,25 @@ def test_frames_are_kept_where_the_video_cannot_be_written(tmp_path, program):
     assert np.array_equal(pixels(kept), pixels(frames))
 
 
-def test_frames_are_kept_among_temporary_files_where_there_is_no_other_place(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with pytest.raises(RuntimeError, match=re.escape(f"the 5 frames are kept in '{tmp_path}")):
-        write_video_or_keep(make_frames(), tmp_path / "missing" / "a.gif", fps=16)
+def test_frames_are_kept_elsewhere_where_there_is_no_place_beside_the_video(tmp_path, monkeypatch):
+    temporary, current = tmp_path / "temporary", tmp_path / "current"
+    for folder in (temporary, current):
+        folder.mkdir()
+    monkeypatch.chdir(current)
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    for place in (temporary, current):
+        with pytest.raises(RuntimeError, match=re.escape(f"the 5 frames are kept in '{place}")):
+            write_video_or_keep(make_frames(), tmp_path / "missing" / "a.gif", fps=16)
+        assert len(list(place.glob("*/frame_*.png"))) == 5
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the current folder can be removed only on POSIX")
+def test_frames_that_cannot_be_kept_anywhere_are_said_to_be_lost(tmp_path, monkeypatch):
+    (tmp_path / "current").mkdir()
+    monkeypatch.chdir(tmp_path / "current")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    (tmp_path / "current").rmdir()
     with pytest.raises(RuntimeError, match="nor could the frames be kept anywhere"):
         write_video_or_keep(make_frames(), tmp_path / "missing" / "a.gif", fps=16)
 

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import cache
 from itertools import chain
@@ -114,15 +114,20 @@ def write_video_or_keep(
 
 
 def _kept(frames: Sequence[Image.Image], path: Path) -> Path | None:
-    """A new folder with the frames, beside a path or among temporary files; None where neither has room."""
-    for place in (path.resolve().parent, Path(tempfile.gettempdir())):
-        folder = place / f"dreammover-frames-{secrets.token_hex(4)}"
-        try:
-            _write_folder(iter(frames), folder, fps=1)
-        except OSError:
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            return folder
+    """A new folder with the frames beside a path, among temporary files or in the current folder.
+
+    None is returned if none of these has room.
+    """
+    name = f"dreammover-frames-{secrets.token_hex(4)}"
+    for place in (lambda: path.parent, tempfile.gettempdir, Path.cwd):
+        with suppress(OSError):  # the place is missing, read-only or full
+            folder = Path(place(), name).resolve()
+            try:
+                _write_folder(iter(frames), folder, fps=1)
+                return folder
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
     return None
 
 
