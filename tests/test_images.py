@@ -17,8 +17,16 @@ import torch.nn.functional as F
 from PIL import Image, ImageCms
 
 from dreammover_pipeline.framing import fit, fit_to_output, plan_canvas, unfit
-from dreammover_pipeline.images import MAX_PIXELS, is_batch, load_images
+from dreammover_pipeline.images import MAX_PIXELS, is_batch, load_images, load_shrunk
 from dreammover_pipeline.records import Canvas
+
+
+def shrunk(picture, side, kind="PNG", most=10**6, formats=None):
+    """What `load_shrunk` makes of a picture's file."""
+    file = io.BytesIO()
+    picture.save(file, kind)
+    file.seek(0)
+    return load_shrunk(file, "img0", side, most, formats)
 
 
 @pytest.fixture
@@ -769,3 +777,48 @@ class TestWhatEveryViewerShows:
         values = np.random.default_rng(2).random((5, 7)) < 0.5
         shown = load(values if kind == "numpy" else torch.from_numpy(values))
         assert torch.equal(shown[0], torch.from_numpy(values).float())
+
+
+class TestLoadShrunk:
+    @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I"])
+    def test_it_is_the_photo_in_small(self, mode):
+        ramp = np.linspace(0, 255, 300).astype(np.uint8)[None].repeat(200, 0)
+        grey = Image.fromarray(ramp)
+        if mode in ("I;16", "I"):
+            picture = Image.fromarray(ramp.astype(np.uint16) * 257).convert(mode)
+        else:
+            picture = grey.convert("RGB" if mode == "P" else mode)
+            picture = picture.quantize(16) if mode == "P" else picture
+        small, whole = shrunk(picture, 30, "TIFF" if mode == "I" else "PNG"), load(picture)
+        assert small.shape == (3, 20, 30)
+        expected = F.interpolate(whole[None], (20, 30), mode="area")[0]
+        assert (small - expected).abs().mean() < 0.03
+
+    def test_a_smaller_photo_stays_as_it_is(self, photo):
+        picture = Image.fromarray(photo)
+        np.testing.assert_array_equal(to_8_bit(shrunk(picture, 7)), photo)
+
+    def test_transparency_and_the_turn_of_the_camera_are_kept(self):
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turned by 90°
+        file = io.BytesIO()
+        picture = Image.new("RGB", (200, 100), "red")
+        picture.paste("blue", (100, 0, 200, 100))
+        picture.save(file, "PNG", exif=exif, transparency=(255, 0, 0))
+        file.seek(0)
+        small = load_shrunk(file, "img0", 20, 10**6)
+        assert small.shape == (3, 20, 10)
+        assert (to_8_bit(small)[0, 5] == (255, 255, 255)).all()
+        assert (to_8_bit(small)[19, 5] == (0, 0, 255)).all()
+
+    def test_white_of_16_bits_stays_white(self):
+        picture = Image.fromarray(np.repeat([[0, 65535]], 50, 1).repeat(60, 0).astype(np.uint16))
+        assert shrunk(picture, 16).max() == 1
+
+    def test_what_is_larger_or_of_another_format_is_refused(self):
+        picture = Image.new("RGB", (30, 20))
+        assert shrunk(picture, 10, most=600, formats=["JPEG", "PNG"]).shape == (3, 7, 10)
+        with pytest.raises(ValueError, match="img0 is too large, at most 599 pixels are allowed: 20×30"):
+            shrunk(picture, 10, most=599)
+        with pytest.raises(ValueError, match="img0 cannot be read as an image: it is none of JPEG, PNG"):
+            shrunk(picture, 10, "BMP", formats=["JPEG", "PNG"])

@@ -9,8 +9,9 @@ import os
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -79,6 +80,33 @@ def load_images(source: Photo | Sequence[Photo], name: str) -> list[torch.Tensor
         TypeError, ValueError: `decode_images` cannot read an image.
     """
     return [rgb(values) for values in decode_images(source, name)]
+
+
+def load_shrunk(
+    file: BinaryIO, name: str, max_side: int, max_pixels: int, formats: Sequence[str] | None = None
+) -> torch.Tensor:
+    """Reads a photo no larger than it is needed, in little memory: it is shrunk in the few bytes it is decoded to.
+
+    Args:
+        file: The photo's file, open for reading at its beginning.
+        name: What error messages call the photo.
+        max_side: Pixels that the longer side of the photo may have; a larger photo is shrunk to them.
+        max_pixels: Pixels that the photo may have in its file. A larger one is refused before it is decoded.
+        formats: Names of the formats, as Pillow has them, that the photo may have; None for any that Pillow reads.
+
+    Returns:
+        The photo (3, H, W), as `load_images` returns it.
+
+    Raises:
+        ValueError: The photo cannot be read, is larger than it may be, or is of another format.
+    """
+    with _pillow_errors(name, max_pixels):
+        opened = _opened(file, formats)
+    with opened as image:
+        _check_size(image.height, image.width, name, max_pixels)
+        with _pillow_errors(name):
+            small = _shrunk(image, max_side)
+        return rgb(_from_pil(small, name))
 
 
 def rgb(values: torch.Tensor) -> torch.Tensor:
@@ -156,21 +184,22 @@ def _from_file(path: str | os.PathLike, name: str) -> torch.Tensor:
     if not os.path.isfile(path):
         fault = "is a folder" if os.path.isdir(path) else "is no existing file"
         raise ValueError(f"{name} {fault}; an image file is needed")
-    with _pillow_errors(name):
-        opened = _opened(Path(path))
-    with opened:
-        return _from_pil(opened, name)
+    with ExitStack() as stack:
+        with _pillow_errors(name):
+            file = stack.enter_context(Path(path).open("rb"))
+            image = stack.enter_context(_opened(file))
+        return _from_pil(image, name)
 
 
-def _opened(path: Path) -> Image.Image:
+def _opened(file: BinaryIO, formats: Sequence[str] | None = None) -> Image.Image:
     """Open an image file with Pillow, also where texts in it are broken, and HEIC where pillow-heif is installed.
 
     Raises:
-        ValueError: The file is HEIC, and pillow-heif is not installed.
+        ValueError: The file is HEIC, and pillow-heif is not installed, or it is of none of the `formats`.
         Exception: Pillow cannot read the file.
     """
-    with path.open("rb") as file:
-        start = file.read(12)
+    start = file.read(12)
+    file.seek(0)
     if start[4:8] == b"ftyp" and start[8:] in _HEIC_BRANDS:
         try:
             importlib.import_module("pillow_heif").register_heif_opener()
@@ -179,12 +208,30 @@ def _opened(path: Path) -> Image.Image:
                 "it is a HEIC photo, for which the package pillow-heif is needed; install it with "
                 "pip install 'dreammover-pipeline[heic]', or save the photo as JPEG"
             ) from None
+    Image.init()
+    known = formats and [kind for kind in formats if kind in Image.OPEN]
     try:
-        return Image.open(path)
+        return Image.open(file, formats=known)
     except (ValueError, UnidentifiedImageError):
-        if start[:8] != _PNG:
-            raise
-        return Image.open(io.BytesIO(_without_texts(path.read_bytes())))
+        if start[:8] == _PNG:
+            file.seek(0)
+            return Image.open(io.BytesIO(_without_texts(file.read())), formats=known)
+        if formats:
+            raise ValueError(f"it is none of {', '.join(formats)}") from None
+        raise
+
+
+def _shrunk(image: Image.Image, max_side: int) -> Image.Image:
+    """An image of at most `max_side` pixels a side, in the bits per pixel that it has."""
+    if max(image.size) <= max_side:
+        return image
+    if image.mode in _MODES_16_BIT:
+        image = image.convert("I")  # the only mode of 16-bit grey that Pillow shrinks in all versions
+    elif image.mode in ("1", "P", "PA") or (image.mode in ("L", "RGB") and image.has_transparency_data):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")  # neither indices nor keys mix
+    # Hamming's window makes no value brighter than white, which 16-bit grey in 32 bits could become.
+    image.thumbnail((max_side, max_side), Image.Resampling.HAMMING if image.mode == "I" else Image.Resampling.LANCZOS)
+    return image
 
 
 def _without_texts(png: bytes) -> bytes:
@@ -246,14 +293,14 @@ def _in_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
 
 
 @contextmanager
-def _pillow_errors(name: str) -> Iterator[None]:
+def _pillow_errors(name: str, max_pixels: int = MAX_PIXELS) -> Iterator[None]:
     """Turns errors of Pillow into ValueErrors, and silences its warning about sizes, which `_check_size` judges."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             yield
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is too large, at most {MAX_PIXELS} pixels are allowed: {error}") from error
+        raise ValueError(f"{name} is too large, at most {max_pixels} pixels are allowed: {error}") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
         raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
@@ -295,8 +342,8 @@ def _check_range(values: torch.Tensor, name: str) -> torch.Tensor:
     return values
 
 
-def _check_size(height: int, width: int, name: str) -> None:
+def _check_size(height: int, width: int, name: str, max_pixels: int = MAX_PIXELS) -> None:
     if height == 0 or width == 0:
         raise ValueError(f"{name} is empty: {height}×{width} pixels (height × width)")
-    if height * width > MAX_PIXELS:
-        raise ValueError(f"{name} is too large, at most {MAX_PIXELS} pixels are allowed: {height}×{width}")
+    if height * width > max_pixels:
+        raise ValueError(f"{name} is too large, at most {max_pixels} pixels are allowed: {height}×{width}")

@@ -9,8 +9,9 @@ from PIL import Image
 pytest.importorskip("gradio", reason="the extra 'demo' is not installed")
 import gradio as gr
 
+from dreammover_pipeline.ui import visitors as ui_visitors
 from dreammover_pipeline.ui.events import CANCELLED, EventHandlers
-from dreammover_pipeline.ui.page import PICTURES, build_components
+from dreammover_pipeline.ui.page import MAX_PROMPT, PICTURES, build_components
 from dreammover_pipeline.ui.visitors import COOKIE
 
 DEFAULTS = {"n_frames": 2, "lora_steps": 0, "inversion_steps": 2, "feature_step": 1, "endpoints": "original"}
@@ -105,6 +106,12 @@ def test_what_goes_wrong_is_said_in_sentences(handlers, uploads, warnings, capsy
     Image.new("RGB", (8, 8)).save(elsewhere)
     status, *_ = handlers.make(values(handlers, [str(elsewhere), uploads[1]]), REQUEST, progress)
     assert status == "A photo is no longer there; upload the photo again."
+    status, *_ = handlers.make(values(handlers, uploads, prompt="a" * (MAX_PROMPT + 1)), REQUEST, progress)
+    assert status == f"What the photos show may have {MAX_PROMPT} characters; {MAX_PROMPT + 1} came."
+    with monkeypatch.context() as full:
+        full.setattr(ui_visitors, "MAX_STORED", 0)
+        status, *_ = handlers.make(values(handlers, uploads), REQUEST, progress)
+    assert status == "There is no room for more files here at the moment; try again later."
     status, answer = handlers.moment(0.5, REQUEST, progress)
     assert status == "Make a video first; then single frames of it can be made at any time."
     assert skipped(answer)
@@ -112,7 +119,7 @@ def test_what_goes_wrong_is_said_in_sentences(handlers, uploads, warnings, capsy
     status, *_ = handlers.make(values(handlers, uploads), REQUEST, progress)
     assert status == "Something went wrong here; the server's log says what."
     assert "ZeroDivisionError" in capsys.readouterr().err
-    assert len(warnings) == 4
+    assert len(warnings) == 6
 
 
 def test_cancelling_leaves_the_results_as_they_are(handlers, uploads, warnings):

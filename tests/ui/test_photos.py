@@ -12,13 +12,13 @@ from dreammover_pipeline.ui.photos import MAX_SIDE, DecodedPhotos, load_photo
 @pytest.fixture
 def decoded(monkeypatch):
     """The names of the files that were decoded, in their order."""
-    names, load_images = [], ui_photos.load_images
+    names, read_photo = [], ui_photos.read_photo
 
-    def counted(source, name):
-        names.append(source.rpartition("/")[2])
-        return load_images(source, name)
+    def counted(file, name):
+        names.append(file.name.rpartition("/")[2])
+        return read_photo(file, name)
 
-    monkeypatch.setattr(ui_photos, "load_images", counted)
+    monkeypatch.setattr(ui_photos, "read_photo", counted)
     return names
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import gradio as gr
 
 from ..progress import ProgressListener
-from .page import PICTURES, PageComponents
+from .page import MAX_PROMPT, PICTURES, PageComponents
 from .session import FinishedVideo, Session, StoppedError
 from .studio import Studio
 from .visitors import COOKIE
@@ -31,8 +31,13 @@ WORK = {
 ONE_AT_A_TIME = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "pipeline"}
 # Events that only look something up do not wait in the queue.
 UNQUEUED = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
-# Events that draw something small wait in the queue, but not for each other.
-SHORT = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
+# Events that draw something small do so a few at a time.
+SHORT = {
+    "api_visibility": "private",
+    "show_progress": "hidden",
+    "concurrency_limit": 4,
+    "concurrency_id": "pictures",
+}
 
 
 class EventHandlers:
@@ -63,6 +68,7 @@ class EventHandlers:
         start = time.perf_counter()
         with errors_on_page() as messages:
             wanted = self._wanted(values, request)
+            self.studio.visitors.check_room()
             finished = self._session(request).make(**wanted, report=_shown_by(progress))
             rendered = finished.rendered
             return (
@@ -151,6 +157,8 @@ class EventHandlers:
         form = {name: values[component] for name, component in self.components.form.items()}
         if form["first"] is None or form["last"] is None:
             raise ValueError("choose two photos first, or one of the examples")
+        if len(form["prompt"] or "") > MAX_PROMPT:  # the page's own limit holds in the browser only
+            raise ValueError(f"what the photos show may have {MAX_PROMPT} characters; {len(form['prompt'])} came")
         return {
             "photos": [self._photo(request, form[which]) for which in ("first", "last")],
             "preparing": {

@@ -25,6 +25,7 @@ Where the video mixes up what belongs together, click a spot in the first photo 
 A few spots are enough. Then make the video again.
 """
 PICTURES = ("flow", "matches", "confidence", "occlusion", "sheet")  # by name; each picture has its headline in itself
+MAX_PROMPT = 500  # characters
 PICTURE_VIEW = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
 CSS = """
 footer {display: none !important}
@@ -115,7 +116,7 @@ def _photos(examples: Path) -> dict[str, Component]:
         upload = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"]}
         first = gr.Image(label="First photo", height=220, elem_id="first", **upload)
         last = gr.Image(label="Last photo", height=220, elem_id="last", **upload)
-    prompt = gr.Textbox(label="What the photos show", placeholder="a photo of a lion", max_length=500)
+    prompt = gr.Textbox(label="What the photos show", placeholder="a photo of a lion", max_length=MAX_PROMPT)
     pairs = sorted(examples.iterdir())
     gr.Examples(
         [

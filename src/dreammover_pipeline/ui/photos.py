@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two photos of a session: decoded once, shown for clicking, and what clicks on them mean in their pixels."""
+"""The photos of the page: taken in, decoded once for a session, shown for clicking, and what clicks on them mean."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, ImageDraw, ImageOps
 
-from ..images import load_images
+from ..images import load_shrunk
 from ..media.pictures import picture_of
 
 WHICH = ("first", "last")
 MAX_SIDE = (
     1280  # pixels of a photo's longer side; larger photos are shrunk, since frames come back at the photo's size
 )
+MAX_PIXELS = 2**26  # of an upload's file: 67 megapixels, more than nearly any camera has
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF")  # Pillow's names of what an upload may be
 CLICK_SIDE = 640  # pixels that the longer side of a photo has, about, where it is shown for clicking
 SPOT_COLOUR = (214, 39, 40)
 
@@ -55,7 +58,7 @@ class DecodedPhotos:
 
 
 def load_photo(path: Path, which: str) -> Image.Image:
-    """Read an uploaded photo, upright, in RGB, with at most `MAX_SIDE` pixels a side.
+    """Read a photo of the session, upright, in RGB, with at most `MAX_SIDE` pixels a side.
 
     Args:
         path: the photo's file. Errors quote its name, but not the folder where it lies.
@@ -64,13 +67,21 @@ def load_photo(path: Path, which: str) -> Image.Image:
     Raises:
         ValueError: the photo cannot be read.
     """
-    try:
-        (image,) = load_images(str(path), f"the {which} photo")
-    except (TypeError, ValueError) as error:
-        raise ValueError(str(error).replace(str(path), path.name)) from error
-    photo = picture_of(image)
-    photo.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-    return photo
+    with path.open("rb") as file:
+        return read_photo(file, f"the {which} photo ({path.name})")
+
+
+def read_photo(file: BinaryIO, name: str) -> Image.Image:
+    """Read a photo, upright, in RGB, with at most `MAX_SIDE` pixels a side.
+
+    Args:
+        file: the photo's file, open for reading at its beginning.
+        name: what errors call the photo.
+
+    Raises:
+        ValueError: the photo cannot be read, is of none of the `FORMATS`, or has more than `MAX_PIXELS`.
+    """
+    return picture_of(load_shrunk(file, name, MAX_SIDE, MAX_PIXELS, FORMATS))
 
 
 def marked_photo(photo: Image.Image, spots: Sequence[Spot]) -> Image.Image:

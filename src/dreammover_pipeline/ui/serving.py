@@ -15,10 +15,11 @@ from starlette.middleware import Middleware
 from ..pipeline import DreamMoverPipeline
 from ..settings import arguments
 from ..tiny.examples import write_examples
+from .doorkeeper import Doorkeeper
 from .events import EventHandlers, connect
 from .page import CSS, build_components
 from .studio import Studio
-from .visitors import Doorkeeper, Visitors
+from .visitors import Visitors
 
 MAX_WAITING = 20  # events in the queue, beyond which newcomers are turned away
 # The embedded checkpoint is so small that it redraws too freely when it is inverted deeply.
@@ -63,10 +64,11 @@ def serving(
     max_upload = round(max_upload_mb * 2**20)
     with TemporaryDirectory(prefix="dreammover-ui-") as root, _gradio_folder(root):
         visitors = Visitors(Path(root))
-        examples = visitors.root / "examples"
-        write_examples(examples)
+        write_examples(visitors.examples)
         studio = Studio(pipe, visitors)
-        page = build_page(studio, examples, defaults)
+        page = build_page(studio, visitors.examples, defaults)
+        events = {number: len(event.inputs) for number, event in page.fns.items() if event.fn}
+        doorkeeper = Middleware(Doorkeeper, visitors=visitors, max_upload=max_upload, events=events)
         try:
             _, address, _ = page.launch(
                 server_name=host,
@@ -80,7 +82,7 @@ def serving(
                 enable_monitoring=False,
                 footer_links=[],
                 css=CSS,
-                app_kwargs={"middleware": [Middleware(Doorkeeper, visitors=visitors, max_upload=max_upload)]},
+                app_kwargs={"middleware": [doorkeeper]},
             )
             yield address
         finally:

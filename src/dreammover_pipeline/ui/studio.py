@@ -13,6 +13,8 @@ from ..pipeline import DreamMoverPipeline
 from .session import Session
 from .visitors import Visitors
 
+MAX_SESSIONS = 10  # of one visitor; each may keep a prepared pair in memory
+STRAY = 600  # seconds without an upload after which the files of a visitor who has no session are removed
 IDLE = 12 * 3600  # seconds without a request after which a session is closed, although its page was never closed
 
 
@@ -31,14 +33,20 @@ class Studio:
         self._sessions_lock = threading.Lock()
 
     def session(self, cookie: str, name: str) -> Session:
-        """The session of this name of the visitor with this cookie; a new one where there is none yet."""
+        """The session of this name of the visitor with this cookie; a new one where there is none yet.
+
+        Where the visitor has more than `MAX_SESSIONS` then, the one that was not used for the longest time is closed.
+        """
         self._close_idle()
         visitor = self.visitors.folder(cookie)
         with self._sessions_lock:
             new = Session(self.pipe, self.pipeline_lock, visitor / secrets.token_hex(16))
             session = self._sessions.setdefault((visitor, name), new)
             session.used = time.monotonic()
-            return session
+            used = {key: open_.used for key, open_ in self._sessions.items() if key[0] == visitor}
+        for key in sorted(used, key=used.get)[:-MAX_SESSIONS]:
+            self._close(key)
+        return session
 
     def close(self, cookie: str, name: str) -> None:
         """End a session: its job stops and its files go. A visitor's uploads go with the visitor's last session."""
@@ -65,4 +73,4 @@ class Studio:
         now = time.monotonic()
         for key in [key for key, session in list(self._sessions.items()) if now - session.used > IDLE]:
             self._close(key)
-        self.visitors.remove_strays({visitor for visitor, _ in list(self._sessions)}, IDLE)
+        self.visitors.remove_strays({visitor for visitor, _ in list(self._sessions)}, STRAY)
