@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from ctypes import c_float
 from numbers import Integral, Real
 
+LARGEST_COUNT = 100_000  # of steps, frames and so on; beyond that lies nothing that anybody could wait for
+
 
 def check_integer(name: str, value, minimum: int, maximum: int | None = None) -> None:
     """Raise TypeError or ValueError unless `value` is an integer of at least `minimum`, and of at most `maximum`."""
@@ -74,6 +76,8 @@ def frame_times(n_frames, times) -> tuple[float, ...]:
         raise TypeError(f"`times` must be a sequence of numbers, not {times!r}") from error
     if not values:
         raise ValueError("`times` must hold at least one number, but it is empty")
+    if len(values) > LARGEST_COUNT:
+        raise ValueError(f"`times` must hold at most {LARGEST_COUNT} numbers, not {len(values)}")
     outside = [value for value in values if not 0 < as_float32(value) < 1]
     if outside:
         raise ValueError(f"`times` must lie strictly between 0 and 1, but {outside[0]} is among them")
