@@ -24,12 +24,12 @@ def close(a, b, tolerance=1e-4):
 # ── Signature and outputs ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_call_signature_holds_the_papers_defaults_but_for_eight():
+def test_call_signature_holds_the_papers_defaults_but_for_nine():
     parameters = inspect.signature(DreamMoverPipeline.__call__).parameters
     order = """
         self img0 img1 prompt height width n_frames times easing num_inference_steps inversion_steps
         feature_step feature_block distance_penalty rest_tolerance flow_smoothing flow_fit
-        photo_tolerance points mask attention_blocks fusion motion importance layout_hold
+        photo_tolerance points mask attention_blocks fusion motion importance layout_hold detail
         guidance_scale negative_prompt lora_steps lora_rank lora_learning_rate lora_scale
         frame_batch_size include_inputs endpoints generator prompt_embeds negative_prompt_embeds
         output_type return_dict cross_attention_kwargs clip_skip callback_on_step_end
@@ -51,6 +51,7 @@ def test_call_signature_holds_the_papers_defaults_but_for_eight():
     }
     ours = {"feature_block": (1, 1, 2), "distance_penalty": 0.1, "rest_tolerance": 0.15, "flow_smoothing": 1}
     ours |= {"photo_tolerance": 0.1, "motion": "rigid", "importance": "agreement", "layout_hold": 1.0}
+    ours |= {"detail": "photos"}
     expected = paper | ours
     assert {name: parameters[name].default for name in expected} == expected
 
@@ -227,6 +228,12 @@ def test_models_run_exactly_as_often_as_the_method_needs(pipe, photos, fast, cal
     assert calls["encoder"] == [2]
     assert calls["decoder"] == [1] * frames
     assert calls["text_encoder"] == [1]
+
+
+def test_detail_of_the_photos_takes_no_call_of_the_unet(pipe, photos, fast, calls):
+    pipe(*photos, **fast | {"detail": "photos", "include_inputs": True})
+    assert sum(calls["unet"]) == 2 * (4 + 1 + 1 + 4) + 4 * 3
+    assert calls["decoder"] == [1] * (3 + 2)  # the photos too, to see how far the VAE can be trusted
 
 
 def test_no_references_are_computed_where_none_are_looked_at(pipe, photos, fast, calls):
