@@ -140,7 +140,9 @@ def test_every_pixel_is_that_of_the_equation():
     def looked_up(photo, source):
         gx = (source[0] + 0.5) * 2 * canvas.width / w / canvas.content_width - 1
         gy = (source[1] + 0.5) * 2 * canvas.height / h / canvas.content_height - 1
-        value = F.grid_sample(photo[None], torch.stack([gx, gy]).reshape(1, 1, 1, 2), padding_mode="border", align_corners=False)
+        value = F.grid_sample(
+            photo[None], torch.stack([gx, gy]).reshape(1, 1, 1, 2), padding_mode="border", align_corners=False
+        )
         return value.reshape(3), float(abs(gx) < 1 and abs(gy) < 1)
 
     places = SAMPLES * canvas.content_height / canvas.height * h, SAMPLES * canvas.content_width / canvas.width * w

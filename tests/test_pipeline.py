@@ -100,7 +100,7 @@ def test_prepare_then_render_is_the_call(pipe, photos, fast):
         lora_steps=2,
         generator=torch.Generator().manual_seed(5),
     )
-    whole = pipe(*photos, **fast | {"lora_steps": 2}, generator=torch.Generator().manual_seed(5))
+    whole = pipe(*photos, **fast | {"lora_steps": 2, "detail": "photos"}, generator=torch.Generator().manual_seed(5))
     assert torch.equal(pipe.render(prepared, n_frames=3, output_type="pt").frames, whole.frames)
     again = pipe.render(prepared, times=[0.5], output_type="pt").frames[0]
     assert close(again[0], whole.frames[0][1])
@@ -587,7 +587,7 @@ def test_every_component_may_be_missing(components):
 def test_diffusers_switches_work(pipe, photos, fast, feature):
     # prepared beforehand: matching random features has near ties, which the least rounding decides otherwise
     prepared = pipe.prepare(*photos, num_inference_steps=6, inversion_steps=4, feature_step=2, lora_steps=0)
-    expected = pipe.render(prepared, n_frames=3, output_type="pt").frames
+    expected = pipe.render(prepared, n_frames=3, detail="upsampled", output_type="pt").frames
     if feature == "freeu":
         pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     elif feature == "fused_qkv":
@@ -600,7 +600,7 @@ def test_diffusers_switches_work(pipe, photos, fast, feature):
         pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     before = snapshot(pipe.unet) if feature != "layerwise_casting" else None
     assert pipe(*photos, **fast).frames.isfinite().all()
-    frames = pipe.render(prepared, n_frames=3, output_type="pt").frames
+    frames = pipe.render(prepared, n_frames=3, detail="upsampled", output_type="pt").frames
     assert close(frames, expected) == (feature in ("fused_qkv", "attention_slicing", "vae_slicing"))
     if before:
         assert snapshot(pipe.unet) == before
