@@ -33,7 +33,15 @@ MATHS = (
     "tone",
     "steering",
 )
-REQUIRED = {"torch", "diffusers", "transformers", "numpy", "PIL", "safetensors"}  # come with diffusers itself
+REQUIRED = {
+    "torch",
+    "diffusers",
+    "transformers",
+    "numpy",
+    "PIL",
+    "safetensors",
+    "filelock",
+}  # come with diffusers itself
 OPTIONAL = {"peft"}  # only inside functions
 
 

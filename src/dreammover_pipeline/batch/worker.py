@@ -16,10 +16,11 @@ import torch
 from ..arguments import taken
 from ..framing import fit
 from ..images import decode_images, rgb
-from ..media.files import move_over, video_size, write_video_or_keep
+from ..media.files import video_size, write_video_or_keep
 from ..outputs import DreamMoverPipelineOutput
 from ..pipeline import DreamMoverPipeline
 from ..records import PreparedPair
+from ..scratch import move_over
 from ..settings import PREPARING, RENDERING
 from .jobs import Job, find_photos
 from .journal import Journal
@@ -137,7 +138,7 @@ class Worker:
         cached = self.cache.load(key)
         pair = pipe.prepare(first, last, **arguments, generator=generator, lora=cached)
         if cached is None:
-            self.cache.save(key, pair.lora, owner=str(job.output.resolve()))
+            self.cache.save(key, pair.lora)
         return pair, "fitted" if cached is None else "cached"
 
     def record_failure(self, job: Job, error: Exception, work: Path) -> None:
