@@ -26,12 +26,16 @@ from .jobs import Job, find_photos
 from .journal import Journal
 from .lora_cache import LoraCache, lora_key
 from .sidecar import (
+    FAILURE_MARK,
     FORMAT,
     PRIVATE,
+    SIDECAR_MARK,
+    check_places_of_records,
     digest,
     error_record,
     failure_path,
     finished_record,
+    is_failure,
     request_of,
     sidecar_path,
     stack_of,
@@ -108,7 +112,7 @@ class Worker:
         write_video_or_keep(output.frames[0], video, job.settings["fps"], job.output)
         clock.stop("write")
         record = {
-            "dreammover_batch": FORMAT,
+            SIDECAR_MARK: FORMAT,
             "request": request,
             "output": _recorded_output(job, video, output),
             "inputs": inputs,
@@ -120,6 +124,7 @@ class Worker:
             "process": {**self.process, "started": started.isoformat(timespec="seconds")},
         }
         sidecar = write_record(record, work)  # while the earlier video is still there, since the disk may be full
+        check_places_of_records(job.output)  # once more, since making the video took a while
         move_over(video, job.output)
         os.replace(sidecar, sidecar_path(job.output))
         return record
@@ -142,7 +147,7 @@ class Worker:
         return pair, "fitted" if cached is None else "cached"
 
     def record_failure(self, job: Job, error: Exception, work: Path) -> None:
-        """Record why a video could not be made, in a file beside the place of the video.
+        """Record why a video could not be made, in a file beside the place of the video, unless another one is there.
 
         Args:
             job: The job that failed.
@@ -150,6 +155,7 @@ class Worker:
             work: A folder on the disk of the output that nobody else writes to.
         """
         record = {
+            FAILURE_MARK: FORMAT,
             "name": job.name,
             "where": job.origin,
             "error": error_record(error),
@@ -159,7 +165,9 @@ class Worker:
             "stack": self.stack,
             "process": {**self.process, "failed": datetime.now(UTC).isoformat(timespec="microseconds")},
         }
-        os.replace(write_record(record, work), failure_path(job.output))
+        place = failure_path(job.output)
+        if is_failure(place) or not os.path.lexists(place):
+            os.replace(write_record(record, work), place)
 
 
 def _require_recorded(job: Job, inputs: Sequence[Mapping]) -> None:
