@@ -26,6 +26,7 @@ from .timing import eased_times
 
 KEY_LENGTH = 16  # hexadecimal digits of a digest in a file's name
 FILE_NAMES = rf"(gap_\d{{4,}}|lora)_[0-9a-f]{{{KEY_LENGTH}}}\.safetensors"
+GAP_TENSORS = {"latents", "times", "ends", "flow.forward", "flow.backward"}
 
 
 class KeptGaps:
@@ -63,7 +64,7 @@ class GapFolder(KeptGaps):
     def frames(self, k: int, gap: PairInput) -> DenoisedFrames | None:
         """The frames of gap k; None if they are not kept whole."""
         found = read_tensors(self._gap_path(k), self.device)
-        if found is None:
+        if found is None or not found.keys() >= GAP_TENSORS:
             return None
         flow = BidirectionalFlow(found["flow.forward"], found["flow.backward"])
         times = tuple(found["times"].tolist())

@@ -59,6 +59,7 @@ from .rendering import DenoisedFrames, finish_frames, render_latents
 from .rigid import similarity_flow  # noqa: F401, named for the loader
 from .sampling import denoise  # noqa: F401, named for the loader
 from .schedules import deterministic_ddim
+from .scratch import replacing  # noqa: F401, named for the loader
 from .sequence import LORAS, GapStages, check_arguments_of_a_sequence, checked_gaps, frames_of_gaps, make_gaps
 from .settings import PRESETS, Content, Delivery, FitSettings, NegativeContent, PrepareSettings, RenderSettings
 from .spacing import even_times  # noqa: F401, named for the loader

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -26,6 +25,7 @@ from safetensors.torch import save
 
 from .adapters import acting_tensors
 from .records import BidirectionalFlow, Canvas, Inversion, PreparedPair, Schedule
+from .scratch import replacing
 
 logger = logging.get_logger(__name__)
 
@@ -115,15 +115,10 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappi
         tensors: The tensors, by the names that they have in the file.
         header: Further text for the file's header, by name.
     """
-    write_whole(path, packed_tensors(tensors, header))
-
-
-def packed_tensors(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str] | None = None) -> bytes:
-    """The content of a safetensors file with tensors, further text by name, and a digest of all of it."""
     # Tensors are copied, because safetensors does not take tensors that share memory or are not contiguous.
     copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     header = dict(header or {})
-    return save(copies, {**header, DIGEST: _digest(copies, header)})
+    write_whole(path, save(copies, {**header, DIGEST: _digest(copies, header)}))
 
 
 def read_tensors(path: Path, device: str | torch.device) -> dict[str, torch.Tensor] | None:
@@ -298,13 +293,7 @@ def _versions() -> dict[str, str]:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file completely or not at all; a file that exists at the path is replaced."""
-    target = path.resolve()  # of a symbolic link, the file that it points to is replaced, and the link stays
-    temporary = target.with_name(f".dreammover-{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # a power cut could otherwise leave zeros of full length

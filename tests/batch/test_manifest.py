@@ -65,6 +65,7 @@ def test_outputs_without_a_name_are_named_by_what_they_show(album):
         ('{"img0": "../out/a/0.png", "img1": "a1.png", "output": "a"}', "would replace the photo"),
         ('{"folder": ".", "output": "a.avi"}', "line 1: '"),
         (f'{{"folder": ".", "output": "{"猫" * 81}.gif"}}', "its name has 258 bytes, and at most"),
+        (f'{{"folder": ".", "output": "{"n" * 300}"}}', "its name has 300 bytes, and at most"),
         ('{"folder": ".", "output": "taken.mp4"}', "there is a folder of that name"),
         ('{"folder": ".", "seed": -1}', "line 1: `seed` must be at least 0, not -1"),
         ('{"folder": ".", "seed": 9223372036854775808}', "`seed` must be below 2^63"),

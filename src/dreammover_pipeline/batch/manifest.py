@@ -17,8 +17,9 @@ from ..pipeline import DreamMoverPipeline
 from ..prompts import pair_negatives, pair_texts
 from ..settings import PREPARING, NegativeContent, RenderSettings
 from ..steering import point_pairs
+from .claims import put_back
 from .jobs import Job
-from .sidecar import PRIVATE, failure_path, read_sidecar
+from .sidecar import PRIVATE, check_places_of_records, failure_path, is_sidecar, read_sidecar
 
 PLACES = ("img0", "img1", "folder", "output")
 # The arguments of the pipeline that a line of text can hold. `Delivery` is left out: the frames always go to a file.
@@ -69,11 +70,16 @@ def read_sidecars(paths: Sequence[str | os.PathLike], folder: Path) -> list[Job]
         folder: The folder of all outputs.
 
     Raises:
-        ValueError: A file is no sidecar.
+        ValueError: A file is no sidecar, or a damaged one.
     """
     jobs = []
     for path in map(Path, paths):
         recorded = read_sidecar(path)
+        if recorded is None and is_sidecar(path):
+            raise ValueError(
+                f"the sidecar '{path}' is damaged or of another version, so its video cannot be made again from it; "
+                "make the video with its manifest"
+            )
         if recorded is None:
             raise ValueError(f"'{path}' is no sidecar of dreammover batch")
         photos = tuple(path.parent / photo["path"] for photo in recorded["inputs"])
@@ -84,13 +90,16 @@ def read_sidecars(paths: Sequence[str | os.PathLike], folder: Path) -> list[Job]
 
 
 def check_job_outputs(jobs: Sequence[Job]) -> None:
-    """Refuse outputs that cannot be written, or that would replace a photo or another output; make their folders.
+    """Refuse outputs that cannot be written, or that would replace a photo, another output or a foreign file.
+
+    The folders of the outputs are made, and a folder of frames that a killed process was about to replace is put back.
 
     Raises:
         ValueError: An output is refused; the message says where it was asked for.
     """
     owners: dict[Path, Job] = {}
     for job in jobs:
+        put_back(job)
         place = job.output.resolve()
         if place in owners:
             raise ValueError(
@@ -107,6 +116,7 @@ def check_job_outputs(jobs: Sequence[Job]) -> None:
         try:
             job.output.parent.mkdir(parents=True, exist_ok=True)
             check_video_path(job.output)
+            check_places_of_records(job.output)
             check_name_length(failure_path(job.output))  # the longest name of what is written beside the video
             check_fps(job.settings["fps"], job.output)
         except (OSError, ValueError) as error:
