@@ -17,7 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
@@ -84,7 +84,7 @@ class Verdict:
     status: str
     message: str
     seconds: float
-    broken: list[str] = field(default_factory=list)
+    broken: list[str]
 
     def as_json(self) -> dict[str, object]:
         """What a report says of the case."""
@@ -112,9 +112,13 @@ class Bench:
         examples = Path(__file__).parent.parent / "examples" / "fish"
         self.photos = [Image.open(examples / f"{i}.png").convert("RGB").resize((SIDE, SIDE)) for i in (0, 1)]
         self.ran = 0
-        register_module_forward_pre_hook(self._count)
+        self._counting = register_module_forward_pre_hook(self._count)
         self.good_frames = self.good_call()
         self.good_weights = self.weights()
+
+    def close(self) -> None:
+        """Stop counting the calls of models, of which torch tells the whole process."""
+        self._counting.remove()
 
     def _count(self, module: torch.nn.Module, inputs: tuple) -> None:
         self.ran += isinstance(module, MODELS)
@@ -174,14 +178,9 @@ class Bench:
 
     def state(self) -> dict[str, object]:
         """What a call must leave as it was, but for the values of the weights: of the models, and of the process."""
-        pipe, modules = (
-            self.pipe,
-            [
-                (part, name, module)
-                for part in ("unet", "vae", "text_encoder")
-                for name, module in getattr(self.pipe, part).named_modules()
-            ],
-        )
+        pipe, modules = self.pipe, []
+        for part in ("unet", "vae", "text_encoder"):
+            modules += [(part, name, module) for name, module in getattr(pipe, part).named_modules()]
         parameters = [*pipe.unet.parameters(), *pipe.vae.parameters()]
         return {
             "modules": [(part, name, id(module), module.training) for part, name, module in modules],
@@ -235,22 +234,16 @@ class Bench:
                 status = "refused" if isinstance(error, REFUSED) else "failed"
                 ended, faults = Ended(status, f"{type(error).__name__}: {error}"), []
             except Exception as error:
-                ended, faults = (
-                    Ended("broken", f"{type(error).__name__}: {error}"),
-                    [f"it raised {type(error).__name__}, which is none of the errors that may come"],
-                )
+                ended = Ended("broken", f"{type(error).__name__}: {error}")
+                faults = [f"it raised {type(error).__name__}, which is none of the errors that may come"]
             seconds = time.perf_counter() - start
             gc.collect()
             after = self.state()
-        verdict = Verdict(case, ended.status, ended.message[:400], seconds, list(faults))
-        verdict.broken += self._late_or_nameless(case, ended)
-        verdict.broken += [
-            f"the {part} of the pipeline or the process changed" for part in before if before[part] != after[part]
-        ]
-        verdict.broken += self._left(case, ended.status, files)
-        if thorough:
-            verdict.broken += self.compared()
-        return verdict
+        changed = [part for part in before if before[part] != after[part]]
+        faults += self._late_or_nameless(case, ended) + self._left(case, ended.status, files)
+        faults += [f"the {part} of the pipeline or the process changed" for part in changed]
+        faults += self.compared() if thorough else []
+        return Verdict(case, ended.status, ended.message[:400], seconds, faults)
 
     def compared(self) -> list[str]:
         """The faults of the shared pipeline: every weight and the frames of a good call are as at the beginning."""
@@ -272,13 +265,10 @@ class Bench:
         allowed = [*case.leaves, *(case.writes if status == "done" else [])]
         touched = {path for path in before.keys() | now.keys() if before.get(path) != now.get(path)}
         strange = sorted(path for path in touched if not any(fnmatch(path, pattern) for pattern in allowed))
-        faults = [
-            f"{path!r} was {'removed' if path not in now else 'left' if path not in before else 'changed'}"
-            for path in strange
-        ]
-        faults += [
-            f"the unfinished {path!r} is left" for path in now if path not in before and NEVER_LEFT.search(path)
-        ]
+        fates = ["removed" if path not in now else "left" if path not in before else "changed" for path in strange]
+        faults = [f"{path!r} was {fate}" for path, fate in zip(strange, fates, strict=True)]
+        unfinished = [path for path in now if path not in before and NEVER_LEFT.search(path)]
+        faults += [f"the unfinished {path!r} is left" for path in unfinished]
         faults += [f"the temporary {path.name!r} is left" for path in self.temporary.iterdir()]
         shutil.rmtree(self.temporary)
         self.temporary.mkdir()

@@ -36,10 +36,11 @@ def case(bench: Bench, rng: Random) -> Case:
     few |= {"generator": torch.Generator().manual_seed(0)}
     values = {key: made(value) for key, value in changed.items()}
     given = {key: value for key, value in few.items() if key in taken} | photos | values
+    sources = [bench.pair] if name == "render" else []
     return Case(
         kind=name,
         text=f"{name}({', '.join(f'{key}={value}' for key, value in changed.items())})",
-        run=lambda: method(*([bench.pair] if name == "render" else []), **given),
+        run=lambda: method(*sources, **given),
         check=lambda result: _faults(result, given, name),
         names=tuple(changed),
         late=any(callable(value) for value in values.values()),  # the caller's own function may raise what it likes

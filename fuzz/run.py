@@ -10,7 +10,6 @@ import resource
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
@@ -62,14 +61,30 @@ def judged(bench: Bench, seed: int, surface: str, number: int, thorough: bool) -
         return bench.judge(partial(SURFACES[surface], bench, rng), thorough)
 
 
-def table(counts: Counter, seconds: float) -> str:
+def table(records: Sequence[dict], seconds: float) -> str:
     """A table of how many cases of every surface ended how, and of how many broke a promise."""
-    columns = (*STATUSES, "faults")
-    surfaces = [surface for surface in SURFACES if any(counts[surface, column] for column in columns)]
-    rows = [(surface, *(counts[surface, column] for column in columns)) for surface in surfaces]
-    rows.append(("all", *(sum(row[k] for row in rows) for k in range(1, 1 + len(columns)))))
-    lines = [f"{name:10}" + "".join(f"{cell:>9}" for cell in cells) for name, *cells in [("surface", *columns), *rows]]
-    return "\n".join([*lines, f"{sum(rows[-1][1:-1])} cases in {seconds:.0f} s"])
+    lines = ["".join(f"{cell:>10}" for cell in ("surface", *STATUSES, "faults"))]
+    for name in (*SURFACES, "all"):
+        own = [record for record in records if name in ("all", record["surface"])]
+        counts = [sum(record["status"] == status for record in own) for status in STATUSES]
+        if own:
+            lines.append("".join(f"{cell:>10}" for cell in (name, *counts, sum(bool(one["broken"]) for one in own))))
+    return "\n".join([*lines, f"{len(records)} cases in {seconds:.0f} s"])
+
+
+def tried(bench: Bench, seed: int, wanted: Sequence[tuple[str, int]], say_all: bool = False) -> list[dict]:
+    """Run cases, and say of each that broke a promise, or of each, what happened and how to repeat it alone."""
+    records, bar = [], tqdm(wanted, unit="case")
+    for k, (surface, number) in enumerate(bar, start=1):
+        bar.set_description(f"{surface}:{number}")
+        verdict = judged(bench, seed, surface, number, thorough=k % EVERY == 0 or k == len(wanted))
+        records.append({"surface": surface, "number": number, **verdict.as_json()})
+        if verdict.broken or say_all:
+            happened = [verdict.case.text, f"{verdict.status}: {verdict.message}"]
+            broken = [f"BROKEN: {fault}" for fault in verdict.broken]
+            again = f"python -m fuzz.run --seed {seed} --only {surface}:{number}"
+            bar.write("\n    ".join([again, *happened, *broken]))
+    return records
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,27 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    start, records, counts = time.perf_counter(), [], Counter()
+    start, wanted = time.perf_counter(), numbers(arguments)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        bench, wanted = Bench(Path(folder), arguments.limit), numbers(arguments)
-        bar = tqdm(wanted, unit="case")
-        for k, (surface, number) in enumerate(bar):
-            bar.set_description(f"{surface}:{number}")
-            verdict = judged(bench, arguments.seed, surface, number, k % EVERY == EVERY - 1 or k == len(wanted) - 1)
-            counts[surface, verdict.status] += 1
-            counts[surface, "faults"] += bool(verdict.broken)
-            records.append({"surface": surface, "number": number, **verdict.as_json()})
-            if verdict.broken or arguments.only:
-                again = f"python -m fuzz.run --seed {arguments.seed} --only {surface}:{number}"
-                lines = [
-                    again,
-                    verdict.case.text,
-                    f"{verdict.status}: {verdict.message}",
-                    *(f"BROKEN: {fault}" for fault in verdict.broken),
-                ]
-                bar.write("\n    ".join(lines))
+        records = tried(Bench(Path(folder), arguments.limit), arguments.seed, wanted, bool(arguments.only))
     seconds = time.perf_counter() - start
-    print(table(counts, seconds))
+    print(table(records, seconds))
     if arguments.output:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         report = {"seed": arguments.seed, "seconds": round(seconds, 1), "peak_mb": peak, "cases": records}
