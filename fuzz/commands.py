@@ -8,6 +8,7 @@ import io
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from glob import escape
 from pathlib import Path
 from random import Random
 
@@ -105,6 +106,7 @@ def case(bench: Bench, rng: Random) -> Case:
     as_process = rng.random() < PROCESS_SHARE and not any("\0" in word for word in argv)
     outputs = {option.dest: typed[-1] for option, typed in chosen.items() if option.dest in OUTPUTS}
     output = outputs.get("output", output)
+    places = [place for path in outputs.values() for place in (escape(path), f"{escape(path)}/*")]
     names = {word for option in chosen for word in (*option.option_strings, option.dest)} | {"the steps must nest"}
     names |= {quoted for word in (read[0], *words) for quoted in (f"'{word}'", f"({word})")}  # a value is named, too
     names |= {word for word in words if len(word) > 2}
@@ -114,8 +116,8 @@ def case(bench: Bench, rng: Random) -> Case:
         run=lambda: command(argv, as_process),
         check=lambda said: video_faults(output, said),
         names=sorted(names),
-        writes=["out*", *(pattern for path in outputs.values() for pattern in (path, f"{path}/*"))],
-        leaves=["out", "out/*", *outputs.values()] if name in ("batch", "again") else ["*.parts", "*.parts/*"],
+        writes=["out*", *places],
+        leaves=["out", "out/*", *places] if name in ("batch", "again") else ["*.parts", "*.parts/*"],
     )
 
 
