@@ -245,6 +245,7 @@ def test_another_format_version_is_refused(pipe, file, version):
         ({"change": lambda header: header["schedule"]["timesteps"].reverse()}, "`timesteps` must ascend"),
         ({"change": lambda header: header["canvas"].update(content_width=5e-324)}, "`content_width` of a canvas must"),
         ({"change": lambda header: header.update(lora_scale=None)}, "float"),
+        ({"change": lambda header: header.update(lora_scale=10**400)}, "too large"),
         ({"change": lambda header: header.update(lora_scale="nan")}, "`lora_scale` must be finite"),
         ({"change": lambda header: header.update(fingerprints=None)}, "not iterable"),
         ({"inversion.eps": torch.zeros(2, 4, 8, 7)}, "`eps` must be"),
