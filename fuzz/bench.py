@@ -255,7 +255,7 @@ class Bench:
         if ended.status != "refused":
             return []
         faults = [f"it was refused after models had run {self.ran} times"] if self.ran and not case.late else []
-        if case.names and not any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", ended.message) for name in case.names):
+        if case.names and not any(_is_word(name, ended.message) for name in case.names):
             faults.append(f"the error names none of {', '.join(case.names)}")
         return faults
 
@@ -304,6 +304,11 @@ class Bench:
             signal.setitimer(signal.ITIMER_REAL, 0)
             faulthandler.cancel_dump_traceback_later()
             signal.signal(signal.SIGALRM, previous)
+
+
+def _is_word(name: str, message: str) -> bool:
+    """Whether a message has a name by itself; the command line prints any white space as one space."""
+    return any(re.search(rf"(?<!\w){re.escape(one)}(?!\w)", message) for one in (name, " ".join(name.split())) if one)
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -110,6 +110,7 @@ def case(bench: Bench, rng: Random) -> Case:
     names = {word for option in chosen for word in (*option.option_strings, option.dest)} | {"the steps must nest"}
     names |= {quoted for word in (read[0], *words) for quoted in (f"'{word}'", f"({word})")}  # a value is named, too
     names |= {word for word in words if len(word) > 2}
+    names |= {"required"} if "--" in (read[0], *words) else set()  # it makes photos of the options that follow it
     return Case(
         kind=name,
         text=" ".join(map(ascii, [name, read[0], *words]))[:300] + " (as a process)" * as_process,
