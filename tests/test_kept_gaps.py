@@ -261,6 +261,11 @@ def same(one, other):
     assert all(torch.equal(*both) for both in zip(one.images, other.images, strict=True))
 
 
+def test_a_place_that_is_no_path_is_refused(pipe, album, fast):
+    with pytest.raises(TypeError, match=r"`keep` must be the path of a folder, not \[True\] of type list"):
+        through(pipe, album, {**fast, "keep": [True]})
+
+
 def test_the_base_class_keeps_nothing():
     kept, gap = KeptGaps(), random_gap()
     kept.keep_frames(0, random_frames(gap))

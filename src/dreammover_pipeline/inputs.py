@@ -40,7 +40,7 @@ def check_number(name: str, value, minimum: float, inclusive: bool = True, maxim
 
 def check_choice(name: str, value, allowed: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, not {value!r}")
 
 

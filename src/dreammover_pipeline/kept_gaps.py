@@ -116,7 +116,12 @@ def kept_gaps(
         shared: Whether one LoRA is fitted to all photos.
         model: What stands for the checkpoint and its precision.
         device: Where tensors that are read shall be.
+
+    Raises:
+        TypeError: The folder is no path.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"`keep` must be the path of a folder, not {folder!r} of type {type(folder).__name__}")
     fits = [gaps] * len(gaps) if shared else [[gap] for gap in gaps]
     lora_keys = [lora_key(fitted, preparing, model) for fitted in fits]
     gap_keys = [
