@@ -44,6 +44,18 @@ def test_check_number_refuses_what_is_out_of_range(value):
     refuses(ValueError, "x", check_number, "x", value, 0)
 
 
+@pytest.mark.parametrize("value", [10**400, 10**5000], ids=["400", "5000"])
+def test_numbers_of_many_digits_are_refused_by_name(value):
+    for limit in (10, INFINITE):
+        with pytest.raises(ValueError, match=r"`x` must be at most .*, not a number of about \d+ digits"):
+            check_number("x", value, 0, maximum=limit)
+    with pytest.raises(ValueError, match=r"`n` must be at most 10, not a number of about \d+ digits"):
+        check_integer("n", value, 0, 10)
+    with pytest.raises(ValueError, match=r"`n` must be at least 0, not a number of about \d+ digits"):
+        check_integer("n", -value, 0)
+    refuses(TypeError, "times", frame_times, 1, [10**400])
+
+
 def test_check_number_may_leave_its_minimum_out():
     check_number("x", 0, 0)
     check_number("x", 1e-9, 0, inclusive=False)

@@ -7,6 +7,7 @@ Every error names the argument and says what came and what is allowed. This modu
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from ctypes import c_float
 from numbers import Integral, Real
@@ -19,9 +20,9 @@ def check_integer(name: str, value, minimum: int, maximum: int | None = None) ->
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` must be an integer, not {value!r} of type {type(value).__name__}")
     if value < minimum:
-        raise ValueError(f"`{name}` must be at least {minimum}, not {value}")
+        raise ValueError(f"`{name}` must be at least {minimum}, not {_shown(value)}")
     if maximum is not None and value > maximum:
-        raise ValueError(f"`{name}` must be at most {maximum}, not {value}")
+        raise ValueError(f"`{name}` must be at most {maximum}, not {_shown(value)}")
 
 
 def check_number(name: str, value, minimum: float, inclusive: bool = True, maximum: float = math.inf) -> None:
@@ -31,11 +32,19 @@ def check_number(name: str, value, minimum: float, inclusive: bool = True, maxim
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number, not {value!r} of type {type(value).__name__}")
-    if not math.isfinite(value) or value < minimum or (value == minimum and not inclusive):
+    if value != value or abs(value) == math.inf or value < minimum or (value == minimum and not inclusive):
         bound = "at least" if inclusive else "above"
-        raise ValueError(f"`{name}` must be finite and {bound} {minimum}, not {value}")
-    if value > maximum:
-        raise ValueError(f"`{name}` must be at most {maximum:g}, not {value}")
+        raise ValueError(f"`{name}` must be finite and {bound} {minimum}, not {_shown(value)}")
+    largest = min(maximum, sys.float_info.max)
+    if value > largest:
+        raise ValueError(f"`{name}` must be at most {largest:g}, not {_shown(value)}")
+
+
+def _shown(value: Real) -> str:
+    """A number as an error message shows it; of one with very many digits, how many these are, about."""
+    if isinstance(value, Integral) and abs(value) >= 10**20:
+        return f"a number of about {round(abs(int(value)).bit_length() * math.log10(2))} digits"
+    return str(value)
 
 
 def check_choice(name: str, value, allowed: Sequence[str]) -> None:
@@ -72,7 +81,7 @@ def frame_times(n_frames, times) -> tuple[float, ...]:
         return tuple(i / (n_frames + 1) for i in range(1, n_frames + 1))
     try:
         values = tuple(float(time) for time in times)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"`times` must be a sequence of numbers, not {times!r}") from error
     if not values:
         raise ValueError("`times` must hold at least one number, but it is empty")
