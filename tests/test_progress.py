@@ -61,7 +61,7 @@ def fit_lora(pipe, photos, fast):
     ("work", "expected"),
     [
         (prepare, FITTING + INVERTING),
-        (render, FITTING + INVERTING + DENOISING + whole("Decoding", 3)),
+        (render, FITTING + INVERTING + DENOISING + whole("Decoding", 3 + 2)),  # the photos too, for their detail
         (call, FITTING + INVERTING + DENOISING + whole("Decoding", 3)),
         (sequence, (FITTING + INVERTING + DENOISING + whole("Decoding", 3)) * 2),
         (fit_lora, FITTING),

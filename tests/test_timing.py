@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dreammover_pipeline.images import rgb
 from dreammover_pipeline.inputs import frame_times
 from dreammover_pipeline.spacing import POOLED, even_times
 from dreammover_pipeline.timing import CURVES, check_easing, eased_times
@@ -200,11 +201,11 @@ def test_original_ends_stay_and_the_frames_beside_them_take_their_tone(pipe, pre
     times = [0.05, 0.5, 0.95]
 
     def rendered(**options):
-        return pipe.render(prepared, times=times, output_type="pt", **options).frames[0]
+        return pipe.render(prepared, times=times, detail="upsampled", output_type="pt", **options).frames[0]
 
     bare, original = rendered(), rendered(include_inputs=True)
     reconstructed = rendered(include_inputs=True, endpoints="reconstructed")
-    assert torch.equal(original[[0, -1]], torch.stack(prepared.images))
+    assert torch.equal(original[[0, -1]], torch.stack([rgb(image) for image in prepared.images]))
     assert torch.equal(reconstructed[1:-1], bare)
     brought_back = pipe.decode_latents(prepared.inversion.path[0])
     assert torch.allclose(reconstructed[[0, -1]], brought_back, atol=1e-5)

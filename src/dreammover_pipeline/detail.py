@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from .fields import blurred, cell_grid
 from .flow import agreement
+from .images import rgb
 from .light import gain_maps, light_gains
 from .paths import MotionPaths
 from .records import BidirectionalFlow, Canvas
@@ -59,9 +60,10 @@ STRIP_PIXELS = 2**19  # of a frame that are made together
 class PairDetail:
     """What the frames of a pair take their detail from.
 
-    `photos` are the two at the output size, (3, H, W) each. `small` (2, 4, h', w') are they on the grid of places,
-    with the VAE's mean error as a fourth channel; `gains` (2, 3, 3) bring each to the light of the other. `canvas` is
-    where both sit, `paths` are the ways of the cells and `sure` (2, 1, h, w) is how far the flow agrees both ways.
+    `photos` are the two at the output size, (3, H, W) in [0, 1] each. `small` (2, 4, h', w') are they on the grid of
+    places, with the VAE's mean error as a fourth channel; `gains` (2, 3, 3) bring each to the light of the other.
+    `canvas` is where both sit, `paths` are the ways of the cells and `sure` (2, 1, h, w) is how far the flow agrees
+    both ways.
     """
 
     photos: tuple[torch.Tensor, torch.Tensor]
@@ -85,7 +87,7 @@ class PairDetail:
         """What can be known once for all frames of a pair.
 
         Args:
-            photos: The two at the output size, (3, H, W) in [0, 1] each.
+            photos: The two at the output size, (3, H, W) each, in [0, 1] or uint8.
             working: The two on the canvas, (2, 3, canvas.height, canvas.width) in [0, 1].
             reconstructed: They, encoded and decoded by the VAE, which shows how far it can be trusted, place by place.
             canvas: Where the photos sit.
@@ -97,7 +99,7 @@ class PairDetail:
             F.interpolate(part.to(flow.forward), size, mode="area") for part in (working, reconstructed)
         )
         error = blurred(blurred(colours - copies, SECOND_BLUR).abs().mean(1, keepdim=True), SECOND_BLUR)
-        photos = tuple(photo.to(flow.forward) for photo in photos)
+        photos = tuple(rgb(photo).to(flow.forward) for photo in photos)
         gains = light_gains(colours, flow)
         return cls(photos, torch.cat([colours, error], 1), gains, canvas, flow, paths, agreement(flow))
 
@@ -358,17 +360,24 @@ def plan_detail(pair: PairDetail, frame: torch.Tensor, time: float) -> FrameDeta
 # ── At full size ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def with_detail(pair: PairDetail, frame: torch.Tensor, time: float, strip_pixels: int = STRIP_PIXELS) -> torch.Tensor:
+def with_detail(
+    pair: PairDetail,
+    frame: torch.Tensor,
+    time: float,
+    dtype: torch.dtype = torch.float32,
+    strip_pixels: int = STRIP_PIXELS,
+) -> torch.Tensor:
     """A frame at the output size with the detail of the photos.
 
     Args:
         pair: The photos.
         frame: The frame as diffusion made it, on the canvas, (3, canvas.height, canvas.width) in [0, 1].
         time: Its δ in [0, 1].
+        dtype: float32, or uint8, which takes a quarter of the memory.
         strip_pixels: How many pixels are made together, about; the frame does not depend on it.
 
     Returns:
-        (3, H, W) in [0, 1], on the CPU.
+        (3, H, W) in [0, 1] or uint8, on the CPU.
     """
     plan = plan_detail(pair, frame, time)
     canvas = pair.canvas
@@ -381,7 +390,7 @@ def with_detail(pair: PairDetail, frame: torch.Tensor, time: float, strip_pixels
     columns = Axis.of(width, canvas.content_width * w / canvas.width, w, wide)
     lines = _Lines.of(pair, plan, time)
     fields = torch.cat([1 - plan.taken, plan.taken * plan.added, (plan.taken * plan.light).flatten(0, 1)])
-    result = torch.empty(3, height, width, device="cpu")
+    result = torch.empty(3, height, width, dtype=dtype, device="cpu")
     step = max(1, strip_pixels // width)
     for top in range(0, height, step):
         strip = rows.part(top, min(height, top + step))
@@ -391,7 +400,8 @@ def with_detail(pair: PairDetail, frame: torch.Tensor, time: float, strip_pixels
         )
         seen = lines.looked_up(pair, strip, columns)
         pixels = kept * enlarged.clamp(0, 1) + added + light[:3] * seen[0] + light[3:] * seen[1]
-        result[:, top : top + step] = pixels.clamp(0, 1).cpu()
+        pixels = pixels.clamp(0, 1)
+        result[:, top : top + step] = pixels if dtype.is_floating_point else (255 * pixels).round()
     return result
 
 

@@ -12,7 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .images import MAX_PIXELS, Size
+from .images import MAX_PIXELS, Size, rgb
 from .inputs import check_integer
 from .records import Canvas
 
@@ -84,14 +84,21 @@ def fit_points(points: torch.Tensor, size: Size, canvas: Canvas) -> torch.Tensor
     return (points + 0.5 - before) * scaled / part - 0.5 - after
 
 
-def fit_to_output(image: torch.Tensor, canvas: Canvas) -> torch.Tensor:
-    """An image (3, H, W) at the output size, as it stands at an end of the video.
+def fit_to_output(photo: torch.Tensor, canvas: Canvas) -> torch.Tensor:
+    """A photo at the output size, as it stands at an end of the video.
+
+    Args:
+        photo: A photo (C, H, W), as `decode_images` returns it.
+        canvas: Where it is put.
 
     Returns:
-        The image (3, canvas.output_height, canvas.output_width) in [0, 1]. An image that already has this size keeps
-        its pixel values.
+        The photo (3, canvas.output_height, canvas.output_width). A photo of 8-bit colours that has this size already
+        is returned as it is; any other is float32 in [0, 1], and keeps its pixel values if it has this size.
     """
-    return _cover(image, canvas.output_height, canvas.output_width)
+    size = canvas.output_height, canvas.output_width
+    if photo.dtype == torch.uint8 and tuple(photo.shape) == (3, *size):
+        return photo
+    return _cover(rgb(photo), *size)
 
 
 def unfit(frames: torch.Tensor, canvas: Canvas) -> torch.Tensor:

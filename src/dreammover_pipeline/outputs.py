@@ -40,11 +40,13 @@ class DreamMoverPipelineOutput(BaseOutput):
 
 
 def as_output(frame: torch.Tensor, output_type: str):
-    """A frame (1, 3, H, W) as a list of one PIL image, an array (1, H, W, 3), or the tensor itself."""
-    if output_type == "pt":
-        return frame
-    array = VaeImageProcessor.pt_to_numpy(frame)
-    return array if output_type == "np" else VaeImageProcessor.numpy_to_pil(array)
+    """A frame (1, 3, H, W), uint8 or in [0, 1], as a list of one PIL image, an array (1, H, W, 3) or a tensor."""
+    eight_bit = frame.dtype == torch.uint8
+    if output_type == "pil":
+        pixels = frame if eight_bit else frame.mul(255).round_().to(torch.uint8)  # few copies: a frame may be large
+        return [PIL.Image.fromarray(pixels[0].movedim(0, -1).contiguous().cpu().numpy())]
+    values = frame / 255 if eight_bit else frame
+    return values if output_type == "pt" else VaeImageProcessor.pt_to_numpy(values)
 
 
 def joined(outputs: list[DreamMoverPipelineOutput]) -> DreamMoverPipelineOutput:

@@ -68,8 +68,8 @@ class PairInput:
         return torch.stack([fit(rgb(photo), self.canvas) for photo in self.photos])
 
     def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two photos as they stand at the ends of the video, (3, H, W) in [0, 1] each."""
-        first, last = (fit_to_output(rgb(photo), self.canvas) for photo in self.photos)
+        """The two photos as they stand at the ends of the video, as `fit_to_output` gives them."""
+        first, last = (fit_to_output(photo, self.canvas) for photo in self.photos)
         return first, last
 
 

@@ -171,9 +171,10 @@ class FusedFrames:
 class PreparedPair:
     """Everything about a pair that does not depend on the frames asked for; `DreamMoverPipeline.render` takes it.
 
-    `images` are the two inputs at the output size, (3, H, W) in [0, 1] each; `canvas` is where both sit for the
-    models; `inversion` and `flow` are those of the pair; `prompt_embeds` (2, L, D) holds the embedded prompt of each
-    image; `lora` holds the weights of the pair's LoRA, None if none was fitted; `lora_scale` multiplies its effect.
+    `images` are the two inputs at the output size, (3, H, W) each: float32 in [0, 1], or uint8 where a photo of 8 bits
+    needs no scaling, since large photos would fill the memory otherwise. `canvas` is where both sit for the models;
+    `inversion` and `flow` are those of the pair; `prompt_embeds` (2, L, D) holds the embedded prompt of each image;
+    `lora` holds the weights of the pair's LoRA, None if none was fitted; `lora_scale` multiplies its effect.
     """
 
     images: tuple[torch.Tensor, torch.Tensor]

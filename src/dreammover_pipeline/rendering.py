@@ -23,6 +23,7 @@ from .fusion import (
     photometric_importance,
     select_unwarped,
 )
+from .images import rgb
 from .inputs import frame_times
 from .layout import holding_layout
 from .outputs import DreamMoverPipelineOutput, as_output
@@ -51,7 +52,7 @@ class DenoisedFrames:
     """Frames of a pair that are made and not decoded yet.
 
     `latents` (F, C, h, w) are clean, `times` the δ of each; `clean_ends` (2, C, h, w) are the clean latents of the two
-    photos and `images` the photos at the output size, (3, H, W) in [0, 1] each.
+    photos and `images` the photos at the output size, as `fit_to_output` gives them.
     """
 
     latents: torch.Tensor
@@ -259,6 +260,9 @@ def _decoded(
     pictures, flagged = [], []
     from_photos, ends, tones = settings.detail == "photos", [image[None] for image in frames.images], []
     both = from_photos or settings.include_inputs
+    canvas = frames.canvas
+    content = (..., slice(canvas.content_height), slice(canvas.content_width))
+    working = torch.stack([fit(rgb(image), canvas) for image in frames.images]) if both else None
     with (
         stages("Decoding", len(frames.latents) + 2 * both) as step,
         autoencoder.decoder() as decode,
@@ -270,15 +274,20 @@ def _decoded(
             return picture
 
         copies = [decoded(latent) for latent in frames.clean_ends.split(1)] if both else []
-        finish = partial(_upsampled, frames.canvas)
+        finish = partial(_upsampled, canvas)
         if from_photos:
             with interruptible():
                 paths = paths or motion_paths(frames.flow, settings.motion)
-                finish = partial(_detailed, _pair_detail(frames, copies, paths))
+                pair = PairDetail.of(frames.images, working, torch.cat(copies), canvas, frames.flow, paths)
+            dtype = torch.uint8 if output_type == "pil" else torch.float32
+            finish = partial(_detailed, pair, dtype)
         if settings.include_inputs and settings.endpoints == "reconstructed":
             ends = [finish(copy, [], time) for copy, time in zip(copies, (0.0, 1.0), strict=True)]
         elif settings.include_inputs:
-            tones = [tone_difference(end, unfit(copy, frames.canvas)) for end, copy in zip(ends, copies, strict=True)]
+            tones = [
+                tone_difference(photo[content], copy[content])
+                for photo, copy in zip(working.split(1), copies, strict=True)
+            ]
         for latent, time in zip(frames.latents.split(1), frames.times, strict=True):
             picture = decoded(latent)
             with interruptible():
@@ -298,21 +307,11 @@ def _upsampled(canvas: Canvas, decoded: torch.Tensor, tones: list[torch.Tensor],
     return with_tone(unfit(decoded, canvas), tones, time)
 
 
-def _detailed(pair: PairDetail, decoded: torch.Tensor, tones: list[torch.Tensor], time: float) -> torch.Tensor:
+def _detailed(
+    pair: PairDetail, dtype: torch.dtype, decoded: torch.Tensor, tones: list[torch.Tensor], time: float
+) -> torch.Tensor:
     """What `_upsampled` gives, with the detail of the photos."""
     canvas, frame = pair.canvas, decoded.clone()
     content = (..., slice(canvas.content_height), slice(canvas.content_width))
     frame[content] = with_tone(decoded[content], tones, time)
-    return with_detail(pair, frame[0], time)[None]
-
-
-def _pair_detail(frames: DenoisedFrames, copies: list[torch.Tensor], paths: MotionPaths) -> PairDetail:
-    """What frames take their detail from.
-
-    Args:
-        frames: What `render_latents` returned.
-        copies: The two photos, encoded and decoded by the VAE, (1, 3, height, width) each.
-        paths: The way of every cell of both photos.
-    """
-    working = torch.stack([fit(image, frames.canvas) for image in frames.images])
-    return PairDetail.of(frames.images, working, torch.cat(copies), frames.canvas, frames.flow, paths)
+    return with_detail(pair, frame[0], time, dtype)[None]

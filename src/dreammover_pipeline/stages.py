@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from .lora import check_pair_lora
+from .outputs import as_output
 from .paths import motion_paths
 from .records import FusedFrames, PreparedPair
 from .rendering import fuse_pair, place_frames, preview_pair
@@ -163,14 +164,14 @@ class StageMethods:
         """Black out what the safety checker flags, if there is one.
 
         Args:
-            image: (B, 3, H, W) in [0, 1].
+            image: (B, 3, H, W) in [0, 1], or uint8.
 
         Returns:
             The images, and which were flagged; None without a safety checker.
         """
         if self.safety_checker is None:
             return image, None
-        pictures = self.image_processor.numpy_to_pil(self.image_processor.pt_to_numpy(image))
+        pictures = [picture for frame in image.split(1) for picture in as_output(frame, "pil")]
         device, dtype = self._execution_device, self.safety_checker.dtype
         clip_input = self.feature_extractor(pictures, return_tensors="pt").pixel_values.to(device, dtype)
         with interruptible():

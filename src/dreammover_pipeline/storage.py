@@ -29,7 +29,8 @@ from .scratch import replacing
 
 logger = logging.get_logger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # which has photos in 8 bits where that is all they have
+READABLE_VERSIONS = (1, 2)
 HEADER = "dreammover_pair"
 DIGEST = "dreammover_digest"  # the header entry with the digest of all that a file holds besides
 LORA = "lora."  # prefix, in the file, of the names of the pair's LoRA weights
@@ -235,10 +236,10 @@ def _checked_header(text: str, path: str | os.PathLike) -> dict:
         found = header["version"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"'{path}' holds no prepared pair: its header cannot be read") from error
-    if found != FORMAT_VERSION:
+    if found not in READABLE_VERSIONS:
         raise ValueError(
-            f"'{path}' holds a prepared pair of format version {found}, but only version {FORMAT_VERSION} is known "
-            "here; use the release of dreammover-pipeline that wrote it, or prepare the pair anew"
+            f"'{path}' holds a prepared pair of format version {found}, but only versions up to {FORMAT_VERSION} are "
+            "known here; use the release of dreammover-pipeline that wrote it, or prepare the pair anew"
         )
     return header
 

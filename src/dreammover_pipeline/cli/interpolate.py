@@ -221,9 +221,8 @@ def _crossfades(
         times: The δ of the frames of each gap.
     """
     from ..framing import fit_to_output
-    from ..images import rgb
 
-    ends = [picture_of(fit_to_output(rgb(photo), canvas)) for photo in decoded]
+    ends = [picture_of(fit_to_output(photo, canvas)) for photo in decoded]
     places = [(both, [time]) for both, gap in zip(pairwise(ends), times, strict=True) for time in gap]
 
     def frame(index: int) -> Image.Image:

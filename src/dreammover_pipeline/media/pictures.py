@@ -20,8 +20,8 @@ FONT = ImageFont.load_default(12)
 
 
 def picture_of(image: torch.Tensor) -> Image.Image:
-    """An image (3, H, W) as a picture of 8 bits; values are clipped to [0, 1] and rounded."""
-    pixels = (image.detach().clamp(0, 1) * 255).round().byte()
+    """An image (3, H, W) as a picture of 8 bits; floats are clipped to [0, 1] and rounded, uint8 stays as it is."""
+    pixels = (image.detach().clamp(0, 1) * 255).round().byte() if image.is_floating_point() else image
     return Image.fromarray(pixels.movedim(0, -1).contiguous().cpu().numpy())
 
 
