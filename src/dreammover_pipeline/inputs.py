@@ -7,9 +7,12 @@ Every error names the argument and says what came and what is allowed. This modu
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from ctypes import c_float
 from numbers import Integral, Real
+
+LONGEST_SHOWN = 10**20  # numbers from here on are not written out in error messages
 
 
 def check_integer(name: str, value, minimum: int, maximum: int | None = None) -> None:
@@ -17,9 +20,9 @@ def check_integer(name: str, value, minimum: int, maximum: int | None = None) ->
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` must be an integer, not {value!r} of type {type(value).__name__}")
     if value < minimum:
-        raise ValueError(f"`{name}` must be at least {minimum}, not {value}")
+        raise ValueError(f"`{name}` must be at least {minimum}, not {_shown(value)}")
     if maximum is not None and value > maximum:
-        raise ValueError(f"`{name}` must be at most {maximum}, not {value}")
+        raise ValueError(f"`{name}` must be at most {maximum}, not {_shown(value)}")
 
 
 def check_number(name: str, value, minimum: float, inclusive: bool = True, maximum: float = math.inf) -> None:
@@ -29,11 +32,56 @@ def check_number(name: str, value, minimum: float, inclusive: bool = True, maxim
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number, not {value!r} of type {type(value).__name__}")
-    if not math.isfinite(value) or value < minimum or (value == minimum and not inclusive):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # a whole number, or a fraction, that no float can hold
+        finite = False
+    if not finite or value < minimum or (value == minimum and not inclusive):
         bound = "at least" if inclusive else "above"
-        raise ValueError(f"`{name}` must be finite and {bound} {minimum}, not {value}")
+        raise ValueError(f"`{name}` must be finite and {bound} {minimum}, not {_shown(value)}")
     if value > maximum:
         raise ValueError(f"`{name}` must be at most {maximum:g}, not {value}")
+
+
+def _shown(value: Real) -> str:
+    """A number as error messages show it. Python itself refuses to write out whole numbers of too many digits."""
+    huge = isinstance(value, Integral) and abs(value) >= LONGEST_SHOWN
+    return "a number of more than 20 digits" if huge else str(value)
+
+
+def check_text(name: str, value: object) -> None:
+    """Raise ValueError if a text, or one in a list of texts, is no valid Unicode; no other form is judged.
+
+    Such are halves of surrogate pairs, as JSON can hold, and bytes of the command line that are not UTF-8.
+    """
+    for text in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(text, (list, tuple)):
+            check_text(name, text)
+        elif isinstance(text, str):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"`{name}` must be valid Unicode, but {text[error.start]!a} is in it") from None
+
+
+def file_fault(path: str | os.PathLike) -> str | None:
+    """What is at a path instead of a regular file, as error messages call it; None for a regular file.
+
+    Only regular files are opened: reading from a pipe could wait for ever, and from a device it could go on without
+    end.
+    """
+    if os.path.isfile(path):
+        return None
+    if os.path.isdir(path):
+        return "a folder"
+    return "a pipe, a socket or a device" if os.path.exists(path) else "no existing file"
+
+
+def check_file_place(path: str | os.PathLike) -> None:
+    """Raise ValueError if there is anything but a regular file at the place of a file that is to be written."""
+    fault = file_fault(path)
+    if fault is not None and os.path.exists(path):
+        raise ValueError(f"cannot write the file '{path}': there is {fault} of that name")
 
 
 def check_choice(name: str, value, allowed: Sequence[str]) -> None:
@@ -72,6 +120,8 @@ def frame_times(n_frames, times) -> tuple[float, ...]:
         values = tuple(float(time) for time in times)
     except (TypeError, ValueError) as error:
         raise TypeError(f"`times` must be a sequence of numbers, not {times!r}") from error
+    except OverflowError as error:
+        raise ValueError("`times` must lie strictly between 0 and 1, but a far larger number is among them") from error
     if not values:
         raise ValueError("`times` must hold at least one number, but it is empty")
     outside = [value for value in values if not 0 < as_float32(value) < 1]

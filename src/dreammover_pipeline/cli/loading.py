@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..inputs import file_fault
 from ..tiny import CHECKPOINT
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ def check_model(model: str, allow_pickle: bool = False) -> None:
             f"the model '{model}' is a pickle, which can run code while it is loaded; take a .safetensors file, "
             "or add --allow-pickle if you trust where this one comes from"
         )
+    if source.exists() and not source.is_file() and not source.is_dir():
+        raise ValueError(f"the model '{model}' is {file_fault(source)}; a file or a folder is needed")
     if not source.exists() and (is_model_file or not HUB_ID.fullmatch(str(source))):
         known = " or ".join(MODELS)
         raise ValueError(f"the model '{model}' is no file or folder here; it may also be {known} or an owner/name")
