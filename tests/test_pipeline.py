@@ -515,7 +515,7 @@ def test_an_overflowing_vae_is_run_again_in_float32(pipe, photos, fast, caplog):
 
 def test_a_unet_that_overflows_is_an_error_in_words(pipe, photos, fast):
     pipe.unet.conv_out.bias.data[0] = torch.inf
-    with pytest.raises(RuntimeError, match=r"bfloat16 or float32"):
+    with pytest.raises(RuntimeError, match=r"overflowed in torch.float32; lower `lora_scale`"):
         pipe(*photos, **fast)
 
 
@@ -677,7 +677,18 @@ GOOD = np.zeros((64, 64, 3), np.uint8)
         ({"negative_prompt_embeds": torch.zeros(2, 24, 32)}, ValueError, "negative_prompt_embeds"),
         ({"generator": 5}, TypeError, "generator"),
         ({"generator": [torch.Generator()] * 2}, ValueError, "generator"),
+        ({"prompt_embeds": torch.full((1, 24, 32), torch.nan)}, ValueError, "`prompt_embeds`.*finite"),
         ({"clip_skip": -1}, ValueError, "clip_skip"),
+        ({"clip_skip": 3}, ValueError, "`clip_skip` must be at most 2, not 3"),
+        ({"callback_on_step_end": 1}, TypeError, "`callback_on_step_end` must be a function"),
+        ({"callback_on_step_end_tensor_inputs": "latents"}, TypeError, "callback_on_step_end_tensor_inputs.*list"),
+        ({"cross_attention_kwargs": "scale"}, TypeError, "cross_attention_kwargs.*dictionary"),
+        ({"cross_attention_kwargs": {"scale": "1"}}, TypeError, "cross_attention_kwargs.*scale.*number"),
+        ({"include_inputs": "no"}, TypeError, "`include_inputs` must be True or False, not 'no'"),
+        ({"return_dict": None}, TypeError, "`return_dict` must be True or False"),
+        ({"times": np.linspace(0, 1, 10**6 + 2)[1:-1]}, ValueError, "`times` must hold at most"),
+        ({"guidance_scale": 2, "prompt_embeds": torch.zeros(1, 9, 32)}, ValueError, "9 tokens.*negative"),
+        ({"guidance_scale": 2, "negative_prompt_embeds": torch.zeros(1, 9, 32)}, ValueError, "have 9; pass"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, ValueError, "callback_on_step_end_tensor_inputs"),
     ],
     ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
@@ -685,6 +696,62 @@ GOOD = np.zeros((64, 64, 3), np.uint8)
 def test_bad_input_is_refused_before_any_model_runs(pipe, calls, arguments, error, message):
     with pytest.raises(error, match=message):
         pipe(**{"img0": GOOD, "img1": GOOD, "output_type": "pt", "n_frames": 1} | arguments)
+    assert not any(calls.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": "a cat"}, "pass `prompt_embeds` instead of `prompt`"),
+        ({"prompt_embeds": torch.zeros(1, 9, 32), "guidance_scale": 2}, "pass `negative_prompt_embeds`"),
+    ],
+)
+def test_without_a_text_encoder_texts_come_as_embeddings(pipe, calls, arguments, message):
+    pipe.text_encoder = None
+    with pytest.raises(ValueError, match=message):
+        pipe(GOOD, GOOD, **arguments)
+    assert not any(calls.values())
+
+
+def test_every_method_refuses_what_the_models_cannot_do(pipe, photos, fast, calls):
+    pair = pipe.prepare(*photos, **{name: fast[name] for name in ("height", "width") if name in fast}, lora_steps=0)
+    for count in calls:
+        calls[count] = 0
+    refused = [
+        (pipe.prepare, photos, {"clip_skip": 3}, "clip_skip"),
+        (pipe.fit_lora, photos, {"clip_skip": 3}, "clip_skip"),
+        (pipe.fit_shared_lora, [photos], {"clip_skip": 3}, "clip_skip"),
+        (pipe.interpolate_sequence, [photos], {"clip_skip": 3}, "clip_skip"),
+        (pipe.interpolate_sequence, [photos], {"return_dict": 1}, "return_dict"),
+        (pipe.render, [pair], {"negative_prompt_embeds": torch.zeros(1, 9, 32), "guidance_scale": 2}, "9"),
+    ]
+    for method, given, arguments, message in refused:
+        with pytest.raises((TypeError, ValueError), match=message):
+            method(*given, **arguments)
+    assert not any(calls.values())
+
+
+@pytest.mark.parametrize("name", ["unet", "vae", "scheduler"])
+def test_a_pipeline_without_a_model_says_so(pipe, name):
+    setattr(pipe, name, None)
+    with pytest.raises(ValueError, match=f"made with `{name}` None"):
+        pipe(GOOD, GOOD)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"addition_embed_type": "text_time"}, "addition_embed_type.*SDXL"),
+        ({"class_embed_type": "projection"}, "class_embed_type.*unCLIP"),
+        ({"num_class_embeds": 10}, "num_class_embeds"),
+        ({"encoder_hid_dim_type": "text_image_proj"}, "encoder_hid_dim_type"),
+        ({"encoder_hid_dim_type": "ip_image_proj"}, "IP-Adapter.*unload_ip_adapter"),
+    ],
+)
+def test_a_unet_that_needs_more_than_a_text_is_refused(pipe, calls, config, message):
+    pipe.unet.register_to_config(**config)
+    with pytest.raises(ValueError, match=message):
+        pipe(GOOD, GOOD)
     assert not any(calls.values())
 
 

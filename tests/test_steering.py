@@ -485,7 +485,7 @@ FISH = [str(EXAMPLES / "fish" / name) for name in ("0.png", "1.png")]
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--points", "[[[1,2],[3,4]"], "--points holds no JSON that can be read: .*; write [[[x0, y0], [x1, y1]], ...]"),
+        (["--points", "[[[1,2],[3,4]"], "--points holds no JSON that can be read: .*; write [[[x0, y0], "),
         (["--points", "no.json"], "'no.json', the file of --points, cannot be read: it is no existing file"),
         (["--points", "[[1,2],[3,4]]"], "`points` must be a sequence of ((x0, y0), (x1, y1))"),
         (["--points", "[[[1,2],[300,4]]]"], "`points[0]` is at (300, 4) in img1, which has 128×128 pixels"),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, TypeVar
 
-from .inputs import check_choice, check_integer, check_number, check_text
+from .inputs import LARGEST_COUNT, check_choice, check_integer, check_number, check_text
 
 ASK_PYTHON = object()  # the option of an argument that the command line does not have
 
@@ -24,10 +24,10 @@ class Values:
 
 @dataclass(frozen=True)
 class WholeNumbers(Values):
-    """Whole numbers from `least` to `largest`; beyond that lies nothing that anybody could wait for."""
+    """Whole numbers from `least` to `largest`."""
 
     least: int
-    largest: int = 100_000
+    largest: int = LARGEST_COUNT
     in_files: ClassVar[bool] = True
 
     def check(self, name: str, value: object) -> None:
@@ -47,6 +47,18 @@ class Numbers(Values):
     def check(self, name: str, value: object) -> None:
         """Raise TypeError or ValueError unless the value is such a number."""
         check_number(name, value, self.least, self.inclusive, self.largest)
+
+
+@dataclass(frozen=True)
+class Switch(Values):
+    """True or False."""
+
+    in_files: ClassVar[bool] = True
+
+    def check(self, name: str, value: object) -> None:
+        """Raise TypeError unless the value is one of the two."""
+        if not isinstance(value, bool):
+            raise TypeError(f"`{name}` must be True or False, not {value!r} of type {type(value).__name__}")
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,38 @@ class Plain(Values):
     """Values that JSON can hold and that are checked together with other arguments."""
 
     in_files: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Function(Values):
+    """A function, or any other object that can be called."""
+
+    def check(self, name: str, value: object) -> None:
+        """Raise TypeError unless the value can be called."""
+        if not callable(value):
+            raise TypeError(f"`{name}` must be a function, not {value!r} of type {type(value).__name__}")
+
+
+@dataclass(frozen=True)
+class Keywords(Values):
+    """A dictionary of keyword arguments; one that is called "scale" is a number."""
+
+    def check(self, name: str, value: object) -> None:
+        """Raise TypeError or ValueError unless the value is such a dictionary."""
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise TypeError(f"`{name}` must be a dictionary with strings as keys, not {value!r}")
+        if "scale" in value:
+            check_number(f'{name}["scale"]', value["scale"], -1000, maximum=1000)
+
+
+@dataclass(frozen=True)
+class Names(Values):
+    """A list or a tuple of names."""
+
+    def check(self, name: str, value: object) -> None:
+        """Raise TypeError unless the value is a sequence of strings, and not a single string."""
+        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+            raise TypeError(f"`{name}` must be a list of strings, not {value!r} of type {type(value).__name__}")
 
 
 @dataclass(frozen=True)

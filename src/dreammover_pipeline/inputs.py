@@ -13,6 +13,7 @@ from ctypes import c_float
 from numbers import Integral, Real
 
 LONGEST_SHOWN = 10**20  # numbers from here on are not written out in error messages
+LARGEST_COUNT = 100_000  # of steps, frames and so on; beyond that lies nothing that anybody could wait for
 
 
 def check_integer(name: str, value, minimum: int, maximum: int | None = None) -> None:
@@ -124,6 +125,8 @@ def frame_times(n_frames, times) -> tuple[float, ...]:
         raise ValueError("`times` must lie strictly between 0 and 1, but a far larger number is among them") from error
     if not values:
         raise ValueError("`times` must hold at least one number, but it is empty")
+    if len(values) > LARGEST_COUNT:
+        raise ValueError(f"`times` must hold at most {LARGEST_COUNT} numbers, not {len(values)}")
     outside = [value for value in values if not 0 < as_float32(value) < 1]
     if outside:
         raise ValueError(f"`times` must lie strictly between 0 and 1, but {outside[0]} is among them")

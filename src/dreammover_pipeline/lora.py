@@ -127,10 +127,10 @@ def fit_pair_lora(
 def _check_converged(weights: dict[str, torch.Tensor], dtype: torch.dtype, learning_rate: float) -> None:
     """Raise RuntimeError unless all fitted weights are finite."""
     if not all(weight.isfinite().all() for weight in weights.values()):
-        raise RuntimeError(
-            f"the LoRA fit diverged in {dtype} at learning rate {learning_rate}; "
-            "lower `lora_learning_rate`, or load the model in bfloat16 or float32"
-        )
+        remedy = "lower `lora_learning_rate`"
+        if dtype == torch.float16:
+            remedy += ", or load the model in bfloat16 or float32"
+        raise RuntimeError(f"the LoRA fit diverged in {dtype} at learning rate {learning_rate}; {remedy}")
 
 
 def _draw_two(
@@ -294,7 +294,7 @@ def check_pair_lora(unet: torch.nn.Module, weights: dict[str, torch.Tensor]) -> 
 
     Raises:
         TypeError: The weights are not a dict of floating point tensors.
-        ValueError: A weight is missing, is unknown, or has a shape that does not fit.
+        ValueError: A weight is missing, is unknown, has a shape that does not fit, or is not finite.
     """
     if not isinstance(weights, dict):
         raise TypeError(f"`lora` must be a dict of tensors, not {type(weights).__name__}")
@@ -311,6 +311,8 @@ def check_pair_lora(unet: torch.nn.Module, weights: dict[str, torch.Tensor]) -> 
         shape = (rank, side) if "lora_A" in name else (side, rank)
         if tuple(weight.shape) != shape:
             raise ValueError(f"`lora` does not fit this UNet: {name!r} must be {shape}, not {tuple(weight.shape)}")
+        if not weight.isfinite().all():
+            raise ValueError(f"`lora` must hold finite numbers, but {name!r} has others")
 
 
 def _sides(unet: torch.nn.Module) -> dict[str, int]:

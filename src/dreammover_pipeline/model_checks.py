@@ -7,18 +7,21 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import SchedulerMixin
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from .arguments import Settings
 from .attention import self_attention_names
-from .inputs import check_attention_blocks_exist, check_choice, check_feature_blocks_exist
+from .inputs import check_attention_blocks_exist, check_choice, check_feature_blocks_exist, check_integer
+from .prompts import NegativeText, PairText
 from .schedules import ddim_schedule
-from .settings import Delivery, PrepareSettings, RenderSettings
+from .settings import Delivery, FitSettings, PrepareSettings, RenderSettings
 
 
 def check_model_fits(
     settings: Sequence[Settings],
     unet: torch.nn.Module,
     vae: torch.nn.Module,
+    text_encoder: CLIPTextModel | None,
     scheduler: SchedulerMixin,
     callback_tensors: Sequence[str],
 ) -> None:
@@ -28,12 +31,16 @@ def check_model_fits(
         settings: Groups of settings, each checked for what it holds.
         unet: Of the pipeline.
         vae: Of the pipeline.
+        text_encoder: Of the pipeline, which may have none.
         scheduler: Of the pipeline.
         callback_tensors: Names of the tensors that a step callback may ask for.
     """
+    check_models(unet, vae, scheduler)
     for group in settings:
+        if isinstance(group, FitSettings):
+            check_clip_skip(group.clip_skip, text_encoder)
         if isinstance(group, PrepareSettings):
-            check_preparing(group, unet, vae, scheduler)
+            check_preparing(group, unet, scheduler)
         elif isinstance(group, RenderSettings):
             blocks = range(len(unet.up_blocks))
             attentions = [len(self_attention_names(unet, block)) for block in blocks]
@@ -43,15 +50,76 @@ def check_model_fits(
                 check_choice("callback_on_step_end_tensor_inputs", name, callback_tensors)
 
 
-def check_preparing(
-    settings: PrepareSettings, unet: torch.nn.Module, vae: torch.nn.Module, scheduler: SchedulerMixin
+def check_models(unet: torch.nn.Module | None, vae: torch.nn.Module | None, scheduler: SchedulerMixin | None) -> None:
+    """Raise ValueError unless there are all of these, and the UNet takes a VAE's latents, a text and nothing else."""
+    for name, component in (("unet", unet), ("vae", vae), ("scheduler", scheduler)):
+        if component is None:
+            raise ValueError(f"the pipeline was made with `{name}` None, and cannot make frames without it")
+    wanted, given = unet.config.in_channels, vae.config.latent_channels
+    if wanted != given:
+        raise ValueError(
+            f"the UNet takes {wanted} channels but the VAE's latents have {given}: "
+            "inpainting, depth and upscaling checkpoints are not supported"
+        )
+    if unet.config.encoder_hid_dim_type == "ip_image_proj":
+        raise ValueError(
+            "the UNet has an IP-Adapter, which needs a picture of its own besides the two photos; "
+            "take it off by `unload_ip_adapter()` of the pipeline that loaded it"
+        )
+    for name in ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
+        value = getattr(unet.config, name)
+        if value is not None:
+            raise ValueError(
+                f"the UNet needs more than latents, a timestep and a text (its `{name}` is {value!r}): "
+                "SDXL, unCLIP and other checkpoints beside Stable Diffusion 1.x and 2.x are not supported"
+            )
+
+
+def check_clip_skip(clip_skip: int | None, text_encoder: CLIPTextModel | None) -> None:
+    """Raise ValueError if more layers were to be left out than the text encoder has."""
+    if clip_skip is not None and text_encoder is not None:
+        check_integer("clip_skip", clip_skip, 0, text_encoder.config.num_hidden_layers)
+
+
+def check_texts(texts: Sequence[PairText], text_encoder: CLIPTextModel | None) -> None:
+    """Raise ValueError if there are prompts, and no text encoder to embed them."""
+    if text_encoder is None and any(text.prompts is not None for text in texts):
+        raise ValueError("the pipeline was made with `text_encoder` None; pass `prompt_embeds` instead of `prompt`")
+
+
+def check_guidance(
+    tokens: int, negative: NegativeText, text_encoder: CLIPTextModel | None, tokenizer: CLIPTokenizer | None
 ) -> None:
+    """Raise ValueError unless guidance can compare the embeddings of frames with those that it leads away from.
+
+    Args:
+        tokens: Number of tokens L in the embeddings (2, L, D) of a pair.
+        negative: What guidance leads away from.
+        text_encoder: Of the pipeline, which may have none.
+        tokenizer: Of the text encoder.
+    """
+    if negative.embeds is not None:
+        others, remedy = negative.embeds.shape[1], "pass both of the same length"
+    elif text_encoder is None:
+        raise ValueError(
+            "the pipeline was made with `text_encoder` None; "
+            "pass `negative_prompt_embeds` where `guidance_scale` is above 1"
+        )
+    else:
+        others, remedy = tokenizer.model_max_length, "pass `negative_prompt_embeds` of the same length"
+    if tokens != others:
+        raise ValueError(
+            f"guidance needs embeddings of one length, but those of the photos have {tokens} tokens and "
+            f"`negative_prompt_embeds`, or the negative prompt, have {others}; {remedy}"
+        )
+
+
+def check_preparing(settings: PrepareSettings, unet: torch.nn.Module, scheduler: SchedulerMixin) -> None:
     """Raise ValueError unless a pair can be prepared with these settings and models.
 
     Args:
         settings: How the pair is to be inverted and matched.
-        unet: Must take the VAE's latents and nothing else.
-        vae: Encodes the photos.
+        unet: Must have the blocks whose features are to be matched.
         scheduler: Must have as many distinct timesteps as there are to be steps.
     """
     trained = scheduler.config.num_train_timesteps
@@ -62,12 +130,6 @@ def check_preparing(
         )
     ddim_schedule(scheduler, settings.num_inference_steps, settings.inversion_steps)
     check_feature_blocks_exist(settings.feature_block, len(unet.up_blocks))
-    wanted, given = unet.config.in_channels, vae.config.latent_channels
-    if wanted != given:
-        raise ValueError(
-            f"the UNet takes {wanted} channels but the VAE's latents have {given}: "
-            "inpainting, depth and upscaling checkpoints are not supported"
-        )
 
 
 def check_no_callback(name: str, delivery: Delivery) -> None:

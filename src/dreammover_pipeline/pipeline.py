@@ -45,7 +45,7 @@ from .layout import holding_layout  # noqa: F401, named for the loader
 from .light import in_one_light  # noqa: F401, named for the loader
 from .lora import check_pair_lora
 from .memory import free_cache  # noqa: F401, named for the loader
-from .model_checks import check_model_fits, check_no_callback
+from .model_checks import check_guidance, check_model_fits, check_no_callback, check_texts
 from .outputs import DreamMoverPipelineOutput, joined, returned
 from .pairs import ModelSizes, PairInput, check_stackable, checked_pair, checked_pairs
 from .paths import motion_paths
@@ -312,6 +312,7 @@ class DreamMoverPipeline(
         preparing, rendering, delivery = (group.of(arguments) for group in (PrepareSettings, RenderSettings, Delivery))
         self._check_model_fits(preparing, rendering, delivery)
         pairs = checked_pairs(img0, img1, content, negative, self._sizes, random=lora_steps > 0)
+        self._check_texts(pairs, guidance_scale)
         check_stackable(pairs, output_type)
         with self._turn():
             self._interrupt = False
@@ -373,6 +374,7 @@ class DreamMoverPipeline(
             check_pair_lora(self.unet, lora)
         random = lora is None and lora_steps > 0
         pair = checked_pair(img0, img1, Content.of(arguments), self._sizes, random, canvas)
+        self._check_texts([pair])
         with self._turn():
             return self._prepare(pair, settings, lora)
 
@@ -415,6 +417,8 @@ class DreamMoverPipeline(
         settings, delivery = RenderSettings.of(arguments), Delivery.of(arguments)
         self._check_model_fits(settings, delivery)
         (negative,) = pair_negatives(negative_prompt, negative_prompt_embeds, 1, self._sizes.text_width)
+        if guidance_scale > 1:
+            check_guidance(pair.prompt_embeds.shape[1], negative, self.text_encoder, self.tokenizer)
         with self._turn():
             self._interrupt = False
             return returned(self._render(pair, settings, negative, delivery), return_dict)
@@ -501,14 +505,16 @@ class DreamMoverPipeline(
         """
         check_choice("lora", lora, LORAS)
         check_arguments_of_a_sequence(arguments)
-        arguments |= {"prompt": prompt, "include_inputs": include_inputs}
+        arguments |= {"prompt": prompt, "include_inputs": include_inputs, "return_dict": return_dict}
         content, negative = Content.of(arguments), NegativeContent.of(arguments)
         preparing, delivery = PrepareSettings.of(arguments), Delivery.of(arguments)
         shared = lora == "shared"
+        self._check_model_fits(preparing, delivery)
         gaps = checked_gaps(images, content, negative, self._sizes, shared, random=preparing.lora_steps > 0)
         counts = frames_of_gaps(n_frames, len(gaps))
         rendering = [RenderSettings.of({**arguments, "n_frames": count}) for count in counts]
-        self._check_model_fits(preparing, rendering[0], delivery)
+        self._check_model_fits(*rendering)
+        self._check_texts(gaps, rendering[0].guidance_scale)
 
         if keep is not None:
             check_no_callback("keep", delivery)
@@ -560,7 +566,9 @@ class DreamMoverPipeline(
         check_integer("lora_steps", lora_steps, 1)
         arguments = locals()
         settings = FitSettings.of(arguments)
+        self._check_model_fits(settings)
         gaps = checked_gaps(images, Content.of(arguments), NegativeContent(), self._sizes, shared=True, random=True)
+        self._check_texts(gaps)
         with self._turn():
             weights = fit_lora_of_gaps(self._models(cross_attention_kwargs), gaps, settings, self._stage)
             self.maybe_free_model_hooks()
@@ -600,8 +608,10 @@ class DreamMoverPipeline(
         check_integer("lora_steps", lora_steps, 1)
         arguments = locals()
         settings = FitSettings.of(arguments)
+        self._check_model_fits(settings)
         check_new_adapter_name(self.unet, adapter_name)
         pair = checked_pair(img0, img1, Content.of(arguments), self._sizes, random=True)
+        self._check_texts([pair])
         with self._turn():
             weights = fit_lora_of_gaps(self._models(cross_attention_kwargs), [pair], settings, self._stage)
             load_beside(self, weights, adapter_name)
@@ -669,7 +679,17 @@ class DreamMoverPipeline(
         return Conditioner(self.text_encoder, self.tokenizer, dtype, device, convert, lora_scale)
 
     def _check_model_fits(self, *settings: Settings) -> None:
-        check_model_fits(settings, self.unet, self.vae, self.scheduler, self._callback_tensor_inputs)
+        check_model_fits(
+            settings, self.unet, self.vae, self.text_encoder, self.scheduler, self._callback_tensor_inputs
+        )
+
+    def _check_texts(self, pairs: Sequence[PairInput], guidance_scale: float = 1.0) -> None:
+        check_texts([pair.text for pair in pairs], self.text_encoder)
+        if guidance_scale > 1:
+            for pair in pairs:
+                embeds = pair.text.embeds
+                tokens = self.tokenizer.model_max_length if embeds is None else embeds.shape[1]
+                check_guidance(tokens, pair.negative, self.text_encoder, self.tokenizer)
 
     @contextmanager
     def _stage(self, name: str, total: int) -> Iterator[Callable[[], object]]:

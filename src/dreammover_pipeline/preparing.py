@@ -223,4 +223,7 @@ def match_pair(
 def require_finite(latents: torch.Tensor, dtype: torch.dtype) -> None:
     """Raise RuntimeError if the UNet left something behind that is not a finite number."""
     if not latents.isfinite().all():
-        raise RuntimeError(f"the UNet overflowed in {dtype}; load the pipeline in bfloat16 or float32")
+        remedy = "lower `lora_scale`, or any other scale of a LoRA"
+        if dtype == torch.float16:
+            remedy = "load the pipeline in bfloat16 or float32"
+        raise RuntimeError(f"the UNet overflowed in {dtype}; {remedy}")

@@ -86,16 +86,24 @@ def pair_embeds(name: str, embeds, pairs: int) -> list[torch.Tensor]:
         pairs: Number of pairs in the call.
 
     Raises:
-        TypeError, ValueError: `embeds` is not a floating point tensor, or its shape is not allowed.
+        TypeError, ValueError: `embeds` is not a floating point tensor, its shape is not allowed, or a number in it is
+            not finite.
     """
-    if not isinstance(embeds, torch.Tensor) or not embeds.is_floating_point():
-        raise TypeError(f"`{name}` must be a floating point tensor, not {type(embeds).__name__}")
+    check_embeds(name, embeds)
     if embeds.ndim != 3 or embeds.shape[0] not in (pairs, 2 * pairs):
         raise ValueError(
             f"`{name}` must be ({pairs}, L, D), one embedding per pair, or ({2 * pairs}, L, D), one per image; "
             f"not {tuple(embeds.shape)}"
         )
     return list(embeds.repeat_interleave(2 * pairs // embeds.shape[0], dim=0).unflatten(0, (pairs, 2)))
+
+
+def check_embeds(name: str, embeds: object) -> None:
+    """Raise TypeError or ValueError unless `embeds` is a tensor of finite floating point numbers."""
+    if not isinstance(embeds, torch.Tensor) or not embeds.is_floating_point():
+        raise TypeError(f"`{name}` must be a floating point tensor, not {type(embeds).__name__}")
+    if not embeds.isfinite().all():
+        raise ValueError(f"`{name}` must hold finite numbers only")
 
 
 def pair_negatives(negative_prompt, negative_prompt_embeds, pairs: int, width: int) -> list[NegativeText]:

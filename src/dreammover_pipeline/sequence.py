@@ -18,7 +18,7 @@ from .inputs import check_integer
 from .kept_gaps import KeptGaps
 from .outputs import DreamMoverPipelineOutput
 from .pairs import ModelSizes, PairInput, check_generator, pair_seeds, steering_of_pairs
-from .prompts import PairText, pair_negatives
+from .prompts import PairText, check_embeds, pair_negatives
 from .records import PreparedPair
 from .rendering import DenoisedFrames
 from .settings import Content, NegativeContent, arguments
@@ -186,8 +186,7 @@ def texts_of_gaps(
         return [PairText(both) for both in pairwise(texts)]
     if prompt:
         raise ValueError("pass `prompt` or `prompt_embeds`, not both")
-    if not isinstance(prompt_embeds, torch.Tensor) or not prompt_embeds.is_floating_point():
-        raise TypeError(f"`prompt_embeds` must be a floating point tensor, not {_short(prompt_embeds)}")
+    check_embeds("prompt_embeds", prompt_embeds)
     shape = tuple(prompt_embeds.shape)
     if len(shape) != 3 or shape[0] not in (1, photos) or shape[2] != width:
         raise ValueError(

@@ -20,10 +20,14 @@ from .arguments import (
     Argument,
     Blocks,
     Choice,
+    Function,
+    Keywords,
+    Names,
     Numbers,
     Pictures,
     Plain,
     Settings,
+    Switch,
     Text,
     Values,
     WholeNumbers,
@@ -99,7 +103,7 @@ class SharedSettings(Settings):
 
     cross_attention_kwargs: dict | None = argument(
         None,
-        Values(),
+        Keywords(),
         'Keyword arguments for the attention processors; "scale" scales every LoRA.',
         option=ASK_PYTHON,
     )
@@ -228,7 +232,7 @@ class VideoSettings(SharedSettings):
         'How the frames are spread over time: "linear", "ease-in-out", "ease-in", "ease-out", a rising function of δ '
         'from 0 at 0 to 1 at 1, or "even" for neighbours that differ equally, as far as warping alone tells.',
     )
-    include_inputs: bool = argument(False, Plain(), "Put the two photos at the ends.", option=ASK_PYTHON)
+    include_inputs: bool = argument(False, Switch(), "Put the two photos at the ends.", option=ASK_PYTHON)
     endpoints: str = argument(
         "original",
         Choice(ENDPOINTS),
@@ -304,20 +308,20 @@ class Delivery(Settings):
     )
     return_dict: bool = argument(
         True,
-        Values(),
+        Switch(),
         "Return a `DreamMoverPipelineOutput` rather than a tuple of its fields.",
         option=ASK_PYTHON,
     )
     callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = argument(
         None,
-        Values(),
+        Function(),
         "Called as (pipeline, i, timestep, tensors) after every denoising step of every pair; the tensors that it "
         "returns replace the pipeline's.",
         option=ASK_PYTHON,
     )
     callback_on_step_end_tensor_inputs: Sequence[str] = argument(
         ("latents",),
-        Values(),
+        Names(),
         "Which of the pipeline's `_callback_tensor_inputs` the callback gets.",
         option=ASK_PYTHON,
     )

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from support.programs import LATE_FAILURE
 
 from dreammover_pipeline import __version__
+from dreammover_pipeline.cli.loading import load_pipeline
 from dreammover_pipeline.cli.main import main
 from dreammover_pipeline.media.files import write_video
 from dreammover_pipeline.tiny import CHECKPOINT
@@ -250,9 +251,19 @@ def test_pickles_are_read_only_where_allowed(tmp_path, capsys):
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
-    assert main([*command, "--model", str(folder)]) == 1
-    assert "safetensors" in error_line(capsys.readouterr().err)
+    assert main([*command, "--model", str(folder)]) == 2
+    assert "--allow-pickle" in error_line(capsys.readouterr().err)
     assert main([*command, "--model", str(folder), "--allow-pickle"]) == 0
+
+
+def test_a_folder_with_nothing_but_a_variant_is_loaded(tmp_path):
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "model")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    pipe = load_pipeline(str(folder), "float32", "cpu")
+    expected = load_pipeline(str(CHECKPOINT), "float32", "cpu")
+    assert torch.equal(pipe.unet.conv_in.weight, expected.unet.conv_in.weight)
+    assert torch.equal(pipe.vae.quant_conv.weight, expected.vae.quant_conv.weight)
 
 
 def test_a_folder_of_frames_cannot_replace_the_photos_it_holds(tmp_path, capsys):

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tomllib
@@ -168,12 +169,23 @@ def test_a_space_put_together_as_its_card_says_serves_and_ends(tmp_path):
         ("--max-upload-mb -1", "'-1' is no size"),
         ("--max-upload-mb nan", "'nan' is no size"),
         ("--model nowhere", "'nowhere' is no file or folder here"),
+        ("--model tiny --host 192.0.2.1", "cannot serve at 192.0.2.1, port 7860"),  # an address of no machine
+        ("--model tiny --host no.such.host.invalid", "choose another --host"),
         ("--share", "unrecognized arguments"),
     ],
 )
 def test_bad_options_are_one_line(capsys, options, reason):
     assert main(["ui", *options.split()]) == 2
     assert reason in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_a_port_that_is_taken_is_found_before_the_model_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        # The model is a folder without one, which loading would complain of first.
+        assert main(["ui", "--model", str(Path(__file__).parent), "--port", str(port)]) == 2
+    assert f"cannot serve at 127.0.0.1, port {port}" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("restored_logging")

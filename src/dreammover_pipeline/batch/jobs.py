@@ -73,26 +73,38 @@ class RefusedRowsError(ValueError):
 
 
 @contextmanager
-def refusing_together() -> Iterator[Callable[[str], AbstractContextManager[None]]]:
+def refusing_together() -> Iterator[Callable[..., AbstractContextManager[None]]]:
     """While the context lasts, collect what is wrong with single rows, so that nobody has to mend one for each run.
 
     Yields:
-        Makes a context for one row, given what error messages call the row. An error in it is kept for later.
+        Makes a context for one row, given what error messages call the row, or for all of them with `every=True`. An
+        error in it is kept for later.
 
     Raises:
-        RefusedRowsError: There were errors.
+        RefusedRowsError: There were errors. One that all rows have, as of a wrong option, is a single reason.
     """
-    reasons: list[str] = []
+    origins: set[str] = set()
+    refused: dict[str, list[str]] = {}  # the rows' names by what is wrong with them
+    whole: list[str] = []  # what is wrong with the manifest itself, or was collected inside
 
     @contextmanager
-    def row(origin: str) -> Iterator[None]:
+    def row(origin: str, every: bool = False) -> Iterator[None]:
+        if not every:
+            origins.add(origin)
         try:
             yield
         except RefusedRowsError as error:
-            reasons.extend(error.reasons)
+            whole.extend(error.reasons)
         except (OSError, OverflowError, RecursionError, TypeError, ValueError) as error:
-            reasons.append(f"{origin}: {error}")
+            if every:
+                whole.append(f"{origin}: {error}")
+            else:
+                refused.setdefault(str(error), []).append(origin)
 
     yield row
-    if reasons:
-        raise RefusedRowsError(reasons)
+    reasons: list[str] = []
+    for reason, rows in refused.items():
+        shared = len(set(rows)) == len(origins) > 1
+        reasons += [f"{rows[0]} and all others: {reason}"] if shared else [f"{origin}: {reason}" for origin in rows]
+    if reasons or whole:
+        raise RefusedRowsError(reasons + whole)

@@ -61,12 +61,12 @@ def read_manifest(path: str | os.PathLike, folder: Path, defaults: Mapping[str, 
         raise ValueError(f"the manifest '{path}' cannot be read: {error}") from error
     jobs: list[Job] = []
     with refusing_together() as refusing:
-        with refusing(path.name):
+        with refusing(path.name, every=True):
             for line, read_row in reader(text):
                 origin = f"{path.name}, line {line}"
                 with refusing(origin):
                     jobs.append(_job(read_row(), origin, path.parent, folder, defaults))
-        with refusing(path.name):
+        with refusing(path.name, every=True):
             check_job_outputs(jobs)
     if not jobs:
         raise ValueError(f"the manifest '{path}' holds no pairs")
@@ -88,7 +88,7 @@ def read_sidecars(paths: Sequence[str | os.PathLike], folder: Path) -> list[Job]
         for path in map(Path, paths):
             with refusing(str(path)):
                 jobs.append(_job_of_sidecar(path, folder))
-        with refusing("the sidecars"):
+        with refusing("the sidecars", every=True):
             check_job_outputs(jobs)
     return jobs
 
@@ -130,12 +130,20 @@ def check_job_outputs(jobs: Sequence[Job]) -> None:
                     with refusing(owner.origin):
                         raise ValueError(f"writing '{owner.name}' would replace the {name}; choose another output")
             with refusing(job.origin):
-                job.output.parent.mkdir(parents=True, exist_ok=True)
+                _make_folder(job.output.parent)
                 check_video_path(job.output)
                 for beside in (sidecar_path(job.output), failure_path(job.output)):
                     check_name_length(beside)
                     check_file_place(beside)
                 check_fps(job.settings["fps"], job.output)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those it lies in; a ValueError where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"the folder '{folder}' cannot be made: {error.strerror}") from error
 
 
 def _real(path: Path) -> Path:

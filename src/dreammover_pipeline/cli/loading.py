@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 MODELS = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5", "tiny": str(CHECKPOINT)}
 MODEL_FILES = (".safetensors", ".ckpt")
+PLAIN_FILE = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.(safetensors|bin)")
+VARIANT_FILE = re.compile(r"diffusion_pytorch_model\.([a-zA-Z]\w*)(-\d+-of-\d+)?\.(?:safetensors|bin)")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -77,7 +79,7 @@ def check_model(model: str, allow_pickle: bool = False) -> None:
         allow_pickle: Whether files are allowed that can run code.
 
     Raises:
-        ValueError: The name can be no model, or it is a file that can run code and this is not allowed.
+        ValueError: The name can be no model, or it has weights in files that can run code and this is not allowed.
     """
     source = Path(MODELS.get(model, model))
     is_model_file = source.suffix.lower() in MODEL_FILES
@@ -90,6 +92,12 @@ def check_model(model: str, allow_pickle: bool = False) -> None:
         )
     if source.exists() and not source.is_file() and not source.is_dir():
         raise ValueError(f"the model '{model}' is {file_fault(source)}; a file or a folder is needed")
+    unet = source / "unet"
+    if not allow_pickle and any(unet.glob("*.bin")) and not any(unet.glob("*.safetensors")):
+        raise ValueError(
+            f"the model '{model}' has its weights in .bin files, which are pickles and can run code while they are "
+            "loaded; add --allow-pickle if you trust where they come from"
+        )
     if not source.exists() and (is_model_file or not HUB_ID.fullmatch(str(source))):
         known = " or ".join(MODELS)
         raise ValueError(f"the model '{model}' is no file or folder here; it may also be {known} or an owner/name")
@@ -134,7 +142,8 @@ def load_pipeline(model: str, dtype: str | None, device: str, allow_pickle: bool
     if Path(source).is_file():
         load = pipeline.from_single_file
     else:
-        load = partial(pipeline.from_pretrained, use_safetensors=None if allow_pickle else True)
+        safe = None if allow_pickle else True
+        load = partial(pipeline.from_pretrained, use_safetensors=safe, variant=_variant(Path(source)))
     try:
         pipe = load(source, dtype=getattr(torch, dtype or ("float16" if device.startswith("cuda") else "float32")))
     except Exception as error:  # diffusers raises errors of many classes if it cannot download or read a checkpoint
@@ -145,6 +154,14 @@ def load_pipeline(model: str, dtype: str | None, device: str, allow_pickle: bool
 def load_chosen(args: argparse.Namespace) -> DreamMoverPipeline:
     """Load the model that the options of `add_model_options` name, and put it on the device that they name."""
     return load_pipeline(args.model, args.dtype, choose_device(args.device), args.allow_pickle)
+
+
+def _variant(folder: Path) -> str | None:
+    """The variant, such as "fp16", of a folder whose UNet has weights in this variant only; None for any other."""
+    names = [path.name for path in (folder / "unet").glob("diffusion_pytorch_model.*")]
+    variants = {match[1] for name in names if (match := VARIANT_FILE.fullmatch(name))}
+    has_plain = any(PLAIN_FILE.fullmatch(name) for name in names)
+    return min(variants, default=None) if not has_plain else None
 
 
 def _loading_failed(source: str, error: Exception) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,14 +67,14 @@ def serve(
         allow_pickle: Whether weights may come from other files than safetensors.
 
     Raises:
-        ValueError: The model or the device does not exist.
+        ValueError: The model or the device does not exist, or the page cannot have this address.
         RuntimeError: Gradio is not installed, there is no ffmpeg for the videos, or the model cannot be loaded.
-        OSError: Another program uses the port.
     """
     if find_spec("gradio") is None:
         raise RuntimeError("the web page needs gradio; install it with: pip install 'dreammover-pipeline[demo]'")
     check_ffmpeg()
     check_model(model, allow_pickle)
+    check_address(host, port)
     pipe = load_pipeline(model, dtype, choose_device(device), allow_pickle)
     from ..ui.serving import TINY_DEFAULTS, serving
 
@@ -81,6 +82,20 @@ def serve(
     with _until_stopped() as stopped, serving(pipe, host, port, max_upload_mb, defaults) as address:
         print(f"DreamMover is at {address} until Ctrl-C", flush=True)
         stopped.wait()
+
+
+def check_address(host: str, port: int) -> None:
+    """Refuse an address that the page cannot have, which it needs only after the model has been loaded.
+
+    Raises:
+        ValueError: This machine has no such address, or another program uses the port.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address[:2], family=family).close()
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot serve at {host}, port {port}: {reason}; choose another --host or --port") from error
 
 
 @contextmanager
