@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from fractions import Fraction
 
 import numpy as np
@@ -14,13 +16,17 @@ from dreammover_pipeline.inputs import (
     check_attention_blocks,
     check_attention_blocks_exist,
     check_choice,
+    check_file_place,
     check_integer,
     check_number,
     check_steps,
+    check_text,
+    file_fault,
     frame_times,
 )
 
 NAN, INFINITE = float("nan"), float("inf")
+HUGE = 10**5000  # which no float holds, and which Python does not write out
 
 
 @pytest.mark.parametrize("value", [True, 1.0, "1", None, [1]])
@@ -98,6 +104,7 @@ def test_times_are_taken_as_they_come(times):
         (3, [1.5], ValueError, "times"),
         (3, [NAN], ValueError, "times"),
         (3, [INFINITE], ValueError, "times"),
+        pytest.param(3, [HUGE], ValueError, "times", id="huge"),
         (3, 0.5, TypeError, "times"),
         (3, ["a"], TypeError, "times"),
         (3, [None], TypeError, "times"),
@@ -137,3 +144,46 @@ def test_attention_blocks_that_do_not_exist_are_refused(blocks, error):
         check_attention_blocks_exist(blocks, [0, 3, 3, 3])
 
     refuses(error, "attention_blocks", check, blocks)
+
+
+@pytest.mark.parametrize("value", ["\ud800", ["a", "\udcff"], [("a", "b"), ("a", "\ud800")]])
+def test_texts_are_valid_unicode(value):
+    refuses(ValueError, "prompt", check_text, "prompt", value)
+    for other in ("", "猫\0", [None, "a"], ("a", ["b"]), None, 3, ["a", 3]):  # whose form is judged elsewhere
+        check_text("prompt", other)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_only_regular_files_are_files(tmp_path):
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to(os.devnull)
+    (tmp_path / "nowhere").symlink_to("missing")
+    (tmp_path / "circle").symlink_to("circle")
+    for name, fault in {
+        "file": None,
+        "": "a folder",
+        "pipe": "a pipe, a socket or a device",
+        "device": "a pipe, a socket or a device",
+        "nowhere": "no existing file",
+        "circle": "no existing file",
+        "n" * 5000: "no existing file",
+        "\ud800": "no existing file",
+        "\0": "no existing file",
+    }.items():
+        path = tmp_path / name
+        assert file_fault(path) == fault
+        if fault in (None, "no existing file"):
+            check_file_place(path)
+        else:
+            with pytest.raises(ValueError, match=f"there is {fault} of that name"):
+                check_file_place(path)
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind(str(tmp_path / "s"))
+        assert file_fault(tmp_path / "s") == "a pipe, a socket or a device"
+
+
+def test_numbers_that_no_float_holds_are_refused_by_name():
+    for value in (HUGE, -HUGE):
+        refuses(ValueError, "x", check_number, "x", value, 0)
+        refuses(ValueError, "n", check_integer, "n", value, 0, 9)

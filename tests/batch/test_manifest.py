@@ -4,6 +4,7 @@
 import csv
 import inspect
 import json
+import os
 
 import pytest
 from support.batches import DEFAULTS, SHORT, pair, plan
@@ -67,6 +68,10 @@ def test_outputs_without_a_name_are_named_by_what_they_show(album):
         ('{"folder": ".", "output": "a.avi"}', "line 1: '"),
         (f'{{"folder": ".", "output": "{"猫" * 81}.gif"}}', "its name has 258 bytes, and at most"),
         ('{"folder": ".", "output": "taken.mp4"}', "there is a folder of that name"),
+        ('{"folder": ".", "output": "b.mp4"}', "b.mp4.json': there is a folder of that name"),
+        ('{"folder": ".", "output": "c.mp4"}', "c.mp4.error.json': there is a folder of that name"),
+        ('{"folder": ".", "output": "x\\u0000"}', r"`output` must be a path, but '\x00' is in it"),
+        ('{"folder": "\\ud800"}', r"`folder` must be a path, but '\ud800' is in it"),
         ('{"folder": ".", "seed": -1}', "line 1: `seed` must be at least 0, not -1"),
         ('{"folder": ".", "seed": 9223372036854775808}', "`seed` must be below 2^63"),
         ('{"folder": ".", "seed": "7"}', "`seed` must be an integer"),
@@ -78,7 +83,8 @@ def test_bad_manifests_are_refused_by_line(album, text, reason):
     manifest = album / "manifest.jsonl"
     manifest.write_text(text)
     out = album.parent / "out"
-    (out / "taken.mp4").mkdir(parents=True)
+    for taken in ("taken.mp4", "b.mp4.json", "c.mp4.error.json"):
+        (out / taken).mkdir(parents=True)
     (out / "link").symlink_to(album)
     with pytest.raises(ValueError, match=r"\w") as refusal:
         read_manifest(manifest, out, DEFAULTS)
@@ -87,6 +93,7 @@ def test_bad_manifests_are_refused_by_line(album, text, reason):
 
 
 def test_bad_tables_and_files_are_refused(album):
+    (album / "device.csv").symlink_to(os.devnull)
     for name, content, reason in [
         ("m.csv", b"folder,seed\n.,1,2\n", "line 2: the cell '2' is in a column that has no key in the first line"),
         ("m.csv", b"folder,seed\n.,many\n", "`seed` must be an integer, not 'many'"),
@@ -96,6 +103,7 @@ def test_bad_tables_and_files_are_refused(album):
         ("m.csv", b"folder,seed,Seed\n.,1,1\n", "m.csv: it has the key 'seed' twice"),
         ("m.csv", b"folder\n \n\n", "holds no pairs"),
         ("m.json", b"[]", "ends in '.json'; allowed are .jsonl and .csv"),
+        ("device.csv", None, "cannot be read: it is a pipe, a socket or a device; a text file is needed"),
         ("missing.jsonl", None, "cannot be read: it is no existing file"),
     ]:
         if content is not None:
@@ -162,7 +170,7 @@ def test_tables_of_every_spreadsheet_say_the_same(album, encoding, separator, en
 def test_no_value_of_any_key_stops_the_check_of_other_rows(album, text):
     keys = [*PARAMETERS, "seed", "fps", "img0", "output"]
     lines = [f'{{"folder": ".", "{key}": {text}}}' for key in keys]
-    (album / "m.jsonl").write_text("\n".join(lines))
+    (album / "m.jsonl").write_text("\n".join([*lines, '{"folder": "."}']))
     with pytest.raises(RefusedRowsError) as refusal:
         read_manifest(album / "m.jsonl", album / "out", DEFAULTS)
     reasons = refusal.value.reasons
