@@ -97,6 +97,7 @@ def test_bad_tables_and_files_are_refused(album):
     for name, content, reason in [
         ("m.csv", b"folder,seed\n.,1,2\n", "line 2: the cell '2' is in a column that has no key in the first line"),
         ("m.csv", b"folder,seed\n.,many\n", "`seed` must be an integer, not 'many'"),
+        ("m.csv", b"folder,fps\n.,1e400\n", "line 2: `fps` has a value that cannot be read: the number 1e400"),
         ("m.csv", b'folder\n"a"b\n', "is not valid CSV after line 2"),
         ("m.csv", b"folder\n\xff\n", "cannot be read: it is neither UTF-8 nor UTF-16 (byte 7 is 0xff)"),
         ("m.csv", b"folder,sed\n.,1\n", "m.csv: it has the unknown key 'sed'"),

@@ -175,8 +175,10 @@ def check_values(pipe: DreamMoverPipeline, fingerprint: str, jobs: Sequence[Job]
 
 
 def _jsonl_rows(text: str) -> Iterator[tuple[int, Callable[[], dict]]]:
-    """The rows of a `.jsonl` manifest, each as the number of its line and a function that reads it; empty lines are
-    skipped."""
+    """The rows of a `.jsonl` manifest, each as the number of its line and a function that reads it.
+
+    Empty lines are skipped.
+    """
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield number, partial(_jsonl_row, line)
@@ -249,6 +251,8 @@ def _cell(key: str, text: str) -> object:
         return read_json(text.lower() if text in ("TRUE", "FALSE") else text)  # as spreadsheets write truth values
     except json.JSONDecodeError:
         return text
+    except ValueError as error:
+        raise ValueError(f"`{key}` has a value that cannot be read: {error}") from error
 
 
 def _job(row: Mapping[str, object], origin: str, base: Path, folder: Path, defaults: Mapping[str, object]) -> Job:

@@ -80,7 +80,8 @@ def _finite(text: str) -> float:
     """The number that a text is."""
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"the number {text if len(text) <= LONGEST_NUMBER else 'in it'} is not finite or too large")
+        shown = f"the number {text}" if len(text) <= LONGEST_NUMBER else "a number in it"
+        raise ValueError(f"{shown} is not finite or too large")
     return number
 
 
