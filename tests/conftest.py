@@ -120,7 +120,7 @@ def photos() -> tuple[Image.Image, Image.Image]:
 
 @pytest.fixture
 def fast() -> dict:
-    """Arguments that keep a call short: 3 frames, 4 of 6 steps, no LoRA."""
+    """Arguments that keep a call short, and its frames those of diffusion: 3 of them, 4 of 6 steps, no LoRA."""
     return {
         "prompt": "a fish",
         "n_frames": 3,
@@ -128,6 +128,7 @@ def fast() -> dict:
         "inversion_steps": 4,
         "feature_step": 2,
         "lora_steps": 0,
+        "detail": "upsampled",
         "output_type": "pt",
     }
 

@@ -57,7 +57,7 @@ def test_check_number_may_leave_its_minimum_out():
     refuses(ValueError, "x", check_number, "x", 0.0, 0, inclusive=False)
 
 
-@pytest.mark.parametrize("value", ["c", "A", "", None, 1])
+@pytest.mark.parametrize("value", ["c", "A", "", None, 1, ["a"], np.array(["a", "b"])], ids=repr)
 def test_check_choice_says_what_is_allowed(value):
     check_choice("kind", "a", ("a", "b"))
     with pytest.raises(ValueError, match="`kind` must be one of 'a', 'b', not"):

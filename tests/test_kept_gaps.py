@@ -18,6 +18,7 @@ from dreammover_pipeline.records import BidirectionalFlow, Canvas
 from dreammover_pipeline.rendering import DenoisedFrames
 from dreammover_pipeline.settings import FitSettings, PrepareSettings, RenderSettings
 from dreammover_pipeline.steering import Steering
+from dreammover_pipeline.storage import write_tensors
 
 LORAS = pytest.mark.parametrize("lora", ["gap", "shared"])
 
@@ -260,6 +261,11 @@ def same(one, other):
     assert all(torch.equal(*both) for both in zip(one.images, other.images, strict=True))
 
 
+def test_a_place_that_is_no_path_is_refused(pipe, album, fast):
+    with pytest.raises(TypeError, match=r"`keep` must be the path of a folder, not \[True\] of type list"):
+        through(pipe, album, {**fast, "keep": [True]})
+
+
 def test_the_base_class_keeps_nothing():
     kept, gap = KeptGaps(), random_gap()
     kept.keep_frames(0, random_frames(gap))
@@ -288,6 +294,15 @@ def test_a_folder_gives_back_what_it_was_given_under_the_same_keys_only(tmp_path
     names = [path.name for path in folder.iterdir()]
     assert len(names) == 2
     assert all(re.fullmatch(FILE_NAMES, name) for name in names)
+
+
+def test_a_file_that_holds_other_tensors_is_not_taken_for_a_gap(tmp_path):
+    gap, keys = random_gap(), ["a" * 64]
+    kept = GapFolder(tmp_path, keys, keys, torch.device("cpu"))
+    kept.keep_frames(0, random_frames(gap))
+    (path,) = tmp_path.iterdir()
+    write_tensors(path, {"latents": torch.zeros(2)})
+    assert kept.frames(0, gap) is None
 
 
 def test_what_is_kept_later_replaces_what_was_kept(tmp_path):

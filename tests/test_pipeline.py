@@ -24,12 +24,12 @@ def close(a, b, tolerance=1e-4):
 # ── Signature and outputs ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_call_signature_holds_the_papers_defaults_but_for_eight():
+def test_call_signature_holds_the_papers_defaults_but_for_nine():
     parameters = inspect.signature(DreamMoverPipeline.__call__).parameters
     order = """
         self img0 img1 prompt height width n_frames times easing num_inference_steps inversion_steps
         feature_step feature_block distance_penalty rest_tolerance flow_smoothing flow_fit
-        photo_tolerance points mask attention_blocks fusion motion importance layout_hold
+        photo_tolerance points mask attention_blocks fusion motion importance layout_hold detail
         guidance_scale negative_prompt lora_steps lora_rank lora_learning_rate lora_scale
         frame_batch_size include_inputs endpoints generator prompt_embeds negative_prompt_embeds
         output_type return_dict cross_attention_kwargs clip_skip callback_on_step_end
@@ -51,6 +51,7 @@ def test_call_signature_holds_the_papers_defaults_but_for_eight():
     }
     ours = {"feature_block": (1, 1, 2), "distance_penalty": 0.1, "rest_tolerance": 0.15, "flow_smoothing": 1}
     ours |= {"photo_tolerance": 0.1, "motion": "rigid", "importance": "agreement", "layout_hold": 1.0}
+    ours |= {"detail": "photos"}
     expected = paper | ours
     assert {name: parameters[name].default for name in expected} == expected
 
@@ -99,7 +100,7 @@ def test_prepare_then_render_is_the_call(pipe, photos, fast):
         lora_steps=2,
         generator=torch.Generator().manual_seed(5),
     )
-    whole = pipe(*photos, **fast | {"lora_steps": 2}, generator=torch.Generator().manual_seed(5))
+    whole = pipe(*photos, **fast | {"lora_steps": 2, "detail": "photos"}, generator=torch.Generator().manual_seed(5))
     assert torch.equal(pipe.render(prepared, n_frames=3, output_type="pt").frames, whole.frames)
     again = pipe.render(prepared, times=[0.5], output_type="pt").frames[0]
     assert close(again[0], whole.frames[0][1])
@@ -227,6 +228,12 @@ def test_models_run_exactly_as_often_as_the_method_needs(pipe, photos, fast, cal
     assert calls["encoder"] == [2]
     assert calls["decoder"] == [1] * frames
     assert calls["text_encoder"] == [1]
+
+
+def test_detail_of_the_photos_takes_no_call_of_the_unet(pipe, photos, fast, calls):
+    pipe(*photos, **fast | {"detail": "photos", "include_inputs": True})
+    assert sum(calls["unet"]) == 2 * (4 + 1 + 1 + 4) + 4 * 3
+    assert calls["decoder"] == [1] * (3 + 2)  # the photos too, to see how far the VAE can be trusted
 
 
 def test_no_references_are_computed_where_none_are_looked_at(pipe, photos, fast, calls):
@@ -580,7 +587,7 @@ def test_every_component_may_be_missing(components):
 def test_diffusers_switches_work(pipe, photos, fast, feature):
     # prepared beforehand: matching random features has near ties, which the least rounding decides otherwise
     prepared = pipe.prepare(*photos, num_inference_steps=6, inversion_steps=4, feature_step=2, lora_steps=0)
-    expected = pipe.render(prepared, n_frames=3, output_type="pt").frames
+    expected = pipe.render(prepared, n_frames=3, detail="upsampled", output_type="pt").frames
     if feature == "freeu":
         pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     elif feature == "fused_qkv":
@@ -593,7 +600,7 @@ def test_diffusers_switches_work(pipe, photos, fast, feature):
         pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     before = snapshot(pipe.unet) if feature != "layerwise_casting" else None
     assert pipe(*photos, **fast).frames.isfinite().all()
-    frames = pipe.render(prepared, n_frames=3, output_type="pt").frames
+    frames = pipe.render(prepared, n_frames=3, detail="upsampled", output_type="pt").frames
     assert close(frames, expected) == (feature in ("fused_qkv", "attention_slicing", "vae_slicing"))
     if before:
         assert snapshot(pipe.unet) == before

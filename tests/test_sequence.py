@@ -58,7 +58,7 @@ def test_all_frames_are_on_the_first_photos_canvas(pipe, album, fast):
     whole = pipe.prepare(images[0], images[1], **without_frames(fast)).canvas
     for k, (one, other) in enumerate(pairwise(images)):
         pair = pipe.prepare(one, other, **without_frames(fast), canvas=whole)
-        middle = pipe.render(pair, n_frames=3).frames[0][1]  # which has none of the ends' tone
+        middle = pipe.render(pair, n_frames=3, detail="upsampled").frames[0][1]  # which has none of the ends' tone
         np.testing.assert_array_equal(video[2 + 4 * k], middle)
 
 
@@ -79,7 +79,7 @@ def test_a_shared_lora_is_fitted_to_all_and_acts_in_every_gap(pipe, album, fast)
     weights = pipe.fit_shared_lora(album, PROMPTS, generator=seeded(), **fit)
     for k in (0, 1):
         pair = pipe.prepare(*album[k : k + 2], **{**without_frames(fast), "prompt": PROMPTS[k : k + 2]}, lora=weights)
-        frames = pipe.render(pair, n_frames=3, include_inputs=True, output_type="pt").frames[0]
+        frames = pipe.render(pair, n_frames=3, include_inputs=True, detail="upsampled", output_type="pt").frames[0]
         assert torch.equal(output.frames[0, 4 * k : 4 * k + 5], frames)
 
 

@@ -147,6 +147,7 @@ def test_paper_is_what_differs_from_the_paper():
         "motion": "straight",
         "layout_hold": 0,
         "importance": "photometric",
+        "detail": "upsampled",
     }
 
 

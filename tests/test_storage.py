@@ -26,6 +26,7 @@ from dreammover_pipeline.tiny import CHECKPOINT
 
 CPU = torch.device("cpu")
 LORA = {"lora_steps": 2, "lora_rank": 2}
+LORA_WEIGHT = "lora.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"
 
 
 @pytest.fixture
@@ -249,11 +250,16 @@ def test_another_format_version_is_refused(pipe, file, version):
         ({"change": lambda header: header["canvas"].pop("height")}, "height"),
         ({"change": lambda header: header["schedule"].pop("timesteps")}, "it lacks 'timesteps'"),
         ({"change": lambda header: header["schedule"]["timesteps"].reverse()}, "`timesteps` must ascend"),
+        ({"change": lambda header: header["canvas"].update(content_width=5e-324)}, "`content_width` of a canvas must"),
         ({"change": lambda header: header.update(lora_scale=None)}, "float"),
+        ({"change": lambda header: header.update(lora_scale=10**400)}, "too large"),
+        ({"change": lambda header: header.update(lora_scale="nan")}, "`lora_scale` must be finite"),
         ({"change": lambda header: header.update(fingerprints=None)}, "not iterable"),
         ({"inversion.eps": torch.zeros(2, 4, 8, 7)}, "`eps` must be"),
         ({"flow.forward": torch.zeros(1, 2, 9, 8)}, "`backward` must be"),
         ({"prompt_embeds": torch.zeros(3, 24, 32)}, "`prompt_embeds` must be"),
+        ({LORA_WEIGHT: torch.zeros(3, 3)}, "`lora` does not fit this UNet: .*to_q.lora_A"),
+        ({"drop": [LORA_WEIGHT]}, "`lora` does not fit this UNet: it lacks"),
     ],
 )
 def test_a_damaged_pair_is_refused(pipe, file, changes, reason):

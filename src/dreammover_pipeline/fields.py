@@ -8,6 +8,8 @@ have integer coordinates (`align_corners=True`), so an integer flow moves values
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -45,6 +47,23 @@ def backward_warp(x: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
     extent = torch.tensor([w, h], device=x.device, dtype=dtype).reshape(1, 2, 1, 1)
     normalised = ((2 * target + 1) / extent - 1).movedim(1, -1)  # (B, h, w, 2)
     return F.grid_sample(x.to(dtype), normalised, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def blurred(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    """The Gaussian mean around every cell of (…, h, w), the edge's values continued beyond the edge.
+
+    Args:
+        x: The values.
+        sigma: Standard deviation of the Gaussian, in cells.
+    """
+    h, w = x.shape[-2:]
+    reach = round(3 * sigma)
+    weights = [math.exp(-(distance**2) / (2 * sigma**2)) for distance in range(-reach, reach + 1)]
+    weights = [weight / sum(weights) for weight in weights]
+    padded = F.pad(x.reshape(1, -1, h, w), (reach,) * 4, mode="replicate")
+    # Slices rather than a convolution, whose precision the caller's settings may lower.
+    rows = sum(weight * padded[..., i : i + h, :] for i, weight in enumerate(weights))
+    return sum(weight * rows[..., i : i + w] for i, weight in enumerate(weights)).reshape(x.shape)
 
 
 def upsampled_flow(flow: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -87,7 +87,7 @@ def check_file_place(path: str | os.PathLike) -> None:
 
 def check_choice(name: str, value, allowed: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, not {value!r}")
 
 

@@ -26,6 +26,7 @@ from .timing import eased_times
 
 KEY_LENGTH = 16  # hexadecimal digits of a digest in a file's name
 FILE_NAMES = rf"(gap_\d{{4,}}|lora)_[0-9a-f]{{{KEY_LENGTH}}}\.safetensors"
+GAP_TENSORS = {"latents", "times", "ends", "flow.forward", "flow.backward"}
 
 
 class KeptGaps:
@@ -63,7 +64,7 @@ class GapFolder(KeptGaps):
     def frames(self, k: int, gap: PairInput) -> DenoisedFrames | None:
         """The frames of gap k; None if they are not kept whole."""
         found = read_tensors(self._gap_path(k), self.device)
-        if found is None:
+        if found is None or not found.keys() >= GAP_TENSORS:
             return None
         flow = BidirectionalFlow(found["flow.forward"], found["flow.backward"])
         times = tuple(found["times"].tolist())
@@ -115,7 +116,12 @@ def kept_gaps(
         shared: Whether one LoRA is fitted to all photos.
         model: What stands for the checkpoint and its precision.
         device: Where tensors that are read shall be.
+
+    Raises:
+        TypeError: The folder is no path.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"`keep` must be the path of a folder, not {folder!r} of type {type(folder).__name__}")
     fits = [gaps] * len(gaps) if shared else [[gap] for gap in gaps]
     lora_keys = [lora_key(fitted, preparing, model) for fitted in fits]
     gap_keys = [

@@ -10,12 +10,10 @@ Source of all of it: ours; DreamMover lets the layout go after fusing it.
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
 
 from .ddim import predict_clean
+from .fields import blurred
 from .records import FusedFrames, Schedule
 from .rigid import grid_unit
 from .sampling import PredictNoise
@@ -76,12 +74,5 @@ def hold_layout(
 
 def coarse_part(x: torch.Tensor) -> torch.Tensor:
     """The Gaussian mean around every cell of (F, C, h, w), the edge's values continued beyond the edge."""
-    h, w = x.shape[-2:]
-    sigma = COARSE_SIGMA * max(1, grid_unit(h, w))  # on a grid of few cells a cell is coarse already
-    reach = round(3 * sigma)
-    weights = [math.exp(-(distance**2) / (2 * sigma**2)) for distance in range(-reach, reach + 1)]
-    weights = [weight / sum(weights) for weight in weights]
-    padded = F.pad(x, (reach,) * 4, mode="replicate")
-    # Slices rather than a convolution, whose precision the caller's settings may lower.
-    rows = sum(weight * padded[..., i : i + h, :] for i, weight in enumerate(weights))
-    return sum(weight * rows[..., i : i + w] for i, weight in enumerate(weights))
+    # On a grid of few cells a cell is coarse already.
+    return blurred(x, COARSE_SIGMA * max(1, grid_unit(*x.shape[-2:])))

@@ -71,9 +71,18 @@ def in_one_light(photos: torch.Tensor, flow: BidirectionalFlow) -> torch.Tensor:
     Returns:
         (2, 3, H, W), which may exceed 1.
     """
-    gains = light_gains(photos, flow).to(photos)
-    maps = torch.einsum("icb,bhw->ichw", gains, _planes(*photos.shape[-2:], photos))
-    return photos * maps.clamp(min=DARKEST).sqrt()
+    return photos * gain_maps(light_gains(photos, flow), photos.shape[-2:], photos).sqrt()
+
+
+def gain_maps(gains: torch.Tensor, size: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
+    """How much brighter each place of each photo is in the other photo, (2, 3, h, w), at least `DARKEST`.
+
+    Args:
+        gains: As `light_gains` returns them.
+        size: The grid (h, w) of the places, which covers the same picture.
+        like: A tensor with the dtype and on the device wanted.
+    """
+    return torch.einsum("icb,bhw->ichw", gains.to(like), _planes(*size, like)).clamp(min=DARKEST)
 
 
 def _planes(h: int, w: int, like: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -26,10 +27,13 @@ class MotionPaths:
     """The way of every cell of both images.
 
     `displacements` gives, from times t (F,) in [0, 1] that an image's cells are on their way, (F, 2, h, w) in cells,
-    of the first image (index 0) or the second (index 1): zero at t = 0, the flow at t = 1.
+    of the first image (index 0) or the second (index 1): zero at t = 0, the flow at t = 1. `factors` gives by what the
+    surroundings of a cell have turned and grown by then, as complex numbers (F, 2, h, w) of real and imaginary part:
+    1 at t = 0. It is None for paths that are only splatted along.
     """
 
     displacements: Callable[[int, torch.Tensor], torch.Tensor]
+    factors: Callable[[int, torch.Tensor], torch.Tensor] | None = None
 
     def at(self, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Displacement from each image to the frames at δ (F,): F^{0→δ} and F^{1→δ}, (F, 2, h, w) each."""
@@ -47,7 +51,18 @@ def straight_paths(flow: BidirectionalFlow) -> MotionPaths:
     Source: DreamMover §3.2.
     """
     ways = flow.stacked()
-    return MotionPaths(lambda image, times: times.to(ways).reshape(-1, 1, 1, 1) * ways[image])
+
+    @cache
+    def turns() -> torch.Tensor:
+        return turns_of_cells(flow).turn
+
+    def shares(times: torch.Tensor) -> torch.Tensor:
+        return times.to(ways).reshape(-1, 1, 1, 1)
+
+    def factors(image: int, times: torch.Tensor) -> torch.Tensor:
+        return ways.new_tensor([1.0, 0]).reshape(1, 2, 1, 1) + shares(times) * turns()[image]
+
+    return MotionPaths(lambda image, times: shares(times) * ways[image], factors)
 
 
 def rigid_paths(flow: BidirectionalFlow) -> MotionPaths:
@@ -62,21 +77,29 @@ def rigid_paths(flow: BidirectionalFlow) -> MotionPaths:
     Source: ours; DreamMover's paths are `straight_paths`.
     """
     ways = flow.stacked()
-    sure = agreement(flow)
-    fit = fit_similarities(ways, sure, False, PATH_SIGMA, PATH_TOLERANCES, PATH_STIFFNESS)
-    fit = best_of_neighbours(fit, ways)
-    arm = _arms(ways, sure, fit)  # p − c
+    fit = turns_of_cells(flow)
+    arm = _arms(ways, agreement(flow), fit)  # p − c
     real, imaginary = (1 + fit.turn[:, :1]), fit.turn[:, 1:]
     size, angle = (real.square() + imaginary.square()).sqrt(), torch.atan2(imaginary, real)
     straight = ways - complex_product(fit.turn, arm)  # a c + b − c + rest
 
-    def displacements(image: int, times: torch.Tensor) -> torch.Tensor:
+    def power(image: int, times: torch.Tensor, less: float = 0.0) -> torch.Tensor:
         t = times.to(ways).reshape(-1, 1, 1, 1)
         turned, grown = t * angle[image], size[image] ** t
-        power = torch.cat([grown * turned.cos() - 1, grown * turned.sin()], 1)  # a^t − 1
-        return t * straight[image] + complex_product(power, arm[image][None])
+        return torch.cat([grown * turned.cos() - less, grown * turned.sin()], 1)
 
-    return MotionPaths(displacements)
+    def displacements(image: int, times: torch.Tensor) -> torch.Tensor:
+        t = times.to(ways).reshape(-1, 1, 1, 1)
+        return t * straight[image] + complex_product(power(image, times, less=1), arm[image][None])
+
+    return MotionPaths(displacements, power)
+
+
+def turns_of_cells(flow: BidirectionalFlow) -> Similarity:
+    """The similarity by which the surroundings of every cell move, (2, 2, h, w) for the cells of both images."""
+    ways = flow.stacked()
+    fit = fit_similarities(ways, agreement(flow), False, PATH_SIGMA, PATH_TOLERANCES, PATH_STIFFNESS)
+    return best_of_neighbours(fit, ways)
 
 
 def _arms(ways: torch.Tensor, sure: torch.Tensor, fit: Similarity) -> torch.Tensor:

@@ -33,6 +33,7 @@ from .autoencoder import Autoencoder
 from .conditioning import Conditioner
 from .ddim import recompose  # noqa: F401, named for the loader
 from .denoiser import Denoiser
+from .detail import with_detail  # noqa: F401, named for the loader
 from .features import up_block_features  # noqa: F401, named for the loader
 from .fields import cell_grid  # noqa: F401, named for the loader
 from .flow import match_features  # noqa: F401, named for the loader
@@ -58,6 +59,7 @@ from .rendering import DenoisedFrames, finish_frames, render_latents
 from .rigid import similarity_flow  # noqa: F401, named for the loader
 from .sampling import denoise  # noqa: F401, named for the loader
 from .schedules import deterministic_ddim
+from .scratch import replacing  # noqa: F401, named for the loader
 from .sequence import LORAS, GapStages, check_arguments_of_a_sequence, checked_gaps, frames_of_gaps, make_gaps
 from .settings import PRESETS, Content, Delivery, FitSettings, NegativeContent, PrepareSettings, RenderSettings
 from .spacing import even_times  # noqa: F401, named for the loader
@@ -197,6 +199,7 @@ class DreamMoverPipeline(
         motion: str = "rigid",
         importance: str = "agreement",
         layout_hold: float = 1.0,
+        detail: str = "photos",
         guidance_scale: float = 1.0,
         negative_prompt: str | Sequence[str] | None = None,
         lora_steps: int = 80,
@@ -273,6 +276,9 @@ class DreamMoverPipeline(
             layout_hold: How much the frames are held to the warped photos while noise is high, where both photos agree
                 on a place: 1 keeps all of their coarse layout and leaves detail to the UNet, 0 is the paper's, which
                 lets deep inversion redraw what was right.
+            detail: What is finer than diffusion makes it: "photos" brings the photos' own detail to every frame, at
+                the size of the output, wherever it agrees with the frame; "upsampled", the paper's, enlarges what
+                diffusion made.
             guidance_scale: Classifier-free guidance of the frames. Above 1 they follow the prompt more, at twice the
                 cost; the paper uses none.
             negative_prompt: What guidance leads away from; it acts where `guidance_scale` is above 1.
@@ -286,7 +292,7 @@ class DreamMoverPipeline(
             include_inputs: Put the two photos at the ends.
             endpoints: What stands at the ends: "original", the photos at the output size and otherwise untouched, with
                 the tone that the VAE takes from them faded out over the frames beside them; or "reconstructed", the
-                photos as the VAE brings them back, for a video of one cast.
+                photos as the VAE brings them back, made like all other frames, for a video of one cast.
             generator: Decides the LoRA fit, and nothing else is random. A list holds one generator for each pair.
             prompt_embeds: Text embeddings (B, L, D) to use instead of `prompt`, or (2·B, L, D) with one for each
                 photo.
@@ -389,6 +395,7 @@ class DreamMoverPipeline(
         motion: str = "rigid",
         importance: str = "agreement",
         layout_hold: float = 1.0,
+        detail: str = "photos",
         guidance_scale: float = 1.0,
         negative_prompt: str | Sequence[str] | None = None,
         frame_batch_size: int | None = None,

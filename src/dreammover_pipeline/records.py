@@ -7,7 +7,9 @@ second image).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
+from numbers import Integral
 
 import torch
 
@@ -33,6 +35,8 @@ class Canvas:
     output_width: int
 
     def __post_init__(self):
+        for name, side in ((field.name, getattr(self, field.name)) for field in fields(self)):
+            _require(isinstance(side, Integral), f"`{name}` of a canvas must be a whole number, not {side!r}")
         _require(
             0 < self.content_height <= self.height and 0 < self.content_width <= self.width,
             f"a canvas of {self.height}×{self.width} cannot hold {self.content_height}×{self.content_width}",
@@ -181,6 +185,10 @@ class PreparedPair:
     lora_scale: float
 
     def __post_init__(self):
+        _require(
+            math.isfinite(self.lora_scale) and self.lora_scale >= 0,
+            f"`lora_scale` must be finite and at least 0, not {self.lora_scale}",
+        )
         _require(
             self.prompt_embeds.ndim == 3 and self.prompt_embeds.shape[0] == 2,
             f"`prompt_embeds` must be (2, L, D), not {tuple(self.prompt_embeds.shape)}",

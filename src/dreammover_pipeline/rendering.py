@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ import torch
 from .autoencoder import Autoencoder
 from .conditioning import Conditions
 from .ddim import predict_clean, recompose
-from .framing import unfit
+from .detail import PairDetail, with_detail
+from .framing import fit, unfit
 from .fusion import (
     agreement_importance,
     fuse_direct,
@@ -24,7 +26,7 @@ from .fusion import (
 from .inputs import frame_times
 from .layout import holding_layout
 from .outputs import DreamMoverPipelineOutput, as_output
-from .paths import MotionPaths
+from .paths import MotionPaths, motion_paths
 from .preparing import Models, require_finite
 from .progress import Stages
 from .prompts import NegativeText
@@ -206,16 +208,19 @@ def finish_frames(
     output_type: str,
     check_safety: SafetyCheck,
     stages: Stages,
+    paths: MotionPaths | None = None,
 ) -> DreamMoverPipelineOutput:
     """Decode frames one by one into the form asked for, with the photos at the ends where they are wanted.
 
     Args:
         autoencoder: Decodes.
         frames: What `render_latents` returned.
-        settings: Whether the photos are wanted, and in what form.
+        settings: What detail frames have, whether the photos are wanted, and in what form.
         output_type: "pil", "np", "pt" or "latent".
         check_safety: Blacks out what the safety checker flags.
         stages: What is told of progress.
+        paths: The way of every cell of both photos, by which frames take their detail from them; by default the paths
+            that `motion` names.
 
     Returns:
         A batch of one.
@@ -229,7 +234,7 @@ def finish_frames(
         latents = torch.cat([ends[:1], frames.latents, ends[1:]]) if settings.include_inputs else frames.latents
         return DreamMoverPipelineOutput(latents[None], [frames.flow], None, [times])
     try:
-        pictures, flagged = _decoded(autoencoder, frames, settings, output_type, check_safety, stages)
+        pictures, flagged = _decoded(autoencoder, frames, settings, output_type, check_safety, stages, paths)
     except torch.OutOfMemoryError as error:
         error.latents = frames.latents
         error.add_note("What was denoised is not lost: this error's `latents` are for `decode_latents`.")
@@ -248,28 +253,37 @@ def _decoded(
     output_type: str,
     check_safety: SafetyCheck,
     stages: Stages,
+    paths: MotionPaths | None,
 ) -> tuple[list, list[bool]]:
     """The pictures of the video in their order, and the safety checker's verdict on each; none without a checker."""
     pictures, flagged = [], []
-    ends, tones = [image[None] for image in frames.images], []
+    from_photos, ends, tones = settings.detail == "photos", [image[None] for image in frames.images], []
+    both = from_photos or settings.include_inputs
     with (
-        stages("Decoding", len(frames.latents) + 2 * settings.include_inputs) as step,
+        stages("Decoding", len(frames.latents) + 2 * both) as step,
         autoencoder.decoder() as decode,
     ):
 
-        def picture_of(latent: torch.Tensor) -> torch.Tensor:
-            picture = unfit(decode(latent).cpu(), frames.canvas)
+        def decoded(latent: torch.Tensor) -> torch.Tensor:
+            picture = decode(latent).cpu()
             step()
             return picture
 
-        if settings.include_inputs:
-            reconstructed = [picture_of(latent) for latent in frames.clean_ends.split(1)]
-            if settings.endpoints == "reconstructed":
-                ends = reconstructed
-            else:
-                tones = [tone_difference(*both) for both in zip(ends, reconstructed, strict=True)]
+        copies = [decoded(latent) for latent in frames.clean_ends.split(1)] if both else []
+        finish = partial(_upsampled, frames.canvas)
+        if from_photos:
+            with interruptible():
+                paths = paths or motion_paths(frames.flow, settings.motion)
+                finish = partial(_detailed, _pair_detail(frames, copies, paths))
+        if settings.include_inputs and settings.endpoints == "reconstructed":
+            ends = [finish(copy, [], time) for copy, time in zip(copies, (0.0, 1.0), strict=True)]
+        elif settings.include_inputs:
+            tones = [tone_difference(end, unfit(copy, frames.canvas)) for end, copy in zip(ends, copies, strict=True)]
         for latent, time in zip(frames.latents.split(1), frames.times, strict=True):
-            picture, flags = check_safety(with_tone(picture_of(latent), tones, time))
+            picture = decoded(latent)
+            with interruptible():
+                picture = finish(picture, tones, time)
+            picture, flags = check_safety(picture)
             pictures.append(as_output(picture, output_type))
             flagged += flags or []
     if settings.include_inputs:
@@ -277,3 +291,28 @@ def _decoded(
         pictures = [first, *pictures, last]
         flagged = [False, *flagged, False] if flagged else []
     return pictures, flagged
+
+
+def _upsampled(canvas: Canvas, decoded: torch.Tensor, tones: list[torch.Tensor], time: float) -> torch.Tensor:
+    """A decoded frame at the output size, (1, 3, H, W), with as much of the photos' tones as its time calls for."""
+    return with_tone(unfit(decoded, canvas), tones, time)
+
+
+def _detailed(pair: PairDetail, decoded: torch.Tensor, tones: list[torch.Tensor], time: float) -> torch.Tensor:
+    """What `_upsampled` gives, with the detail of the photos."""
+    canvas, frame = pair.canvas, decoded.clone()
+    content = (..., slice(canvas.content_height), slice(canvas.content_width))
+    frame[content] = with_tone(decoded[content], tones, time)
+    return with_detail(pair, frame[0], time)[None]
+
+
+def _pair_detail(frames: DenoisedFrames, copies: list[torch.Tensor], paths: MotionPaths) -> PairDetail:
+    """What frames take their detail from.
+
+    Args:
+        frames: What `render_latents` returned.
+        copies: The two photos, encoded and decoded by the VAE, (1, 3, height, width) each.
+        paths: The way of every cell of both photos.
+    """
+    working = torch.stack([fit(image, frames.canvas) for image in frames.images])
+    return PairDetail.of(frames.images, working, torch.cat(copies), frames.canvas, frames.flow, paths)

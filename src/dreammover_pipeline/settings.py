@@ -45,6 +45,7 @@ FUSIONS = ("two_level", "two_level_unwarped", "direct")
 IMPORTANCES = ("agreement", "photometric")
 FLOW_FITS = ("similarity", "mean")
 MOTIONS = ("rigid", "straight")
+DETAILS = ("photos", "upsampled")
 ENDPOINTS = ("original", "reconstructed")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -238,7 +239,7 @@ class VideoSettings(SharedSettings):
         Choice(ENDPOINTS),
         'What stands at the ends: "original", the photos at the output size and otherwise untouched, with the tone '
         'that the VAE takes from them faded out over the frames beside them; or "reconstructed", the photos as the '
-        "VAE brings them back, for a video of one cast.",
+        "VAE brings them back, made like all other frames, for a video of one cast.",
     )
 
     def __post_init__(self):
@@ -283,6 +284,13 @@ class RenderSettings(VideoSettings):
         "keeps all of their coarse layout and leaves detail to the UNet, 0 is the paper's, which lets deep inversion "
         "redraw what was right.",
         paper=0,
+    )
+    detail: str = argument(
+        "photos",
+        Choice(DETAILS),
+        'What is finer than diffusion makes it: "photos" brings the photos\' own detail to every frame, at the size '
+        'of the output, wherever it agrees with the frame; "upsampled", the paper\'s, enlarges what diffusion made.',
+        paper="upsampled",
     )
     guidance_scale: float = argument(
         1.0,

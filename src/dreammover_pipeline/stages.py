@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from .lora import check_pair_lora
 from .paths import motion_paths
 from .records import FusedFrames, PreparedPair
 from .rendering import fuse_pair, place_frames, preview_pair
@@ -227,6 +228,11 @@ class StageMethods:
         with self._turn(), interruptible():
             found = fingerprints(self._fingerprinted)
         check_same_models(path, saved, found)
+        if pair.lora is not None:
+            try:
+                check_pair_lora(self.unet, pair.lora)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"'{path}' is damaged: {error}") from error
         return replace(pair, prompt_embeds=pair.prompt_embeds.to(self.unet.dtype))
 
     def _turn(self) -> Turn:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -27,6 +26,7 @@ from safetensors.torch import save
 from .adapters import acting_tensors
 from .inputs import check_file_place, file_fault
 from .records import BidirectionalFlow, Canvas, Inversion, PreparedPair, Schedule
+from .scratch import replacing
 
 logger = logging.get_logger(__name__)
 
@@ -116,15 +116,10 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappi
         tensors: The tensors, by the names that they have in the file.
         header: Further text for the file's header, by name.
     """
-    write_whole(path, packed_tensors(tensors, header))
-
-
-def packed_tensors(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str] | None = None) -> bytes:
-    """The content of a safetensors file with tensors, further text by name, and a digest of all of it."""
     # Tensors are copied, because safetensors does not take tensors that share memory or are not contiguous.
     copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     header = dict(header or {})
-    return save(copies, {**header, DIGEST: _digest(copies, header)})
+    write_whole(path, save(copies, {**header, DIGEST: _digest(copies, header)}))
 
 
 def read_tensors(path: Path, device: str | torch.device) -> dict[str, torch.Tensor] | None:
@@ -233,7 +228,7 @@ def read_pair(path: str | os.PathLike, device: str | torch.device) -> tuple[Prep
         return _assembled(header, tensors, device), dict(header["fingerprints"])
     except KeyError as error:
         raise ValueError(f"'{path}' is damaged: it lacks {error}") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"'{path}' is damaged: {error}") from error
 
 
@@ -307,13 +302,7 @@ def write_whole(path: Path, content: bytes) -> None:
         ValueError: There is anything but a file at the path.
     """
     check_file_place(path)
-    target = path.resolve()  # of a symbolic link, the file that it points to is replaced, and the link stays
-    temporary = target.with_name(f".dreammover-{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # a power cut could otherwise leave zeros of full length

@@ -55,7 +55,7 @@ def test_a_kept_lora_is_loaded_to_where_torch_itself_would_put_it(tmp_path):
     cache = LoraCache(tmp_path)
     for length in range(64):
         weights = {"a" * (1 + length): torch.randn(3, 7), "b.lora_B.weight": torch.randn(5, 3)}
-        cache.save("key", weights, "owner")
+        cache.save("key", weights)
         loaded = cache.load("key")
         assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
         assert {weight.data_ptr() % 64 for weight in loaded.values()} == {0}

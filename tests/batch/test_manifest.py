@@ -67,9 +67,16 @@ def test_outputs_without_a_name_are_named_by_what_they_show(album):
         ('{"img0": "../out/a/0.png", "img1": "a1.png", "output": "a"}', "would replace the photo"),
         ('{"folder": ".", "output": "a.avi"}', "line 1: '"),
         (f'{{"folder": ".", "output": "{"猫" * 81}.gif"}}', "its name has 258 bytes, and at most"),
+        (f'{{"folder": ".", "output": "{"n" * 300}"}}', "its name has 300 bytes, and at most"),
         ('{"folder": ".", "output": "taken.mp4"}', "there is a folder of that name"),
-        ('{"folder": ".", "output": "b.mp4"}', "b.mp4.json': there is a folder of that name"),
-        ('{"folder": ".", "output": "c.mp4"}', "c.mp4.error.json': there is a folder of that name"),
+        (
+            '{"folder": ".", "output": "b.mp4"}',
+            "b.mp4.json', but a file of that name is there",
+        ),
+        (
+            '{"folder": ".", "output": "c.mp4"}',
+            "c.mp4.error.json', but a file of that name is there",
+        ),
         ('{"folder": ".", "output": "x\\u0000"}', r"`output` must be a path, but '\x00' is in it"),
         ('{"folder": "\\ud800"}', r"`folder` must be a path, but '\ud800' is in it"),
         ('{"folder": ".", "seed": -1}', "line 1: `seed` must be at least 0, not -1"),

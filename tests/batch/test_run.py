@@ -79,7 +79,7 @@ def test_what_a_kill_left_is_removed_with_its_pair_and_only_then(pipe, album):
     assert len(held(second.output)) == 4
     # a kill right after the commit
     left[0].mkdir()
-    failure_path(first.output).write_text("{}")
+    failure_path(first.output).write_text('{"dreammover_failure": 1}')
     assert statuses(work(pipe, [first])) == {"a": "skipped"}
     assert not leftovers(album.parent)
     assert not failure_path(first.output).exists()

@@ -25,7 +25,7 @@ def album(photos):
 
 @pytest.fixture
 def fast(fast):
-    return {**fast, **FEW_STEPS}
+    return {**fast, **FEW_STEPS, "detail": "photos"}
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from dreammover_pipeline.settings import PRESETS
 OWN = {name: method for name, method in METHODS.items() if not method.weights}
 SHORT = {"num_inference_steps": 6, "inversion_steps": 4, "feature_step": 2, "lora_steps": 1}
 MATCHED = {"ours", "photometric", "direct_fusion", "released_fusion", "no_attention", "latent_splat", "pixel_splat"}
-MATCHED |= {"straight", "no_hold"}
+MATCHED |= {"straight", "no_hold", "upsampled"}
 # With random weights no match is doubtful and nothing turns, so these are told apart on the embedded checkpoint.
 ALIKE_WITH_RANDOM_WEIGHTS = {"no_rest", "straight"}
 

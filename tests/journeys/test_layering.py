@@ -33,7 +33,8 @@ MATHS = (
     "tone",
     "steering",
 )
-REQUIRED = {"torch", "diffusers", "transformers", "numpy", "PIL", "safetensors"}  # come with diffusers itself
+# come with diffusers itself
+REQUIRED = {"torch", "diffusers", "transformers", "numpy", "PIL", "safetensors", "filelock"}
 OPTIONAL = {"peft"}  # only inside functions
 
 

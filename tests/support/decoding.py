@@ -13,7 +13,7 @@ def count_decodes(monkeypatch):
 
     def counted(image):
         if image.tile:  # what is still to be decoded
-            decodes[Path(image.filename).name] += 1
+            decodes[Path(image.filename or image.fp.name).name] += 1
         return load(image)
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", counted)

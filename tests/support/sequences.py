@@ -23,4 +23,4 @@ def through(pipe, images, fast, **arguments):
 
 def without_frames(fast):
     """Of short arguments, those that `prepare` takes."""
-    return {name: value for name, value in fast.items() if name not in ("n_frames", "output_type")}
+    return {name: value for name, value in fast.items() if name not in ("n_frames", "detail", "output_type")}

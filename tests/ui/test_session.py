@@ -128,7 +128,7 @@ def test_bad_settings_cost_nothing(session, files):
         session.make(files, {**PREPARING, "inversion_steps": 60}, RENDERING, fps=8)
     with pytest.raises(ValueError, match="fps must be between"):
         session.make(files, PREPARING, RENDERING, fps=0)
-    with pytest.raises(ValueError, match="the ends must be held"):
+    with pytest.raises(ValueError, match="the hold at the ends must last"):
         session.make(files, PREPARING, RENDERING, fps=8, hold=-1)
     with pytest.raises(ValueError, match="times"):
         session.moment(1.5, {}, Stages())

@@ -37,7 +37,10 @@ class Journal:
             os.close(file)
 
     def news(self) -> list[dict]:
-        """The complete lines that were added since the previous call, or since the journal was opened."""
+        """The whole lines that were added since the previous call, or since the journal was opened.
+
+        Lines that are damaged, as a full disk or a power cut may leave them, are left out.
+        """
         records = []
         if self.path.is_file():
             with self.path.open("rb") as file:
@@ -46,8 +49,10 @@ class Journal:
             content = content[: content.rfind(b"\n") + 1]
             self._read += len(content)
             for line in content.splitlines():
-                with suppress(ValueError):  # a full disk may have cut a line off
-                    records.append(json.loads(line))
+                with suppress(ValueError, RecursionError):
+                    record = json.loads(line)
+                    if isinstance(record, dict) and isinstance(record.get("name"), str):
+                        records.append(record)
         return records
 
 

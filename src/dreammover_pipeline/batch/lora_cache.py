@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
 
 from ..arguments import arguments_of
 from ..settings import FitSettings
-from ..storage import digest_of, packed_tensors, read_tensors
+from ..storage import digest_of, read_tensors, write_tensors
 from .jobs import Job
 
 
@@ -30,24 +29,9 @@ class LoraCache:
         """The LoRA of a key that `lora_key` gave; None if its file is missing, cut off, damaged or altered."""
         return read_tensors(self._path(key), "cpu")
 
-    def save(self, key: str, weights: dict[str, torch.Tensor], owner: str) -> None:
-        """Keep a LoRA. Its file appears whole or not at all.
-
-        Args:
-            key: The digest that `lora_key` gives.
-            weights: The weights, in the form of `PreparedPair.lora`.
-            owner: A text that no other process uses at this moment, such as the path of a claimed output. It names the
-                temporary file; if a kill leaves that behind, the next LoRA of the same owner overwrites it.
-        """
-        temporary = self.folder / f".{digest_of(owner)[:16]}"
-        try:
-            with temporary.open("wb") as file:
-                file.write(packed_tensors(weights))
-                file.flush()
-                os.fsync(file.fileno())  # a power cut could otherwise leave zeros of full length, which would load
-            os.replace(temporary, self._path(key))
-        finally:
-            temporary.unlink(missing_ok=True)
+    def save(self, key: str, weights: dict[str, torch.Tensor]) -> None:
+        """Keep a LoRA under the key that `lora_key` gives. Its file appears whole or not at all."""
+        write_tensors(self._path(key), weights)
 
     def _path(self, key: str) -> Path:
         """The file of the LoRA of a key."""

@@ -14,15 +14,16 @@ from itertools import zip_longest
 from pathlib import Path
 
 from ..arguments import Numbers, arguments_of
-from ..inputs import check_file_place, check_integer, check_number, file_fault
+from ..inputs import check_integer, check_number, file_fault
 from ..media.files import check_fps, check_name_length, check_video_path
 from ..media.texts import read_json, read_text
 from ..pipeline import DreamMoverPipeline
 from ..prompts import pair_negatives, pair_prompts
 from ..settings import PREPARING, NegativeContent, RenderSettings
 from ..steering import point_pairs
+from .claims import put_back
 from .jobs import Job, refusing_together
-from .sidecar import PRIVATE, failure_path, read_sidecar, sidecar_path
+from .sidecar import PRIVATE, check_places_of_records, failure_path, is_sidecar, read_sidecar
 
 PLACES = ("img0", "img1", "folder", "output")
 SEPARATORS = ",;\t"  # of cells; spreadsheets write the second where the comma is for decimals, the third as "text"
@@ -99,6 +100,11 @@ def _job_of_sidecar(path: Path, folder: Path) -> Job:
     if fault is not None:
         raise ValueError(f"it is {fault}; the sidecar of a video is needed")
     recorded = read_sidecar(path)
+    if recorded is None and is_sidecar(path):
+        raise ValueError(
+            "the sidecar is damaged or of another version, so its video cannot be made again from it; make the video "
+            "with its manifest"
+        )
     if recorded is None:
         raise ValueError("it is no sidecar of dreammover batch")
     photos = tuple(path.parent / photo["path"] for photo in recorded["inputs"])
@@ -107,7 +113,9 @@ def _job_of_sidecar(path: Path, folder: Path) -> Job:
 
 
 def check_job_outputs(jobs: Sequence[Job]) -> None:
-    """Refuse outputs that cannot be written, or that would replace a photo or another output; make their folders.
+    """Refuse outputs that cannot be written, or that would replace a photo, another output or a foreign file.
+
+    The folders of the outputs are made, and a folder of frames that a killed process was about to replace is put back.
 
     Raises:
         RefusedRowsError: Outputs are refused; the reasons say where they were asked for.
@@ -115,6 +123,8 @@ def check_job_outputs(jobs: Sequence[Job]) -> None:
     with refusing_together() as refusing:
         owners: dict[Path, Job] = {}
         for job in jobs:
+            with refusing(job.origin):
+                put_back(job)
             owner = owners.setdefault(_real(job.output), job)
             if owner is not job:
                 with refusing(job.origin):
@@ -132,9 +142,8 @@ def check_job_outputs(jobs: Sequence[Job]) -> None:
             with refusing(job.origin):
                 _make_folder(job.output.parent)
                 check_video_path(job.output)
-                for beside in (sidecar_path(job.output), failure_path(job.output)):
-                    check_name_length(beside)
-                    check_file_place(beside)
+                check_places_of_records(job.output)
+                check_name_length(failure_path(job.output))  # the longest name of what is written beside the video
                 check_fps(job.settings["fps"], job.output)
 
 

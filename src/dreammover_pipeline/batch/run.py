@@ -8,22 +8,21 @@ belongs to this job alone, renames the video into its place, and commits it by r
 from __future__ import annotations
 
 import errno
-import json
 import os
-import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate.utils import release_memory
-from filelock import FileLock, Timeout
 
+from ..scratch import discard
+from .claims import claimed
 from .jobs import Job
 from .journal import ProgressBar
-from .sidecar import failure_path, read_failures, sidecar_path, work_path
+from .sidecar import failure_path, forget_failure, read_failures, sidecar_path
 from .worker import Worker
 
 POLL_SECONDS = 0.5
@@ -47,7 +46,12 @@ class Outcome:
 
 
 def run(
-    worker: Worker, jobs: Sequence[Job], failures: Mapping[str, str], process: int, processes: int, quiet: bool = False
+    worker: Worker,
+    jobs: Sequence[Job],
+    failures: Mapping[str, Mapping],
+    process: int,
+    processes: int,
+    quiet: bool = False,
 ) -> list[Outcome]:
     """Make the videos that are neither there nor being made by another process.
 
@@ -98,12 +102,12 @@ def _skipped(worker: Worker, jobs: Sequence[Job]) -> dict[str, Outcome]:
     for job in jobs:
         if worker.finished_record(job):
             outcomes[job.name] = Outcome(job, "skipped", None, "", sidecar_path(job.output))
-            with _claimed(job):  # claiming removes what is left of a process that was killed after the commit
-                failure_path(job.output).unlink(missing_ok=True)
+            with claimed(job):  # claiming removes what is left of a process that was killed after the commit
+                forget_failure(job.output)
     return outcomes
 
 
-def _attempt_or_stop(worker: Worker, job: Job, known_failure: str | None) -> Outcome | None:
+def _attempt_or_stop(worker: Worker, job: Job, known_failure: Mapping | None) -> Outcome | None:
     """Do what `_attempt` does, but stop the whole run when a disk is full.
 
     Raises:
@@ -117,18 +121,18 @@ def _attempt_or_stop(worker: Worker, job: Job, known_failure: str | None) -> Out
         raise RuntimeError(_full_disk(job, error)) from error
 
 
-def _attempt(worker: Worker, job: Job, known_failure: str | None) -> Outcome | None:
+def _attempt(worker: Worker, job: Job, known_failure: Mapping | None) -> Outcome | None:
     """Claim a job and make its video, or record why that failed.
 
     Args:
         worker: The worker that makes the video.
         job: The job.
-        known_failure: The record of a failure that was there before this run began, as text; None without one.
+        known_failure: The record of a failure that was there before this run began; None without one.
 
     Returns:
         How the job ended; None if another process has claimed it.
     """
-    with _claimed(job) as work:
+    with claimed(job) as work:
         if work is None:
             return None
         record = worker.finished_record(job)  # another process may have made the video before this one claimed it
@@ -136,7 +140,7 @@ def _attempt(worker: Worker, job: Job, known_failure: str | None) -> Outcome | N
             return _success(job, record)
         failure = read_failures([job]).get(job.name)
         if failure is not None and failure != known_failure:
-            error = json.loads(failure)["error"]
+            error = failure["error"]
             return Outcome(job, "failed", None, f"{error['class']}: {error['message']}", failure_path(job.output))
         start = time.perf_counter()
         try:
@@ -144,7 +148,7 @@ def _attempt(worker: Worker, job: Job, known_failure: str | None) -> Outcome | N
         except Exception as error:
             outcome = _failure(worker, job, error, time.perf_counter() - start, work)
         else:
-            failure_path(job.output).unlink(missing_ok=True)
+            forget_failure(job.output)
             outcome = _success(job, record)
         if outcome.status == "failed":
             release_memory()  # only now, since the error's traceback kept tensors in memory until here
@@ -157,34 +161,6 @@ def _attempt(worker: Worker, job: Job, known_failure: str | None) -> Outcome | N
         }
         worker.journal.append(entry)
         return outcome
-
-
-@contextmanager
-def _claimed(job: Job) -> Iterator[Path | None]:
-    """Claim a job while the context lasts.
-
-    Yields:
-        An empty folder to make the video in; None if another process has claimed the job.
-    """
-    work = work_path(job.output)
-    work.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(work / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        yield None
-        return
-    try:
-        for left in work.glob("making-*"):  # a process that was killed leaves such a folder behind
-            shutil.rmtree(left)
-        # The name is new, so an encoder that outlives its killed parent process cannot write into this folder.
-        folder = Path(tempfile.mkdtemp(prefix="making-", dir=work))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder)
-    finally:
-        lock.release()
 
 
 def _success(job: Job, record: Mapping) -> Outcome:
@@ -216,8 +192,8 @@ def _failure(worker: Worker, job: Job, error: Exception, seconds: float, work: P
     Raises:
         Exception: The error itself, if it says that a disk is full.
     """
-    shutil.rmtree(work)  # on a full disk this makes room for the record
-    work.mkdir()
+    discard(work, job.output.parent)  # on a full disk this makes room for the record
+    work.mkdir(exist_ok=True)
     if _disk_is_full(error):
         with suppress(OSError):
             worker.record_failure(job, error, work)

@@ -3,12 +3,15 @@
 
 A sidecar is put in its place last, by one rename, and so it is the commit: a batch counts a video only if its sidecar
 records the digest of the video's bytes. Any other video is made anew.
+
+A record of ours that is damaged counts as absent. A file of a record's name that is not ours is never touched.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,12 +21,28 @@ from pathlib import Path
 import torch
 
 from .. import __version__
+from ..inputs import file_fault
 from ..pipeline import DreamMoverPipeline
 from ..settings import arguments
-from ..storage import digest_of
+from ..storage import digest_of, write_whole
 from .jobs import Job
 
 FORMAT = 1
+# The first keys of the records, by which a file is known as ours.
+SIDECAR_MARK = "dreammover_batch"
+FAILURE_MARK = "dreammover_failure"
+# What a record must have to be whole: a dict stands for a mapping with at least these keys, a list for a list of this
+# length, and a type or several for a value of it.
+SIDECAR_SHAPE = {
+    "request": str,
+    "output": {"name": str, "sha256": str, "width": int, "height": int, "blacked_out": int},
+    "inputs": [{"path": str, "sha256": str}] * 2,
+    "settings": {},
+    "model": {"name": str, "fingerprint": str},
+    "stack": {"dtype": str},
+    "seconds": dict.fromkeys(("prepare", "render", "write"), (int, float)),
+}
+FAILURE_SHAPE = {"error": {"class": str, "message": str}}
 PRIVATE = ".dreammover"  # the folder beside the outputs for locks, unfinished videos, the journal and LoRAs
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "numpy", "pillow", "imageio-ffmpeg")
 
@@ -44,22 +63,88 @@ def work_path(output: Path) -> Path:
 
 
 def read_sidecar(path: Path) -> dict | None:
-    """The content of a sidecar; None if the file does not exist, is cut off or is no sidecar."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """The content of a sidecar; None if the file does not exist, is damaged or is no sidecar."""
+    record = _content(path)
+    whole = _has_shape(record, SIDECAR_SHAPE) and record.get(SIDECAR_MARK) == FORMAT
+    # Earlier versions did not scale videos, and did not record the size of the frames.
+    return record if whole and _has_shape(record["output"].get("frame_size", [0, 0]), [int, int]) else None
+
+
+def read_failures(jobs: Iterable[Job]) -> dict[str, dict]:
+    """The whole records of failed jobs that exist at this moment, by the names of the jobs."""
+    records = {job.name: _content(failure_path(job.output)) for job in jobs}
+    return {name: record for name, record in records.items() if _has_shape(record, FAILURE_SHAPE)}
+
+
+def is_sidecar(path: Path) -> bool:
+    """Whether a file is a sidecar, whole or damaged."""
+    record = _content(path)
+    return SIDECAR_MARK in record if isinstance(record, dict) else _begins_with(path, SIDECAR_MARK)
+
+
+def is_failure(path: Path) -> bool:
+    """Whether a file is the record of a failure, whole or damaged."""
+    record = _content(path)
+    if isinstance(record, dict):  # records of earlier versions have no mark
+        return FAILURE_MARK in record or {"name", "where", "error"} <= record.keys()
+    return _begins_with(path, FAILURE_MARK)
+
+
+def check_places_of_records(output: Path) -> None:
+    """Refuse an output whose sidecar, or the record of whose failure, would replace a file that is not ours.
+
+    Raises:
+        ValueError: Such a file, or a folder, is there.
+    """
+    for path, is_ours in ((sidecar_path(output), is_sidecar), (failure_path(output), is_failure)):
+        if os.path.lexists(path) and not is_ours(path):
+            raise ValueError(
+                f"the batch keeps its record of '{output}' in '{path}', but a file of that name is there that this "
+                "program did not write; move it away, or choose another output"
+            )
+
+
+def forget_failure(output: Path) -> None:
+    """Remove the record that tells why a video was not made, if there is one."""
+    if is_failure(failure_path(output)):
+        failure_path(output).unlink(missing_ok=True)
+
+
+def _content(path: Path) -> object:
+    """What a file holds as JSON; None if it does not exist, is no regular file or holds no JSON."""
+    if file_fault(path):
         return None
-    return record if isinstance(record, dict) and record.get("dreammover_batch") == FORMAT else None
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
-def read_failures(jobs: Iterable[Job]) -> dict[str, str]:
-    """The records of failed jobs that exist at this moment, as text, by the names of the jobs."""
-    texts = {}
-    for job in jobs:
-        path = failure_path(job.output)
-        if path.is_file():
-            texts[job.name] = path.read_text(encoding="utf-8")
-    return texts
+def _has_shape(value: object, shape: object) -> bool:
+    """Whether a value has a shape like `SIDECAR_SHAPE`."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(
+            key in value and _has_shape(value[key], inner) for key, inner in shape.items()
+        )
+    if isinstance(shape, list):
+        return isinstance(value, list) and len(value) == len(shape) and all(map(_has_shape, value, shape))
+    return isinstance(value, shape)
+
+
+def _begins_with(path: Path, mark: str) -> bool:
+    """Whether a file begins as our records with this first key do, or is cut off within that beginning.
+
+    A file of nothing but NULs counts too, since a power cut may leave one where a record was.
+    """
+    if file_fault(path):
+        return False
+    opening = f'{{"{mark}"'.encode()
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    begins = b"".join(content.split(maxsplit=2)[:2])[: len(opening)]
+    return bool(begins) and (opening.startswith(begins) or not content.strip(b"\0"))
 
 
 def finished_record(output: Path, request: str) -> dict | None:
@@ -136,7 +221,7 @@ def write_record(record: Mapping[str, object], work: Path) -> Path:
     path = work / "record.json"
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     # Names of files that are not UTF-8 have surrogates, and as escapes these are JSON too.
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    write_whole(path, text.encode("utf-8", errors="backslashreplace"))
     return path
 
 

@@ -16,21 +16,26 @@ import torch
 from ..arguments import taken
 from ..framing import fit
 from ..images import decode_images, rgb
-from ..media.files import move_over, video_size, write_video_or_keep
+from ..media.files import video_size, write_video_or_keep
 from ..outputs import DreamMoverPipelineOutput
 from ..pipeline import DreamMoverPipeline
 from ..records import PreparedPair
+from ..scratch import move_over
 from ..settings import PREPARING, RENDERING
 from .jobs import PHOTOS, Job, find_photos
 from .journal import Journal
 from .lora_cache import LoraCache, lora_key
 from .sidecar import (
+    FAILURE_MARK,
     FORMAT,
     PRIVATE,
+    SIDECAR_MARK,
+    check_places_of_records,
     digest,
     error_record,
     failure_path,
     finished_record,
+    is_failure,
     request_of,
     sidecar_path,
     stack_of,
@@ -107,7 +112,7 @@ class Worker:
         write_video_or_keep(output.frames[0], video, job.settings["fps"], job.output)
         clock.stop("write")
         record = {
-            "dreammover_batch": FORMAT,
+            SIDECAR_MARK: FORMAT,
             "request": request,
             "output": _recorded_output(job, video, output),
             "inputs": inputs,
@@ -119,6 +124,7 @@ class Worker:
             "process": {**self.process, "started": started.isoformat(timespec="seconds")},
         }
         sidecar = write_record(record, work)  # while the earlier video is still there, since the disk may be full
+        check_places_of_records(job.output)  # once more, since making the video took a while
         move_over(video, job.output)
         os.replace(sidecar, sidecar_path(job.output))
         return record
@@ -137,11 +143,11 @@ class Worker:
         cached = self.cache.load(key)
         pair = pipe.prepare(first, last, **arguments, generator=generator, lora=cached)
         if cached is None:
-            self.cache.save(key, pair.lora, owner=str(job.output.resolve()))
+            self.cache.save(key, pair.lora)
         return pair, "fitted" if cached is None else "cached"
 
     def record_failure(self, job: Job, error: Exception, work: Path) -> None:
-        """Record why a video could not be made, in a file beside the place of the video.
+        """Record why a video could not be made, in a file beside the place of the video, unless another one is there.
 
         Args:
             job: The job that failed.
@@ -149,6 +155,7 @@ class Worker:
             work: A folder on the disk of the output that nobody else writes to.
         """
         record = {
+            FAILURE_MARK: FORMAT,
             "name": job.name,
             "where": job.origin,
             "error": error_record(error),
@@ -158,7 +165,9 @@ class Worker:
             "stack": self.stack,
             "process": {**self.process, "failed": datetime.now(UTC).isoformat(timespec="microseconds")},
         }
-        os.replace(write_record(record, work), failure_path(job.output))
+        place = failure_path(job.output)
+        if is_failure(place) or not os.path.lexists(place):
+            os.replace(write_record(record, work), place)
 
 
 def _require_recorded(job: Job, inputs: Sequence[Mapping]) -> None:

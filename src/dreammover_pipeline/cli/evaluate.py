@@ -69,6 +69,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         metavar="NAME",
         help="default: all whose weights are there; the error for an unknown name lists all names",
     )
+    add("--size", type=int, metavar="N", help="side of drawn scenes in pixels (default: the model's native size)")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="set a parameter of the pipeline; repeatable")
     add("--flow", default="dis", metavar="NAME", help="dis (the default) or raft, for warping errors without truth")
     add("--seed", type=int, default=0, metavar="N", help="decides drawn scenes and LoRAs (default: %(default)s)")
@@ -128,6 +129,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     check_integer("--pairs", pairs, 1)
     check_integer("--frames", frames, 1)
     check_integer("--seed", args.seed, 0)
+    if args.size is not None:
+        check_integer("--size", args.size, 64, 8192)
     pipeline_class()  # first, since it hushes third parties before they are imported
     from ..evaluation.methods import METHODS, methods_without_weights
 
@@ -149,7 +152,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     pipe = load_chosen(args)
     pipe.set_progress_bar_config(disable=True)
     pipe.check_inputs(**settings)
-    suites = find_suites(names, pairs, frames, native_size(pipe), args.seed)
+    suites = find_suites(names, pairs, frames, args.size or native_size(pipe), args.seed)
     file = RunFile.start(args.output, header(pipe, args.model, suites, args.seed, settings, args.flow, tools))
     run(pipe, suites, methods, file, tools, args.quiet)
     report = write_report(file, tools, left_out)

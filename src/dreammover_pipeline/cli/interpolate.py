@@ -21,6 +21,7 @@ from ..arguments import taken
 from ..inputs import file_fault
 from ..media.files import check_file_path, check_name_length
 from ..media.pictures import crossfade, picture_of
+from ..scratch import put_in_order
 from ..settings import PREPARING, RENDERING, arguments
 from .loading import add_model_options, check_model, load_chosen, pipeline_class
 from .options import add_method_options, call_arguments, seed, size, steering_files
@@ -308,6 +309,7 @@ def _claimed(parts: Path) -> Iterator[None]:
             f"another process is making the same video and uses '{parts}'; wait until it ends"
         ) from error
     try:
+        put_in_order(parts)
         yield
     finally:
         lock.release()

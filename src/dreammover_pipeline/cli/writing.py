@@ -26,6 +26,7 @@ from ..media.files import (
 )
 from ..media.pictures import comparison, contact_sheet, crossfade, picture_of
 from ..media.playback import check_hold, frames_to_fill, play
+from ..scratch import put_in_order
 from ..settings import RenderSettings
 from .loading import load_chosen
 from .options import for_each_gap
@@ -87,6 +88,8 @@ def add_output_options(parser: argparse.ArgumentParser, gaps: bool = False) -> N
 def check_output_paths(args: argparse.Namespace, inputs: Sequence[str], others: Sequence[str] = ()) -> None:
     """Refuse outputs that cannot be written or would replace another output or an input.
 
+    What killed processes left beside the videos is removed, and a folder that one was about to replace is put back.
+
     Args:
         args: The options that `add_output_options` adds.
         inputs: The paths that are read.
@@ -97,6 +100,7 @@ def check_output_paths(args: argparse.Namespace, inputs: Sequence[str], others: 
     """
     videos = [path for path in (args.output, args.compare) if path is not None]
     for path in videos:
+        put_in_order(Path(path).resolve().parent)
         check_video_path(path)
         check_fps(args.fps, path)
     pictures = [path for path in (args.sheet, args.flow, args.matches) if path]

@@ -18,7 +18,7 @@ from ..pipeline import DreamMoverPipeline
 from ..progress import reported_stage
 from ..prompts import NegativeText
 from ..records import BidirectionalFlow, Canvas, PreparedPair
-from ..rendering import render_latents
+from ..rendering import finish_frames, render_latents
 from ..settings import PREPARING, RENDERING, RenderSettings, arguments
 from .suites import Pair
 
@@ -106,15 +106,14 @@ class EvaluationCase:
 
     def render_along(self, prepared: PreparedPair, paths: MotionPaths) -> Result:
         """Frames of a prepared pair along paths that need not be those of its flow, and the pair's flow."""
-        frames = render_latents(
-            self.pipe._models(self.setting("cross_attention_kwargs")),
-            prepared,
-            RenderSettings.of({**self.settings, "times": self.pair.times}),
-            paths,
-            NegativeText(self.setting("negative_prompt"), self.setting("negative_prompt_embeds")),
-            UNREPORTED,
+        models = self.pipe._models(self.setting("cross_attention_kwargs"))
+        settings = RenderSettings.of({**self.settings, "times": self.pair.times})
+        negative = NegativeText(self.setting("negative_prompt"), self.setting("negative_prompt_embeds"))
+        frames = render_latents(models, prepared, settings, paths, negative, UNREPORTED)
+        made = finish_frames(
+            models.autoencoder, frames, settings, "pt", self.pipe.run_safety_checker, UNREPORTED, paths
         )
-        return self.decode(frames.latents), prepared.flow
+        return made.frames[0].float(), prepared.flow
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode clean latents (F, C, h, w) into pictures at the size of the frames."""

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from ..fields import flow_at_cell_centres
 from ..framing import fit
 from ..fusion import fuse_high_level
-from ..paths import MotionPaths
-from ..records import PreparedPair
+from ..paths import MotionPaths, rigid_paths
+from ..records import BidirectionalFlow, PreparedPair
 from .case import EvaluationCase, Result
 
 
@@ -39,7 +41,12 @@ def true_paths(case: EvaluationCase, like: torch.Tensor, only_seen: bool = False
         ways = torch.cat([way(image, target) for target in targets.tolist()])
         return flow_at_cell_centres(ways, like.shape[-2:]).to(like)
 
-    return MotionPaths(displacements)
+    @cache
+    def turning() -> MotionPaths:
+        ways = (flow_at_cell_centres(motion.flow(*way), like.shape[-2:]).to(like) for way in ((0, 1), (1, 0)))
+        return rigid_paths(BidirectionalFlow(*ways))
+
+    return MotionPaths(displacements, lambda image, times: turning().factors(image, times))
 
 
 def true_flow(case: EvaluationCase) -> Result:

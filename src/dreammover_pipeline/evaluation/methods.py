@@ -56,6 +56,11 @@ def no_refinement(case: EvaluationCase) -> Result:
     return case.render(case.prepared(photo_tolerance=0))
 
 
+def upsampled(case: EvaluationCase) -> Result:
+    """Ours without the detail of the photos: the frames that diffusion makes, enlarged."""
+    return case.render(case.prepared(), detail="upsampled")
+
+
 def no_hold(case: EvaluationCase) -> Result:
     """Ours without holding the layout while noise is high."""
     return case.render(case.prepared(), layout_hold=0)
@@ -215,6 +220,7 @@ METHODS = {
     "no_penalty": Method(no_penalty),
     "no_rest": Method(no_rest),
     "no_refinement": Method(no_refinement),
+    "upsampled": Method(upsampled),
     "no_hold": Method(no_hold),
     "no_smoothing": Method(no_smoothing),
     "mean_flow": Method(mean_flow),

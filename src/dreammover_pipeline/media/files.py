@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes frames and pictures to files; no function of this module needs a model.
 
-Every file is written under a temporary name in the folder it belongs in, and gets its own name when it is complete. So
-a finished file of that name stays as it was, whatever goes wrong.
+Every file is written in a temporary folder beside its place, and gets its own name when it is complete. So a finished
+file of that name stays as it was, whatever goes wrong.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import math
 import os
 import re
 import secrets
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from fractions import Fraction
 from functools import cache
 from itertools import chain
@@ -26,6 +25,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from ..inputs import check_file_place, file_fault
+from ..scratch import replacing
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 FRAME_NAME = "frame_{:04d}.png"  # how frames in a folder are called, by their index
@@ -68,7 +68,7 @@ def write_video(frames: Iterable[Image.Image], path: str | os.PathLike, fps: flo
     """
     check_video_path(path)
     check_fps(fps, path)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         VIDEO_WRITERS[_video_suffix(path)](_checked(frames), temporary, fps)
 
 
@@ -124,12 +124,9 @@ def _kept(frames: Sequence[Image.Image], path: Path) -> Path | None:
     for place in (lambda: path.parent, tempfile.gettempdir, Path.cwd):
         with suppress(OSError):  # the place is missing, read-only or full
             folder = Path(place(), name).resolve()
-            try:
-                _write_folder(iter(frames), folder, fps=1)
-                return folder
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
+            with replacing(folder) as temporary:
+                _write_folder(iter(frames), temporary, fps=1)
+            return folder
     return None
 
 
@@ -140,7 +137,7 @@ def write_picture(picture: Image.Image, path: str | os.PathLike) -> None:
         ValueError: `check_picture_path` refuses the path.
     """
     check_picture_path(path)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         picture.save(temporary, quality=95)  # the quality is for jpeg; Pillow ignores it for png
 
 
@@ -301,40 +298,6 @@ def _is_ours(frame: Path) -> bool:
             return picture.info.get("Software") == SOFTWARE
     except Exception:  # Pillow raises nearly anything on a file that is no picture
         return False
-
-
-@contextmanager
-def _replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path for a new file or folder, which takes the place of `path` if the block succeeds."""
-    target = Path(path).resolve()  # of a symbolic link, the file that it points to is replaced and the link stays
-    temporary = target.with_name(f".dreammover-{secrets.token_hex(4)}{Path(path).suffix}")
-    try:
-        yield temporary
-        move_over(temporary, target)
-    finally:
-        _remove(temporary)
-
-
-def move_over(source: Path, target: Path) -> None:
-    """Move a file or folder to a path on the same disk, and replace a file or folder of that name."""
-    if not target.is_dir():
-        os.replace(source, target)
-        return
-    old = source.with_name(f"{source.name}-old")  # renaming cannot replace a folder that is not empty
-    os.replace(target, old)
-    try:
-        os.replace(source, target)
-    except BaseException:
-        os.replace(old, target)
-        raise
-    _remove(old)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _checked(frames: Iterable[Image.Image]) -> Iterator[Image.Image]:

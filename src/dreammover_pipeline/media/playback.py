@@ -69,7 +69,7 @@ def frames_to_fill(duration: float, fps: float, hold: float = 0.0, ping_pong: bo
 def check_hold(hold: float) -> None:
     """Raise ValueError unless `hold` is a number of seconds from 0 to `LONGEST`."""
     if not 0 <= hold <= LONGEST:  # NaN fails every comparison
-        raise ValueError(f"the ends must be held for 0 to {LONGEST} seconds, not {hold}")
+        raise ValueError(f"the hold at the ends must last 0 to {LONGEST} seconds, not {hold}")
 
 
 def _shown(hold: float, fps: float) -> int:

@@ -1,0 +1,515 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frames with the photos' own detail, at the photos' own size.
+
+Diffusion lays a frame out at the size that the checkpoint was trained on; what is finer than that is in the photos.
+For every place of a frame it is chosen where in the photos it comes from, and whether it is seen in both or in one.
+Where the photos' colours there agree with the frame they take its place, pixel by pixel at full size:
+
+    frame = (1 − M) · B↑ + M · (Σ w (a⁰ g⁰ I⁰(z⁰) + a¹ g¹ I¹(z¹)) + ΔI)
+
+B↑ is the frame of diffusion, enlarged; z⁰ and z¹ are where a candidate of weight w comes from in the photos I⁰ and
+I¹; a⁰ + a¹ = 1 are their shares; g brings each photo to the frame's light; ΔI is what light is left; M is how far the
+photos are taken. No model runs. Everything but the lookups in the photos is decided on a grid of `SAMPLES` places a
+cell along each side, and the lookups are made in strips, so memory hardly grows with the photos.
+
+Places z are (x, y) in cells of the latent grid, as in `fields.py`. Source: ours; M, I and ΔI play the parts that masks
+and residuals have in learned frame interpolation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .fields import blurred, cell_grid
+from .flow import agreement
+from .light import gain_maps, light_gains
+from .paths import MotionPaths
+from .records import BidirectionalFlow, Canvas
+from .rigid import complex_product
+
+SAMPLES = 4  # places along a side of a cell at which it is chosen where a frame comes from
+CANDIDATES = 8  # cells whose motion is tried at every place: those that land nearest to it
+CANDIDATES_KEPT = 4  # of them that are mixed at full size
+SURE_BONUS = 0.5  # cells; by how much nearer a cell counts whose flow agrees both ways
+NEIGHBOURHOOD = (1, 3)  # places; how far away the eight neighbours are whose choice is tried, too
+FIRST_BLUR, SECOND_BLUR = 1.2, 1.5  # places; sigma of the Gaussian that costs are averaged by, before and after that
+COST_CLIP = 0.3  # difference in colour, of 1, beyond which it makes no difference how much larger it is
+PHOTOS_WEIGHT = 0.5  # of the difference between the two photos, beside that from the frame
+OFF_PICTURE = 0.5  # cost of a place that lies off a photo
+ONE_PHOTO = 0.04  # cost of taking one photo only
+DISTANCE_COST = 0.004  # for each cell between a place and where its candidate lands
+DOUBT_COST = 0.01  # of a candidate whose flow does not agree both ways
+SOFTNESS = 0.01  # difference in cost at which a candidate has 1/e of the weight
+TRUSTED_ERROR = 0.02  # mean error of the VAE, in colours of 1, at which its frames are trusted half as much
+TAKEN = 0.1  # difference in colour between photos and frame at which the photos are taken to 1/e …
+TAKEN_FOR_ERROR = 6.0  # … and what is added to it for each unit of the VAE's error there
+LIGHT_BLUR = 2.0  # places; sigma of the Gaussian mean that is the light of a difference
+LIGHT_OUTLIER = 0.04  # difference in colour that is more likely one of content than of light
+FAINT = 1e-4  # share of a photo that is not meant to be seen, so that a place is never without any
+CELLS_AT_ONCE_NEARBY = 2048  # for which candidates are looked for together, so that the workspace stays bounded
+EXACT_DISTANCES = "donot_use_mm_for_euclid_dist"  # matrix products would be rounded
+STRIP_PIXELS = 2**19  # of a frame that are made together
+
+
+@dataclass(frozen=True, eq=False)
+class PairDetail:
+    """What the frames of a pair take their detail from.
+
+    `photos` are the two at the output size, (3, H, W) each. `small` (2, 4, h', w') are they on the grid of places,
+    with the VAE's mean error as a fourth channel; `gains` (2, 3, 3) bring each to the light of the other. `canvas` is
+    where both sit, `paths` are the ways of the cells and `sure` (2, 1, h, w) is how far the flow agrees both ways.
+    """
+
+    photos: tuple[torch.Tensor, torch.Tensor]
+    small: torch.Tensor
+    gains: torch.Tensor
+    canvas: Canvas
+    flow: BidirectionalFlow
+    paths: MotionPaths
+    sure: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        photos: tuple[torch.Tensor, torch.Tensor],
+        working: torch.Tensor,
+        reconstructed: torch.Tensor,
+        canvas: Canvas,
+        flow: BidirectionalFlow,
+        paths: MotionPaths,
+    ) -> PairDetail:
+        """What can be known once for all frames of a pair.
+
+        Args:
+            photos: The two at the output size, (3, H, W) in [0, 1] each.
+            working: The two on the canvas, (2, 3, canvas.height, canvas.width) in [0, 1].
+            reconstructed: They, encoded and decoded by the VAE, which shows how far it can be trusted, place by place.
+            canvas: Where the photos sit.
+            flow: Between the two, in cells.
+            paths: The ways of the cells through time.
+        """
+        size = tuple(SAMPLES * side for side in flow.forward.shape[-2:])
+        colours, copies = (
+            F.interpolate(part.to(flow.forward), size, mode="area") for part in (working, reconstructed)
+        )
+        error = blurred(blurred(colours - copies, SECOND_BLUR).abs().mean(1, keepdim=True), SECOND_BLUR)
+        photos = tuple(photo.to(flow.forward) for photo in photos)
+        gains = light_gains(colours, flow)
+        return cls(photos, torch.cat([colours, error], 1), gains, canvas, flow, paths, agreement(flow))
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Where the surroundings of every cell of both photos would be at one time, N = 2·h·w candidates.
+
+    A candidate is a similarity that has moved on the way: what is u away from `landing` in the frame comes from
+    `places`[i] + `factors`[i]·u in photo i, with complex products. All are (2, N) in cells, of which `places` and
+    `factors` hold one for each photo; `doubt` (N,) is 0 where the flow agrees both ways and 1 where it does not.
+    """
+
+    landing: torch.Tensor
+    places: tuple[torch.Tensor, torch.Tensor]
+    factors: tuple[torch.Tensor, torch.Tensor]
+    doubt: torch.Tensor
+
+    @classmethod
+    def at(cls, pair: PairDetail, time: float) -> Candidates:
+        """The candidates at a time δ."""
+        ways = pair.flow.stacked()
+        cells = cell_grid(*ways.shape[-2:], ways)[0]
+        landing, places, factors = [], ([], []), ([], [])
+        for image in (0, 1):
+            gone = torch.tensor([time if image == 0 else 1 - time], dtype=torch.float32, device="cpu")
+            landing.append(cells + pair.paths.displacements(image, gone)[0])
+            places[image].append(cells)
+            places[1 - image].append(cells + ways[image])
+            factors[image].append(pair.paths.factors(image, -gone)[0])
+            factors[1 - image].append(pair.paths.factors(image, 1 - gone)[0])
+
+        def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+            return torch.cat([part.flatten(1) for part in parts], 1)
+
+        return cls(
+            joined(landing),
+            (joined(places[0]), joined(places[1])),
+            (joined(factors[0]), joined(factors[1])),
+            1 - pair.sure.flatten(),
+        )
+
+    def sources(self, index: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where places z (2, …) of the frame come from in the two photos, by the candidates of an index (…)."""
+        away = z - self.landing[:, index]
+        first, second = (
+            place[:, index] + complex_product(factor[None, :, index], away[None])[0]
+            for place, factor in zip(self.places, self.factors, strict=True)
+        )
+        return first, second
+
+    def nearest(self, cells: torch.Tensor) -> torch.Tensor:
+        """The indices (n, `CANDIDATES`) of the candidates that land nearest to cells (2, n)."""
+        landing, bonus = self.landing.T, SURE_BONUS * (1 - self.doubt)
+        return torch.cat(
+            [
+                (torch.cdist(some, landing, compute_mode=EXACT_DISTANCES) - bonus)
+                .topk(min(CANDIDATES, len(landing)), largest=False)
+                .indices
+                for some in cells.T.split(CELLS_AT_ONCE_NEARBY)
+            ]
+        )
+
+
+# ── What is decided on the grid of places ────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, eq=False)
+class Sources:
+    """Where every place of a frame comes from, K candidates for each.
+
+    `index` (K, h', w') are the candidates, and `weight` (K, h', w') sums to 1; `shown` (K, h', w') is 0 for what is
+    seen in both photos, 1 for what is seen in the first only, 2 in the second only.
+    """
+
+    index: torch.Tensor
+    shown: torch.Tensor
+    weight: torch.Tensor
+
+    def kept(self, count: int) -> Sources:
+        """The `count` of them with the most weight, where those that are the same are taken together."""
+        key = 3 * self.index + self.shown
+        weight = torch.zeros_like(self.weight)
+        for k in range(len(key)):
+            first = (key == key[k]).to(torch.uint8).argmax(0, keepdim=True)
+            weight.scatter_add_(0, first, self.weight[k : k + 1])
+        most, where = weight.topk(min(count, len(key)), 0)
+        return Sources(self.index.gather(0, where), self.shown.gather(0, where), most / most.sum(0))
+
+    def shares(self, time: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The shares of the two photos in each candidate, (K, h', w') each."""
+        first = torch.where(self.shown == 2, FAINT, 1 - time + FAINT)
+        return first, torch.where(self.shown == 1, FAINT, time + FAINT)
+
+
+def choose_sources(pair: PairDetail, candidates: Candidates, lit: torch.Tensor, frame: torch.Tensor, time: float):
+    """Choose for every place of a frame which candidates it comes from.
+
+    A candidate costs what its two places in the photos differ from each other and, as far as the VAE can be trusted
+    there, from the frame, averaged over the places around; one that is seen in one photo only costs `ONE_PHOTO`
+    instead of the difference. First the nearest candidates are compared, then what the neighbours have chosen.
+
+    Args:
+        pair: The photos.
+        candidates: Those of the frame's time.
+        lit: The photos on the grid of places in the frame's light, with the VAE's error as a fourth channel.
+        frame: The frame on the grid of places, (3, h', w').
+        time: Its δ.
+
+    Returns:
+        The `Sources`, `CANDIDATES_KEPT` for each place.
+    """
+    h, w = pair.flow.forward.shape[-2:]
+    cells = cell_grid(h, w, frame)[0]
+    nearest = candidates.nearest(cells.flatten(1)).T.unflatten(1, (h, w))
+    nearest = nearest.repeat_interleave(SAMPLES, 1).repeat_interleave(SAMPLES, 2)
+    costs = torch.stack([_costs(pair, candidates, index, lit, frame, time) for index in nearest], 1)  # (3, K, h', w')
+    best = blurred(costs, FIRST_BLUR).flatten(0, 1).argmin(0)
+    index = nearest.gather(0, (best % len(nearest))[None])[0]
+    shown = best // len(nearest)
+    around = _neighbours(index), _neighbours(shown)
+    costs = torch.stack(
+        [
+            _costs(pair, candidates, index, lit, frame, time).gather(0, shown[None])[0]
+            for index, shown in zip(*around, strict=True)
+        ]
+    )
+    weight = (-blurred(costs, SECOND_BLUR) / SOFTNESS).softmax(0)
+    return Sources(*around, weight).kept(CANDIDATES_KEPT)
+
+
+def _costs(
+    pair: PairDetail,
+    candidates: Candidates,
+    index: torch.Tensor,
+    lit: torch.Tensor,
+    frame: torch.Tensor,
+    time: float,
+) -> torch.Tensor:
+    """What a candidate costs at every place, (3, h', w'): seen in both photos, in the first, in the second only."""
+    z = places(frame)
+    (first, on_first), (second, on_second) = (
+        _small_at(pair, lit[image], source) for image, source in enumerate(candidates.sources(index, z))
+    )
+    trust = 1 / (1 + (_seen_mean(first[3], on_first, second[3], on_second) / TRUSTED_ERROR).square())
+
+    def off(colours: torch.Tensor) -> torch.Tensor:
+        return trust * (colours - frame).abs().mean(0).clamp(max=COST_CLIP)
+
+    apart = (first[:3] - second[:3]).abs().mean(0).clamp(max=COST_CLIP)
+    mixed = (1 - time) * first[:3] + time * second[:3]
+    far = (z - candidates.landing[:, index]).norm(dim=0)
+    costs = [
+        PHOTOS_WEIGHT * apart + off(mixed) + OFF_PICTURE * ~(on_first & on_second),
+        ONE_PHOTO + off(first[:3]) + OFF_PICTURE * ~on_first,
+        ONE_PHOTO + off(second[:3]) + OFF_PICTURE * ~on_second,
+    ]
+    return torch.stack(costs) + DISTANCE_COST * far + DOUBT_COST * candidates.doubt[index]
+
+
+def places(like: torch.Tensor) -> torch.Tensor:
+    """The places of a grid (…, h', w') in cells, (2, h', w')."""
+    return (cell_grid(*like.shape[-2:], like)[0] + 0.5) / SAMPLES - 0.5
+
+
+def _neighbours(field: torch.Tensor) -> torch.Tensor:
+    """The values of a field (h', w') at every place and at its neighbours, (17, h', w'), within the field."""
+    h, w = field.shape
+    y, x = torch.arange(h, device=field.device), torch.arange(w, device=field.device)
+    steps = [(0, 0)] + [
+        (dy * far, dx * far) for far in NEIGHBOURHOOD for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx
+    ]
+    return torch.stack([field[(y + dy).clamp(0, h - 1)[:, None], (x + dx).clamp(0, w - 1)] for dy, dx in steps])
+
+
+def _small_at(pair: PairDetail, small: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values (C, h', w') of a photo on the grid of places where a frame's places come from, and which are on it."""
+    h, w = pair.flow.forward.shape[-2:]
+    normalised = [(z[axis] + 0.5) * (2 / side) - 1 for axis, side in enumerate((w, h))]
+    return _bilinear(small, *normalised), _on_picture(pair, z)
+
+
+def _bilinear(image: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Values of an image (C, H, W) at x and y, which run from −1 to 1 from edge to edge; beyond it, the edge's."""
+    grid = torch.stack([x, y], -1)[None]
+    return F.grid_sample(image[None], grid, mode="bilinear", padding_mode="border", align_corners=False)[0]
+
+
+def _on_picture(pair: PairDetail, z: torch.Tensor) -> torch.Tensor:
+    """Which places z (2, …) lie on the picture, and not on what pads the canvas or outside of it."""
+    width, height = _extent(pair)
+    x, y = z + 0.5
+    return (x > 0) & (x < width) & (y > 0) & (y < height)
+
+
+def _extent(pair: PairDetail) -> tuple[float, float]:
+    """Width and height in cells of the part of the canvas that the picture fills."""
+    (h, w), canvas = pair.flow.forward.shape[-2:], pair.canvas
+    return canvas.content_width * w / canvas.width, canvas.content_height * h / canvas.height
+
+
+def _seen_mean(
+    first: torch.Tensor, on_first: torch.Tensor, second: torch.Tensor, on_second: torch.Tensor
+) -> torch.Tensor:
+    """The mean of two values over the photos that a place is seen in; 0 where it is in none."""
+    return (first * on_first + second * on_second) / (on_first.to(first) + on_second).clamp(min=1)
+
+
+@dataclass(frozen=True, eq=False)
+class FrameDetail:
+    """All that is decided of a frame before its pixels are made; fields are (…, h', w') on the grid of places.
+
+    `sources` and `candidates` say where it comes from; `taken` (1, …) is M; `added` (3, …) is ΔI; `light` (2, 3, …)
+    are the gains g of both photos at the places that are seen there.
+    """
+
+    sources: Sources
+    candidates: Candidates
+    taken: torch.Tensor
+    added: torch.Tensor
+    light: torch.Tensor
+
+
+def plan_detail(pair: PairDetail, frame: torch.Tensor, time: float) -> FrameDetail:
+    """Decide where a frame takes its detail from, and where it takes none.
+
+    Args:
+        pair: The photos.
+        frame: The frame as diffusion made it, on the canvas, (3, canvas.height, canvas.width) in [0, 1].
+        time: Its δ.
+    """
+    size = pair.small.shape[-2:]
+    frame = F.interpolate(frame[None].to(pair.small), size, mode="area")[0]
+    gains = gain_maps(pair.gains, size, pair.small)
+    gains = torch.stack([gains[0] ** time, gains[1] ** (1 - time)])
+    lit = torch.cat([pair.small[:, :3] * gains, pair.small[:, 3:]], 1)
+    candidates = Candidates.at(pair, time)
+    sources = choose_sources(pair, candidates, lit, frame, time)
+    mixed = torch.zeros_like(frame)
+    for index, first, second, weight in zip(sources.index, *sources.shares(time), sources.weight, strict=True):
+        z = candidates.sources(index, places(frame))
+        (one, on_one), (other, on_other) = (_small_at(pair, lit[image], z[image]) for image in (0, 1))
+        first, second = first * on_one, second * on_other
+        total = (first + second).clamp(min=FAINT)
+        mixed += weight * (first * one[:3] + second * other[:3]) / total
+    z = candidates.sources(sources.index[0], places(frame))
+    (one, on_one), (other, on_other) = (
+        _small_at(pair, torch.cat([pair.small[image, 3:], gains[image]]), z[image]) for image in (0, 1)
+    )
+    error = _seen_mean(one[0], on_one, other[0], on_other)
+    rest = frame - mixed
+    added = blurred(rest / (1 + (blurred(rest.abs().mean(0), 1.0) / LIGHT_OUTLIER).square()), LIGHT_BLUR)
+    off = blurred((rest - added).abs().mean(0), SECOND_BLUR)
+    taken = (-(off / (TAKEN + TAKEN_FOR_ERROR * error)).square()).exp() * (on_one | on_other)
+    return FrameDetail(sources, candidates, taken[None], added, torch.stack([one[1:], other[1:]]))
+
+
+# ── At full size ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def with_detail(pair: PairDetail, frame: torch.Tensor, time: float, strip_pixels: int = STRIP_PIXELS) -> torch.Tensor:
+    """A frame at the output size with the detail of the photos.
+
+    Args:
+        pair: The photos.
+        frame: The frame as diffusion made it, on the canvas, (3, canvas.height, canvas.width) in [0, 1].
+        time: Its δ in [0, 1].
+        strip_pixels: How many pixels are made together, about; the frame does not depend on it.
+
+    Returns:
+        (3, H, W) in [0, 1], on the CPU.
+    """
+    plan = plan_detail(pair, frame, time)
+    canvas = pair.canvas
+    height, width = canvas.output_height, canvas.output_width
+    content = frame[:, : canvas.content_height, : canvas.content_width].to(pair.small)
+    wide = F.interpolate(content[None], (canvas.content_height, width), mode="bicubic", antialias=True)[0]
+    taps, shares = _taps(canvas.content_height, height, wide)
+    h, w = pair.small.shape[-2:]
+    rows = Axis.of(height, canvas.content_height * h / canvas.height, h, wide)
+    columns = Axis.of(width, canvas.content_width * w / canvas.width, w, wide)
+    lines = _Lines.of(pair, plan, time)
+    fields = torch.cat([1 - plan.taken, plan.taken * plan.added, (plan.taken * plan.light).flatten(0, 1)])
+    result = torch.empty(3, height, width, device="cpu")
+    step = max(1, strip_pixels // width)
+    for top in range(0, height, step):
+        strip = rows.part(top, min(height, top + step))
+        kept, added, light = columns.spread(strip.spread(fields, -2), -1).split([1, 3, 6])
+        enlarged = sum(
+            shares[top : top + step, i, None] * wide[:, taps[top : top + step, i]] for i in range(taps.shape[1])
+        )
+        seen = lines.looked_up(pair, strip, columns)
+        pixels = kept * enlarged.clamp(0, 1) + added + light[:3] * seen[0] + light[3:] * seen[1]
+        result[:, top : top + step] = pixels.clamp(0, 1).cpu()
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """How n pixels along one side of a frame lie on the grid of places, of which there are m along that side.
+
+    `index` (n,) is the place that a pixel is in, `offset` (n,) how far from its middle it lies in cells, and `weights`
+    (3, n) how much the place before, the place itself and the place after count when values are interpolated.
+    """
+
+    index: torch.Tensor
+    offset: torch.Tensor
+    weights: torch.Tensor
+    places: int
+
+    @classmethod
+    def of(cls, pixels: int, covered: float, count: int, like: torch.Tensor) -> Axis:
+        """The axis of `pixels` pixels that cover `covered` of `count` places."""
+        # In float64, so that a pixel is in the same place on every device; then the offsets are exact enough.
+        position = (torch.arange(pixels, dtype=torch.float64, device="cpu") + 0.5) * (covered / pixels)
+        index = position.floor().clamp(max=count - 1)
+        offset = position - index - 0.5  # from the middle of the place, in places
+        weights = torch.stack([(-offset).clamp(min=0), 1 - offset.abs(), offset.clamp(min=0)])
+        return cls(index.long().to(like.device), (offset / SAMPLES).to(like), weights.to(like), count)
+
+    def part(self, start: int, end: int) -> Axis:
+        """The pixels from `start` to `end`."""
+        return Axis(self.index[start:end], self.offset[start:end], self.weights[:, start:end], self.places)
+
+    def at(self, values: torch.Tensor, axis: int) -> torch.Tensor:
+        """For every pixel, the value of the place that it is in."""
+        return values.index_select(axis, self.index)
+
+    def spread(self, values: torch.Tensor, axis: int) -> torch.Tensor:
+        """Values of the places, interpolated between the middles of the places."""
+        shape = [-1, 1] if axis == -2 else [-1]
+        steps = zip((-1, 0, 1), self.weights, strict=True)
+        return sum(
+            values.index_select(axis, (self.index + step).clamp(0, self.places - 1)) * weight.reshape(shape)
+            for step, weight in steps
+        )
+
+
+def _taps(given: int, wanted: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which rows of a picture make up each row of it resized, and how much of each: (wanted, k) twice."""
+    matrix = F.interpolate(torch.eye(given)[None, None], (wanted, given), mode="bicubic", antialias=True)[0, 0]
+    count = int((matrix != 0).sum(1).max())
+    index = matrix.abs().topk(count, 1).indices.sort(1).values
+    return index.to(like.device), matrix.gather(1, index).to(like)
+
+
+@dataclass(frozen=True, eq=False)
+class _Lines:
+    """Where the pixels of a frame come from, as linear functions of their offset from the middle of their place.
+
+    `middle` (K, 2 photos, 2, h', w') are x and y of the middle in the photo, from −1 to 1 from edge to edge; `step` of
+    the same shape is the complex factor, in the same unit along x; `ratio` is the unit along y by that along x.
+    `shares` (K, 2, h', w') are those of the photos, and `weights` (3, 3, K, h', w') is how much each candidate of a
+    place counts at the places around.
+    """
+
+    middle: torch.Tensor
+    step: torch.Tensor
+    ratio: float
+    shares: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def of(cls, pair: PairDetail, plan: FrameDetail, time: float) -> _Lines:
+        """The lines of a frame."""
+        width, height = _extent(pair)
+        sources, candidates = plan.sources, plan.candidates
+        unit = plan.added.new_tensor([2 / width, 2 / height]).reshape(2, 1, 1)
+        z = places(plan.added)
+        middle = [torch.stack(candidates.sources(index, z)) for index in sources.index]
+        step = [torch.stack([factor[:, index] for factor in candidates.factors]) for index in sources.index]
+        key = 3 * sources.index + sources.shown
+        h, w = key.shape[-2:]
+        y, x = (torch.arange(n, device=key.device) for n in (h, w))
+        weights = []
+        for dy in (-1, 0, 1):
+            for dx in (-1, 0, 1):
+                there = (..., (y + dy).clamp(0, h - 1)[:, None], (x + dx).clamp(0, w - 1))
+                same = key[:, None] == key[there]
+                weights.append((same * sources.weight[there]).sum(1))
+        return cls(
+            (torch.stack(middle) + 0.5) * unit - 1,
+            torch.stack(step) * (2 / width),
+            width / height,
+            torch.stack(sources.shares(time), 1),
+            torch.stack(weights).unflatten(0, (3, 3)),
+        )
+
+    def looked_up(self, pair: PairDetail, rows: Axis, columns: Axis) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the pixels of some rows get from the first and from the second photo, (3, n, W) each."""
+        down = rows.offset[:, None]
+        weights = sum(
+            weight[:, None] * rows.at(part, -2) for weight, part in zip(rows.weights, self.weights, strict=True)
+        )
+        weights = sum(
+            weight * columns.at(part, -1) for weight, part in zip(columns.weights, weights, strict=True)
+        )  # (K, n, W)
+        real, imaginary = rows.at(self.step, -2).unbind(2)
+        middle_x, middle_y = rows.at(self.middle, -2).unbind(2)
+        lines = torch.stack(
+            [middle_x - imaginary * down, real, middle_y + self.ratio * real * down, self.ratio * imaginary], 2
+        )
+        shares = rows.at(self.shares, -2)
+        sums, total = [0, 0], 0
+        for k, weight in enumerate(weights):
+            x0, dx, y0, dy = columns.at(lines[k], -1).unbind(1)  # (2, n, W) each
+            x, y = x0 + dx * columns.offset, y0 + dy * columns.offset
+            on = (x.abs() < 1) & (y.abs() < 1)
+            share = columns.at(shares[k], -1) * on
+            share = weight * share / share.sum(0).clamp(min=FAINT)
+            for image in (0, 1):
+                sums[image] = sums[image] + share[image] * _bilinear(pair.photos[image], x[image], y[image])
+            total = total + share.sum(0)
+        total = total.clamp(min=FAINT)
+        return sums[0] / total, sums[1] / total

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detail of the photos in frames: its algebra, and a reference that makes every pixel by itself."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dreammover_pipeline.detail import FAINT, SAMPLES, Axis, PairDetail, Sources, plan_detail, with_detail
+from dreammover_pipeline.framing import fit, unfit
+from dreammover_pipeline.paths import rigid_paths, straight_paths
+from dreammover_pipeline.records import BidirectionalFlow, Canvas
+from dreammover_pipeline.tiny.world import World
+
+CELL = 4  # pixels a side of a cell on the canvas of these tests
+
+
+def picture(height, width, seed=0, smooth=8):
+    """A picture (3, height, width) that is smooth over some pixels and has fine detail besides."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, height // smooth + 2, width // smooth + 2, generator=generator)
+    fine = torch.rand(3, height, width, generator=generator)
+    return 0.8 * F.interpolate(coarse, (height, width), mode="bicubic")[0].clamp(0, 1) + 0.2 * fine
+
+
+def still(h, w):
+    return BidirectionalFlow(torch.zeros(1, 2, h, w), torch.zeros(1, 2, h, w))
+
+
+def pair_of(first, last, canvas, flow, paths=rigid_paths, error=0.0):
+    working = torch.stack([fit(image, canvas) for image in (first, last)])
+    return PairDetail.of((first, last), working, (working + error).clamp(0, 1), canvas, flow, paths(flow))
+
+
+def canvas_of(height, width, content_height=None, content_width=None, scale=4):
+    content = content_height or height, content_width or width
+    return Canvas(height, width, *content, round(scale * content[0]), round(scale * content[1]))
+
+
+CANVASES = [
+    canvas_of(48, 64),
+    canvas_of(48, 64, 45, 62, 3.3),
+    canvas_of(40, 40, scale=0.7),
+    canvas_of(40, 40, scale=1),
+]
+
+
+@pytest.mark.parametrize("canvas", CANVASES)
+@pytest.mark.parametrize("time", [0.0, 0.3, 1.0])
+def test_what_rests_comes_back_as_the_photo(canvas, time):
+    photo = picture(canvas.output_height, canvas.output_width)
+    pair = pair_of(photo, photo, canvas, still(canvas.height // CELL, canvas.width // CELL))
+    frame = with_detail(pair, fit(photo, canvas), time)
+    assert frame.shape == photo.shape
+    assert (frame - photo).abs().mean() < 0.01
+    assert (frame - photo).abs().mean() < 0.5 * (
+        unfit(fit(photo, canvas)[None], canvas)[0] - photo
+    ).abs().mean() + 1e-3
+
+
+@pytest.mark.parametrize("canvas", CANVASES)
+def test_strips_are_the_whole_to_the_bit(canvas):
+    first, last = (picture(canvas.output_height, canvas.output_width, seed) for seed in (1, 2))
+    h, w = canvas.height // CELL, canvas.width // CELL
+    flow = BidirectionalFlow.of(2 * torch.randn(2, 2, h, w, generator=torch.Generator().manual_seed(3)))
+    pair = pair_of(first, last, canvas, flow)
+    base = fit(picture(canvas.output_height, canvas.output_width, 4), canvas)
+    whole = with_detail(pair, base, 0.4, strip_pixels=10**9)
+    for rows in (1, 7, 16):
+        assert torch.equal(with_detail(pair, base, 0.4, strip_pixels=rows * canvas.output_width), whole)
+
+
+@pytest.mark.parametrize("paths", [rigid_paths, straight_paths])
+def test_what_is_shifted_is_found_between(paths):
+    canvas = canvas_of(64, 64)
+    wide = picture(256, 256 + 32, seed=5)
+    at = [wide[:, :, start : start + 256] for start in (0, 16, 32)]  # which moves the picture by 2 cells of 16 pixels
+    ways = torch.zeros(2, 2, 16, 16)
+    ways[0, 0], ways[1, 0] = -2, 2
+    pair = pair_of(at[0], at[2], canvas, BidirectionalFlow.of(ways), paths)
+    frame = with_detail(pair, fit(at[1], canvas), 0.5)
+    inner = (..., slice(16, -16), slice(48, -48))
+    assert (frame - at[1])[inner].abs().mean() < 0.01
+
+
+def test_where_the_photos_contradict_the_frame_the_frame_stays():
+    canvas = canvas_of(48, 48)
+    photo = picture(192, 192)
+    pair = pair_of(photo, photo, canvas, still(12, 12))
+    other = fit(picture(192, 192, 9).flip(0) ** 4, canvas)
+    far = (F.interpolate(other[None] - pair.small[:1, :3], scale_factor=4).abs().mean(1) > 0.4)[0]
+    frame, enlarged = with_detail(pair, other, 0.5), unfit(other[None], canvas)[0]
+    assert far.any()
+    assert (frame - enlarged).abs().mean(0)[far].mean() < 0.1 * (frame - photo).abs().mean(0)[far].mean()
+
+
+def test_where_the_vae_cannot_be_trusted_the_photos_are():
+    canvas = canvas_of(48, 48)
+    photo = picture(192, 192)
+    blank = torch.full((3, 48, 48), 0.5)
+    stays, goes = (
+        with_detail(pair_of(photo, photo, canvas, still(12, 12), error=error), blank, 0.5)
+        for error in (0.0, torch.randn(2, 3, 1, 1) + 0.3 * torch.randn(48, 48))
+    )
+    assert (goes - photo).abs().mean() < 0.5 * (stays - photo).abs().mean()
+
+
+def test_light_changes_evenly():
+    canvas = canvas_of(64, 64)
+    photo = 0.2 + 0.3 * picture(256, 256)
+    pair = pair_of(photo, 2 * photo, canvas, still(16, 16))
+    for time in (0.25, 0.5):
+        truth = photo * 2**time
+        assert (with_detail(pair, fit(truth, canvas), time) - truth).abs().mean() < 0.01
+
+
+def test_every_pixel_is_that_of_the_equation():
+    """The equation at the head of the module, pixel by pixel in float64, from what `plan_detail` decides."""
+    canvas, time = canvas_of(40, 48, 38, 45, 2.5), 0.3
+    first, last = (picture(canvas.output_height, canvas.output_width, seed, 4).double() for seed in (1, 2))
+    h, w = canvas.height // CELL, canvas.width // CELL
+    ways = torch.randn(2, 2, h, w, generator=torch.Generator().manual_seed(3)).double()
+    pair = pair_of(first, last, canvas, BidirectionalFlow.of(ways))
+    base = fit(0.5 * (first + last), canvas)
+    plan, frame = plan_detail(pair, base, time), with_detail(pair, base, time)
+    enlarged = unfit(base[None], canvas)[0].double()
+    first_share, last_share = plan.sources.shares(time)
+    key = 3 * plan.sources.index + plan.sources.shown
+
+    def between(field, y, x):  # bilinear between the middles of places
+        i, j = math.floor(y - 0.5), math.floor(x - 0.5)
+        total = 0
+        for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            part = (1 - abs(y - 0.5 - i - a)) * (1 - abs(x - 0.5 - j - b))
+            at = min(max(i + a, 0), field.shape[-2] - 1), min(max(j + b, 0), field.shape[-1] - 1)
+            total = total + part * field[(..., *at)]
+        return total
+
+    def looked_up(photo, source):
+        gx = (source[0] + 0.5) * 2 * canvas.width / w / canvas.content_width - 1
+        gy = (source[1] + 0.5) * 2 * canvas.height / h / canvas.content_height - 1
+        value = F.grid_sample(
+            photo[None], torch.stack([gx, gy]).reshape(1, 1, 1, 2), padding_mode="border", align_corners=False
+        )
+        return value.reshape(3), float(abs(gx) < 1 and abs(gy) < 1)
+
+    places = SAMPLES * canvas.content_height / canvas.height * h, SAMPLES * canvas.content_width / canvas.width * w
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(60):
+        row, column = (int(torch.randint(n, (), generator=generator)) for n in frame.shape[1:])
+        y = (row + 0.5) * places[0] / canvas.output_height
+        x = (column + 0.5) * places[1] / canvas.output_width
+        at = math.floor(y), math.floor(x)
+        z = torch.tensor([x / SAMPLES - 0.5, y / SAMPLES - 0.5], dtype=torch.float64)
+        sums, total = [torch.zeros(3).double(), torch.zeros(3).double()], 0
+        for k in range(len(key)):
+            here = (k, *at)
+            weight = between(((key == key[here]) * plan.sources.weight).sum(0), y, x)
+            found = [
+                looked_up(photo, source)
+                for photo, source in zip(
+                    (first, last), plan.candidates.sources(plan.sources.index[here], z), strict=True
+                )
+            ]
+            shares = [float(share[here]) * on for share, (_, on) in zip((first_share, last_share), found, strict=True)]
+            if sum(shares) < FAINT:
+                continue
+            for i in (0, 1):
+                sums[i] += weight * shares[i] / sum(shares) * found[i][0]
+            total += weight
+        light = between(plan.light, y, x)
+        taken = between(plan.taken, y, x)
+        expected = (1 - taken) * enlarged[:, row, column] + between(plan.taken * plan.added, y, x)
+        for i in (0, 1):
+            expected = expected + between(plan.taken * plan.light, y, x)[i] * sums[i] / max(float(total), FAINT)
+        assert light.shape == (2, 3)
+        torch.testing.assert_close(frame[:, row, column].double(), expected.clamp(0, 1), atol=2e-5, rtol=0)
+
+
+def test_equal_candidates_are_taken_together():
+    index = torch.tensor([5, 7, 5, 5]).reshape(4, 1, 1)
+    shown = torch.tensor([0, 0, 0, 1]).reshape(4, 1, 1)
+    weight = torch.tensor([0.1, 0.3, 0.35, 0.25]).reshape(4, 1, 1)
+    kept = Sources(index, shown, weight).kept(3)
+    assert kept.index.flatten().tolist() == [5, 7, 5]
+    assert kept.shown.flatten().tolist() == [0, 0, 1]
+    torch.testing.assert_close(kept.weight.flatten(), torch.tensor([0.45, 0.3, 0.25]))
+    torch.testing.assert_close(Sources(index, shown, weight).kept(2).weight.sum(0), torch.ones(1, 1))
+
+
+@pytest.mark.parametrize(("pixels", "count"), [(100, 10), (7, 10), (10, 10)])
+def test_values_between_places_are_interpolated(pixels, count):
+    axis = Axis.of(pixels, count, count, torch.zeros(1).double())
+    assert torch.allclose(axis.weights.sum(0), torch.ones(pixels).double())
+    middle = (torch.arange(pixels) + 0.5) * count / pixels - 0.5
+    spread = axis.spread(torch.arange(count).double(), -1)
+    torch.testing.assert_close(spread, middle.clamp(0, count - 1).double())
+
+
+def test_frames_of_the_drawn_world_are_nearer_to_the_truth():
+    scene = World(size=256).sample(1, 77, "same")
+    first, truth, last = (scene.frame(time)[0] for time in (0.0, 0.5, 1.0))
+    canvas = canvas_of(64, 64)
+    ways = torch.cat([scene.flow(*way)[..., 8::16, 8::16] / 16 for way in ((0, 1), (1, 0))])
+    pair = pair_of(first, last, canvas, BidirectionalFlow.of(ways))
+    base = fit(truth, canvas)
+    frame, enlarged = with_detail(pair, base, 0.5), unfit(base[None], canvas)[0]
+    assert (frame - truth).square().mean() < 0.7 * (enlarged - truth).square().mean()
+
+
+def test_it_is_the_default_and_the_paper_has_none(pipe, photos, fast):
+    detailed = pipe(*photos, **{name: value for name, value in fast.items() if name != "detail"}).frames
+    assert torch.equal(detailed, pipe(*photos, **fast | {"detail": "photos"}).frames)
+    assert not torch.equal(detailed, pipe(*photos, **fast).frames)
+
+
+def test_both_ends_are_made_as_frames_are(pipe, photos, fast):
+    made = fast | {"detail": "photos", "include_inputs": True}
+    original = pipe(*photos, **made).frames[0]
+    rebuilt = pipe(*photos, **made, endpoints="reconstructed").frames[0]
+    enlarged = pipe(*photos, **made | {"detail": "upsampled"}, endpoints="reconstructed").frames[0]
+    for end in (0, -1):  # this VAE is untrained and cannot be trusted, so that the photos are
+        assert (rebuilt[end] - original[end]).abs().mean() < (enlarged[end] - original[end]).abs().mean()
