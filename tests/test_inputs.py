@@ -26,7 +26,6 @@ from dreammover_pipeline.inputs import (
 )
 
 NAN, INFINITE = float("nan"), float("inf")
-HUGE = 10**5000  # which no float holds, and which Python does not write out
 
 
 @pytest.mark.parametrize("value", [True, 1.0, "1", None, [1]])
@@ -48,6 +47,18 @@ def test_check_number_refuses_other_types(value):
 @pytest.mark.parametrize("value", [-0.1, -1, NAN, INFINITE, -INFINITE])
 def test_check_number_refuses_what_is_out_of_range(value):
     refuses(ValueError, "x", check_number, "x", value, 0)
+
+
+@pytest.mark.parametrize("value", [10**400, 10**5000], ids=["400", "5000"])
+def test_numbers_of_many_digits_are_refused_by_name(value):
+    for limit in (10, INFINITE):
+        with pytest.raises(ValueError, match=r"`x` must be at most .*, not a number of about \d+ digits"):
+            check_number("x", value, 0, maximum=limit)
+    with pytest.raises(ValueError, match=r"`n` must be at most 10, not a number of about \d+ digits"):
+        check_integer("n", value, 0, 10)
+    with pytest.raises(ValueError, match=r"`n` must be at least 0, not a number of about \d+ digits"):
+        check_integer("n", -value, 0)
+    refuses(ValueError, "times", frame_times, 1, [10**5000])
 
 
 def test_check_number_may_leave_its_minimum_out():
@@ -104,7 +115,6 @@ def test_times_are_taken_as_they_come(times):
         (3, [1.5], ValueError, "times"),
         (3, [NAN], ValueError, "times"),
         (3, [INFINITE], ValueError, "times"),
-        pytest.param(3, [HUGE], ValueError, "times", id="huge"),
         (3, 0.5, TypeError, "times"),
         (3, ["a"], TypeError, "times"),
         (3, [None], TypeError, "times"),
@@ -181,9 +191,3 @@ def test_only_regular_files_are_files(tmp_path):
     with socket.socket(socket.AF_UNIX) as end:
         end.bind(str(tmp_path / "s"))
         assert file_fault(tmp_path / "s") == "a pipe, a socket or a device"
-
-
-def test_numbers_that_no_float_holds_are_refused_by_name():
-    for value in (HUGE, -HUGE):
-        refuses(ValueError, "x", check_number, "x", value, 0)
-        refuses(ValueError, "n", check_integer, "n", value, 0, 9)

@@ -98,7 +98,7 @@ def test_nothing_is_held_without_strength_or_levels():
 
 
 def test_frames_come_nearer_to_the_warped_photos(pipe, photos, fast):
-    del fast["n_frames"], fast["output_type"]
+    del fast["n_frames"], fast["detail"], fast["output_type"]
     pair = pipe.prepare(*photos, **fast)
     target = pipe.preview(pair, torch.tensor([0.5]))
     free, held = (

@@ -372,6 +372,11 @@ def test_callback_sees_every_step_and_only_the_tensors_asked_for(pipe, photos, f
     assert all(step[2] == ["latents", "negative_prompt_embeds", "prompt_embeds"] for step in steps)
 
 
+def test_a_callback_that_returns_something_else_is_named(pipe, photos, fast):
+    with pytest.raises(TypeError, match="`callback_on_step_end` must return a dictionary of tensors or None, not int"):
+        pipe(*photos, **fast, callback_on_step_end=lambda *_: 1)
+
+
 def test_callback_may_replace_latents_and_guidance(pipe, photos, fast):
     def zero_at_the_end(pipeline, i, timestep, tensors):
         pipeline._guidance_scale += 1.0

@@ -34,7 +34,7 @@ FITTING, INVERTING, DENOISING = whole("Fitting LoRA", 2), whole("Inverting", 5),
 
 
 def preparing(fast):
-    return {name: value for name, value in fast.items() if name not in ("n_frames", "output_type")} | FIT
+    return {name: value for name, value in fast.items() if name not in ("n_frames", "detail", "output_type")} | FIT
 
 
 def prepare(pipe, photos, fast):

@@ -388,7 +388,7 @@ def test_a_batch_has_one_entry_per_pair(pipe, photos, fast):
 
 
 def test_nothing_given_changes_nothing(pipe, photos, fast):
-    del fast["n_frames"], fast["output_type"]
+    del fast["n_frames"], fast["detail"], fast["output_type"]
     plain = pipe.prepare(*photos, **fast).flow
     assert_same_flow(pipe.prepare(*photos, **fast, points=[], mask=None).flow, plain)
     assert_same_flow(pipe.prepare(*photos, **fast, mask=Image.new("L", (64, 64), "white")).flow, plain)
@@ -398,7 +398,7 @@ def test_nothing_given_changes_nothing(pipe, photos, fast):
 
 def test_points_are_in_the_pixels_of_photos_of_any_size(pipe, photos, fast):
     """The first photo twice as large, the last one with a border that is cut away: the same cells, the same flow."""
-    del fast["n_frames"], fast["output_type"]
+    del fast["n_frames"], fast["detail"], fast["output_type"]
     first, last = photos[0].resize((128, 128)), Image.new("RGB", (100, 64))
     last.paste(photos[1], (18, 0))
     points = [((40.5, 48.5), (44 + 18, 36))]

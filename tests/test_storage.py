@@ -32,7 +32,7 @@ LORA_WEIGHT = "lora.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_
 @pytest.fixture
 def preparing(fast):
     """Arguments of `prepare` that keep it short."""
-    return {name: value for name, value in fast.items() if name not in ("n_frames", "output_type")}
+    return {name: value for name, value in fast.items() if name not in ("n_frames", "detail", "output_type")}
 
 
 @pytest.fixture(scope="module")

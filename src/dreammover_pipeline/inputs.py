@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from ctypes import c_float
 from numbers import Integral, Real
 
-LONGEST_SHOWN = 10**20  # numbers from here on are not written out in error messages
 LARGEST_COUNT = 100_000  # of steps, frames and so on; beyond that lies nothing that anybody could wait for
 
 
@@ -33,21 +33,19 @@ def check_number(name: str, value, minimum: float, inclusive: bool = True, maxim
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number, not {value!r} of type {type(value).__name__}")
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:  # a whole number, or a fraction, that no float can hold
-        finite = False
-    if not finite or value < minimum or (value == minimum and not inclusive):
+    if value != value or abs(value) == math.inf or value < minimum or (value == minimum and not inclusive):
         bound = "at least" if inclusive else "above"
         raise ValueError(f"`{name}` must be finite and {bound} {minimum}, not {_shown(value)}")
-    if value > maximum:
-        raise ValueError(f"`{name}` must be at most {maximum:g}, not {value}")
+    largest = min(maximum, sys.float_info.max)
+    if value > largest:
+        raise ValueError(f"`{name}` must be at most {largest:g}, not {_shown(value)}")
 
 
 def _shown(value: Real) -> str:
-    """A number as error messages show it. Python itself refuses to write out whole numbers of too many digits."""
-    huge = isinstance(value, Integral) and abs(value) >= LONGEST_SHOWN
-    return "a number of more than 20 digits" if huge else str(value)
+    """A number as an error message shows it; of one with very many digits, how many these are, about."""
+    if isinstance(value, Integral) and abs(value) >= 10**20:
+        return f"a number of about {round(abs(int(value)).bit_length() * math.log10(2))} digits"
+    return str(value)
 
 
 def check_text(name: str, value: object) -> None:

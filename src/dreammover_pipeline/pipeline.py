@@ -460,6 +460,9 @@ class DreamMoverPipeline(
             wanted = {name: tensors[name] for name in delivery.callback_on_step_end_tensor_inputs}
             with interruptible():
                 replaced = delivery.callback_on_step_end(self, i, timestep, wanted) or {}
+            if not isinstance(replaced, dict):
+                kind = type(replaced).__name__
+                raise TypeError(f"`callback_on_step_end` must return a dictionary of tensors or None, not {kind}")
             models.denoiser.guidance_scale = self._guidance_scale  # which a callback may change
             return replaced
 
