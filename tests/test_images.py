@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -417,6 +418,10 @@ class TestBadFiles:
     def test_folder(self, tmp_path):
         with pytest.raises(ValueError, match=r"^img1 \(.*\) is a folder; an image file is needed"):
             load_images(tmp_path, "img1")
+
+    def test_device(self):
+        with pytest.raises(ValueError, match=r"^img1 \(.*\) is a pipe, a socket or a device; an image file is needed"):
+            load_images(os.devnull, "img1")
 
     @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0" + bytes(50)])
     def test_no_image(self, tmp_path, content):

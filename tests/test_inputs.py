@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from fractions import Fraction
 
 import numpy as np
@@ -14,9 +16,12 @@ from dreammover_pipeline.inputs import (
     check_attention_blocks,
     check_attention_blocks_exist,
     check_choice,
+    check_file_place,
     check_integer,
     check_number,
     check_steps,
+    check_text,
+    file_fault,
     frame_times,
 )
 
@@ -53,7 +58,7 @@ def test_numbers_of_many_digits_are_refused_by_name(value):
         check_integer("n", value, 0, 10)
     with pytest.raises(ValueError, match=r"`n` must be at least 0, not a number of about \d+ digits"):
         check_integer("n", -value, 0)
-    refuses(TypeError, "times", frame_times, 1, [10**400])
+    refuses(ValueError, "times", frame_times, 1, [10**5000])
 
 
 def test_check_number_may_leave_its_minimum_out():
@@ -149,3 +154,40 @@ def test_attention_blocks_that_do_not_exist_are_refused(blocks, error):
         check_attention_blocks_exist(blocks, [0, 3, 3, 3])
 
     refuses(error, "attention_blocks", check, blocks)
+
+
+@pytest.mark.parametrize("value", ["\ud800", ["a", "\udcff"], [("a", "b"), ("a", "\ud800")]])
+def test_texts_are_valid_unicode(value):
+    refuses(ValueError, "prompt", check_text, "prompt", value)
+    for other in ("", "猫\0", [None, "a"], ("a", ["b"]), None, 3, ["a", 3]):  # whose form is judged elsewhere
+        check_text("prompt", other)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_only_regular_files_are_files(tmp_path):
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to(os.devnull)
+    (tmp_path / "nowhere").symlink_to("missing")
+    (tmp_path / "circle").symlink_to("circle")
+    for name, fault in {
+        "file": None,
+        "": "a folder",
+        "pipe": "a pipe, a socket or a device",
+        "device": "a pipe, a socket or a device",
+        "nowhere": "no existing file",
+        "circle": "no existing file",
+        "n" * 5000: "no existing file",
+        "\ud800": "no existing file",
+        "\0": "no existing file",
+    }.items():
+        path = tmp_path / name
+        assert file_fault(path) == fault
+        if fault in (None, "no existing file"):
+            check_file_place(path)
+        else:
+            with pytest.raises(ValueError, match=f"there is {fault} of that name"):
+                check_file_place(path)
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind(str(tmp_path / "s"))
+        assert file_fault(tmp_path / "s") == "a pipe, a socket or a device"

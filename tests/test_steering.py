@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
 from pathlib import Path
@@ -485,8 +486,14 @@ FISH = [str(EXAMPLES / "fish" / name) for name in ("0.png", "1.png")]
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--points", "[[[1,2],[3,4]"], "--points holds no JSON: .*; write [[[x0, y0], [x1, y1]], ...]"),
-        (["--points", "no.json"], "'no.json', the file of --points, cannot be read: No such file"),
+        (["--points", "[[[1,2],[3,4]"], "--points holds no JSON that can be read: .*; write [[[x0, y0], "),
+        (["--points", "no.json"], "'no.json', the file of --points, cannot be read: it is no existing file"),
+        (["--points", os.devnull], "cannot be read: it is a pipe, a socket or a device"),
+        (
+            ["--points", "[[[1,2],[3,1e999]]]"],
+            "holds no JSON that can be read: the number 1e999 is not finite",
+        ),
+        (["--points", f"[[[1,2],[3,{'9' * 200}]]]"], "`points` must be finite"),
         (["--points", "[[1,2],[3,4]]"], "`points` must be a sequence of ((x0, y0), (x1, y1))"),
         (["--points", "[[[1,2],[300,4]]]"], "`points[0]` is at (300, 4) in img1, which has 128×128 pixels"),
         (["--mask", "no.png"], "mask (no.png) is no existing file"),

@@ -5,7 +5,9 @@ import copy
 import hashlib
 import json
 import logging
+import os
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -219,6 +221,11 @@ def test_other_files_are_refused(pipe, tmp_path):
         pipe.load_pair(CHECKPOINT / "unet" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match="is a folder"):
         pipe.load_pair(tmp_path)
+    with pytest.raises(ValueError, match="is a pipe, a socket or a device"):
+        pipe.load_pair(os.devnull)
+    assert read_tensors(Path(os.devnull), "cpu") is None
+    with pytest.raises(ValueError, match="there is a folder of that name"):
+        write_tensors(tmp_path, {})
     with pytest.raises(FileNotFoundError):
         pipe.load_pair(tmp_path / "missing.safetensors")
 

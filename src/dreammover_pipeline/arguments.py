@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, TypeVar
 
-from .inputs import LARGEST_COUNT, check_choice, check_integer, check_number
+from .inputs import LARGEST_COUNT, check_choice, check_integer, check_number, check_text
 
 ASK_PYTHON = object()  # the option of an argument that the command line does not have
 
@@ -92,6 +92,10 @@ class Text(Values):
 
     of_each_photo: bool = False
     in_files: ClassVar[bool] = True
+
+    def check(self, name: str, value: object) -> None:
+        """Raise ValueError unless all texts are valid Unicode; `prompts.py` knows which forms are allowed."""
+        check_text(name, value)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from .inputs import file_fault
+
 Photo = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
 Size = tuple[int, int]
 
@@ -181,9 +183,9 @@ def _decode_image(source: Photo, name: str) -> torch.Tensor:
 
 
 def _from_file(path: str | os.PathLike, name: str) -> torch.Tensor:
-    if not os.path.isfile(path):
-        fault = "is a folder" if os.path.isdir(path) else "is no existing file"
-        raise ValueError(f"{name} {fault}; an image file is needed")
+    fault = file_fault(path)
+    if fault is not None:
+        raise ValueError(f"{name} is {fault}; an image file is needed")
     with ExitStack() as stack:
         with _pillow_errors(name):
             file = stack.enter_context(Path(path).open("rb"))

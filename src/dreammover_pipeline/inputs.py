@@ -7,6 +7,7 @@ Every error names the argument and says what came and what is allowed. This modu
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from ctypes import c_float
@@ -47,6 +48,41 @@ def _shown(value: Real) -> str:
     return str(value)
 
 
+def check_text(name: str, value: object) -> None:
+    """Raise ValueError if a text, or one in a list of texts, is no valid Unicode; no other form is judged.
+
+    Such are halves of surrogate pairs, as JSON can hold, and bytes of the command line that are not UTF-8.
+    """
+    for text in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(text, (list, tuple)):
+            check_text(name, text)
+        elif isinstance(text, str):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"`{name}` must be valid Unicode, but {text[error.start]!a} is in it") from None
+
+
+def file_fault(path: str | os.PathLike) -> str | None:
+    """What is at a path instead of a regular file, as error messages call it; None for a regular file.
+
+    Only regular files are opened: reading from a pipe could wait for ever, and from a device it could go on without
+    end.
+    """
+    if os.path.isfile(path):
+        return None
+    if os.path.isdir(path):
+        return "a folder"
+    return "a pipe, a socket or a device" if os.path.exists(path) else "no existing file"
+
+
+def check_file_place(path: str | os.PathLike) -> None:
+    """Raise ValueError if there is anything but a regular file at the place of a file that is to be written."""
+    fault = file_fault(path)
+    if fault is not None and os.path.exists(path):
+        raise ValueError(f"cannot write the file '{path}': there is {fault} of that name")
+
+
 def check_choice(name: str, value, allowed: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     if not isinstance(value, str) or value not in allowed:
@@ -81,8 +117,10 @@ def frame_times(n_frames, times) -> tuple[float, ...]:
         return tuple(i / (n_frames + 1) for i in range(1, n_frames + 1))
     try:
         values = tuple(float(time) for time in times)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError) as error:
         raise TypeError(f"`times` must be a sequence of numbers, not {times!r}") from error
+    except OverflowError as error:
+        raise ValueError("`times` must lie strictly between 0 and 1, but a far larger number is among them") from error
     if not values:
         raise ValueError("`times` must hold at least one number, but it is empty")
     if len(values) > LARGEST_COUNT:

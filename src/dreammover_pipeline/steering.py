@@ -63,6 +63,8 @@ def point_pairs(points: object, name: str = "points") -> torch.Tensor:
         values = torch.as_tensor(points, dtype=torch.float32, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{form}, not {points!r}") from error
+    except OverflowError as error:
+        raise ValueError(f"`{name}` must be finite, but hold a number that is too large") from error
     if values.ndim != 3 or values.shape[1:] != (2, 2):
         raise ValueError(f"{form}; this is of shape {tuple(values.shape)}, not (k, 2, 2)")
     if not values.isfinite().all():

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .adapters import acting_tensors
+from .inputs import check_file_place, file_fault
 from .records import BidirectionalFlow, Canvas, Inversion, PreparedPair, Schedule
 from .scratch import replacing
 
@@ -127,6 +128,8 @@ def read_tensors(path: Path, device: str | torch.device) -> dict[str, torch.Tens
 
     A file that holds no digest, which other programs and earlier versions write, is taken as it is.
     """
+    if file_fault(path):
+        return None
     try:
         _, tensors = _unpacked(path)
     except (OSError, SafetensorError, ValueError):
@@ -206,11 +209,12 @@ def read_pair(path: str | os.PathLike, device: str | torch.device) -> tuple[Prep
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: The path is a folder, or the file is cut off, damaged, altered, of another kind or of an unknown
-            format version.
+        ValueError: The path is that of a folder, a pipe or a device, or the file is cut off, damaged, altered, of
+            another kind or of an unknown format version.
     """
-    if Path(path).is_dir():
-        raise ValueError(f"'{path}' is a folder; a prepared pair is one file")
+    fault = file_fault(path)
+    if fault and os.path.exists(path):
+        raise ValueError(f"'{path}' is {fault}; a prepared pair is one file")
     try:
         texts, tensors = _unpacked(path)
     except SafetensorError as error:
@@ -293,7 +297,12 @@ def _versions() -> dict[str, str]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file completely or not at all; a file that exists at the path is replaced."""
+    """Write a file completely or not at all; a file that exists at the path is replaced.
+
+    Raises:
+        ValueError: There is anything but a file at the path.
+    """
+    check_file_place(path)
     with replacing(path) as temporary, open(temporary, "xb") as file:
         file.write(content)
         file.flush()

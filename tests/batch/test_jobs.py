@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the photos of a job are."""
 
+import os
+
 import pytest
-from support.batches import plan
+from support.batches import pair, plan
 
 from dreammover_pipeline.batch.jobs import find_photos
 
@@ -19,3 +21,15 @@ def test_a_folder_has_one_photo_of_each_end(album):
     (folder / "1.PNG").touch()
     with pytest.raises(ValueError, match=r"one photo '1\.\*', but it holds 1\.PNG and 1\.webp"):
         find_photos(job)
+
+
+def test_a_photo_is_a_regular_file(album):
+    (album / "device.png").symlink_to(os.devnull)
+    for name, fault in {
+        "device.png": "a pipe, a socket or a device",
+        ".": "a folder",
+        "x.png": "no existing file",
+    }.items():
+        (job,) = plan(album, pair("a", img1=name))
+        with pytest.raises(ValueError, match=rf"^img1 \(.*\) is {fault}; an image file is needed"):
+            find_photos(job)

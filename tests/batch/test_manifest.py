@@ -4,12 +4,14 @@
 import csv
 import inspect
 import json
+import os
 
 import pytest
 from support.batches import DEFAULTS, SHORT, pair, plan
 
 from dreammover_pipeline import DreamMoverPipeline
-from dreammover_pipeline.batch.manifest import PARAMETERS, check_job_outputs, check_values, read_manifest
+from dreammover_pipeline.batch.jobs import RefusedRowsError
+from dreammover_pipeline.batch.manifest import PARAMETERS, check_values, read_manifest
 
 
 def test_jsonl_and_csv_say_the_same(album):
@@ -45,12 +47,12 @@ def test_outputs_without_a_name_are_named_by_what_they_show(album):
     ("text", "reason"),
     [
         ("", "holds no pairs"),
-        ("[1]", "line 1 must be an object"),
-        ('{"img0": ', "line 1 is not valid JSON"),
-        ('{"img0": "a0.png"}', "line 1 must name `img0` and `img1`, or `folder`"),
-        ('{"img0": "a0.png", "img1": "a1.png", "folder": "."}', "line 1 must name"),
+        ("[1]", "line 1: it must be an object"),
+        ('{"img0": ', "line 1: it is not valid JSON"),
+        ('{"img0": "a0.png"}', "line 1: it must name `img0` and `img1`, or `folder`"),
+        ('{"img0": "a0.png", "img1": "a1.png", "folder": "."}', "line 1: it must name"),
         ('{"folder": 3}', "`folder` must be a path, not 3"),
-        ('\n{"folder": ".", "frames": 3}', "line 2 has the unknown key 'frames'; allowed are img0"),
+        ('\n{"folder": ".", "frames": 3}', "line 2: it has the unknown key 'frames'; allowed are img0"),
         ('{"folder": ".", "generator": 3}', "unknown key 'generator'"),
         ('{"folder": ".", "output_type": "pt"}', "unknown key 'output_type'"),
         ('{"folder": "."}\n{"folder": "."}', "line 2: the output 'album.mp4' is already the one of manifest"),
@@ -67,6 +69,16 @@ def test_outputs_without_a_name_are_named_by_what_they_show(album):
         (f'{{"folder": ".", "output": "{"猫" * 81}.gif"}}', "its name has 258 bytes, and at most"),
         (f'{{"folder": ".", "output": "{"n" * 300}"}}', "its name has 300 bytes, and at most"),
         ('{"folder": ".", "output": "taken.mp4"}', "there is a folder of that name"),
+        (
+            '{"folder": ".", "output": "b.mp4"}',
+            "b.mp4.json', but a file of that name is there",
+        ),
+        (
+            '{"folder": ".", "output": "c.mp4"}',
+            "c.mp4.error.json', but a file of that name is there",
+        ),
+        ('{"folder": ".", "output": "x\\u0000"}', r"`output` must be a path, but '\x00' is in it"),
+        ('{"folder": "\\ud800"}', r"`folder` must be a path, but '\ud800' is in it"),
         ('{"folder": ".", "seed": -1}', "line 1: `seed` must be at least 0, not -1"),
         ('{"folder": ".", "seed": 9223372036854775808}', "`seed` must be below 2^63"),
         ('{"folder": ".", "seed": "7"}', "`seed` must be an integer"),
@@ -78,30 +90,34 @@ def test_bad_manifests_are_refused_by_line(album, text, reason):
     manifest = album / "manifest.jsonl"
     manifest.write_text(text)
     out = album.parent / "out"
-    (out / "taken.mp4").mkdir(parents=True)
+    for taken in ("taken.mp4", "b.mp4.json", "c.mp4.error.json"):
+        (out / taken).mkdir(parents=True)
     (out / "link").symlink_to(album)
     with pytest.raises(ValueError, match=r"\w") as refusal:
-        check_job_outputs(read_manifest(manifest, out, DEFAULTS))
+        read_manifest(manifest, out, DEFAULTS)
     assert reason in str(refusal.value)
     assert not (album / "a.mp4").exists()
 
 
 def test_bad_tables_and_files_are_refused(album):
+    (album / "device.csv").symlink_to(os.devnull)
     for name, content, reason in [
-        ("m.csv", b"folder,seed\n.,1,2\n", "line 2 has more cells"),
+        ("m.csv", b"folder,seed\n.,1,2\n", "line 2: the cell '2' is in a column that has no key in the first line"),
         ("m.csv", b"folder,seed\n.,many\n", "`seed` must be an integer, not 'many'"),
-        ("m.csv", b'folder\n"a"b\n', "is not valid CSV after line 1"),
-        ("m.csv", b"folder\n\xff\n", "cannot be read"),
-        ("m.csv", b"folder;seed\n.;1\n", "separates its cells by semicolons; save it with commas"),
-        ("m.csv", b"folder\tseed\n.\t1\n", "separates its cells by tabs; save it with commas"),
+        ("m.csv", b"folder,fps\n.,1e400\n", "line 2: `fps` has a value that cannot be read: the number 1e400"),
+        ("m.csv", b'folder\n"a"b\n', "is not valid CSV after line 2"),
+        ("m.csv", b"folder\n\xff\n", "cannot be read: it is neither UTF-8 nor UTF-16 (byte 7 is 0xff)"),
+        ("m.csv", b"folder,sed\n.,1\n", "m.csv: it has the unknown key 'sed'"),
+        ("m.csv", b"folder,seed,Seed\n.,1,1\n", "m.csv: it has the key 'seed' twice"),
         ("m.csv", b"folder\n \n\n", "holds no pairs"),
         ("m.json", b"[]", "ends in '.json'; allowed are .jsonl and .csv"),
-        ("missing.jsonl", None, "cannot be read"),
+        ("device.csv", None, "cannot be read: it is a pipe, a socket or a device; a text file is needed"),
+        ("missing.jsonl", None, "cannot be read: it is no existing file"),
     ]:
         if content is not None:
             (album / name).write_bytes(content)
         with pytest.raises(ValueError, match=r"\w") as refusal:
-            read_manifest(album / name, album.parent, DEFAULTS)
+            read_manifest(album / name, album.parent / "out", DEFAULTS)
         assert reason in str(refusal.value)
 
 
@@ -119,10 +135,9 @@ def test_bad_tables_and_files_are_refused(album):
     ],
 )
 def test_what_the_pipeline_refuses_is_refused_for_all_before_any_is_made(pipe, album, settings, reason):
-    jobs = plan(album, pair("a"), pair("b", **settings))
-    with pytest.raises(ValueError, match=f"line 2: .*{reason}"):
-        check_values(pipe, "", jobs)
-    check_values(pipe, "", jobs[:1])
+    with pytest.raises(ValueError, match=f"line 2: .*{reason}.*\n.*line 3: .*{reason}"):
+        check_values(pipe, "", plan(album, pair("a"), pair("b", **settings), pair("c", **settings)))
+    check_values(pipe, "", plan(album, pair("a")))
 
 
 def test_every_plain_argument_of_the_pipeline_can_be_said_and_reaches_a_stage():
@@ -136,5 +151,46 @@ def test_every_plain_argument_of_the_pipeline_can_be_said_and_reaches_a_stage():
 
 
 def test_rows_of_a_spreadsheet_that_hold_nothing_are_left_out(album):
-    (album / "m.csv").write_text("folder,seed\n.,1\n,\n \n\n.,2\n,\n", encoding="utf-8-sig")
-    assert [job.settings["seed"] for job in read_manifest(album / "m.csv", album, DEFAULTS)] == [1, 2]
+    (album / "m.csv").write_text("\n,\nfolder,output,seed\n.,a,1\n,\n \n\n.,b,2\n,\n")
+    assert [job.settings["seed"] for job in read_manifest(album / "m.csv", album / "out", DEFAULTS)] == [1, 2]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+def test_tables_of_every_spreadsheet_say_the_same(album, encoding, separator, ending):
+    rows = [
+        [" IMG0", "img1 ", "Prompt", "", "include_inputs", "times"],
+        ["a0.png", "a1.png", f'"eine{ending}Möwe, 猫; hier"', "", "FALSE", '"[0.25, 0.5]"', "", " "],
+        ["b0.png", "b1.png"],
+    ]
+    text = ending.join(separator.join(row) for row in rows)
+    (album / "m.CSV").write_bytes(text.encode(encoding))
+    first, second = (job.settings for job in read_manifest(album / "m.CSV", album / "out", DEFAULTS))
+    assert first["prompt"] == "eine\nMöwe, 猫; hier"
+    assert (first["include_inputs"], first["times"]) == (False, [0.25, 0.5])
+    assert (second["prompt"], second["include_inputs"], second["times"]) == ("", True, None)
+
+
+@pytest.mark.parametrize(
+    "text", [r'"\ud800"', r'["\ud800", "a"]', "9" * 400, "9" * 5000, "1e400", "NaN", "[" * 9 + "]" * 9]
+)
+def test_no_value_of_any_key_stops_the_check_of_other_rows(album, text):
+    keys = [*PARAMETERS, "seed", "fps", "img0", "output"]
+    lines = [f'{{"folder": ".", "{key}": {text}}}' for key in keys]
+    (album / "m.jsonl").write_text("\n".join([*lines, '{"folder": "."}']))
+    with pytest.raises(RefusedRowsError) as refusal:
+        read_manifest(album / "m.jsonl", album / "out", DEFAULTS)
+    reasons = refusal.value.reasons
+    assert [reason.partition(":")[0] for reason in reasons] == [f"m.jsonl, line {i + 1}" for i in range(len(keys))]
+    assert [
+        key for key, said in zip(keys, reasons, strict=True) if f"`{key}`" not in said and "JSON" not in said
+    ] == []
+    assert max(map(len, reasons)) < 300
+
+
+def test_a_key_is_there_once_and_nothing_is_nested_without_end(album):
+    deep = "[" * 100_000
+    (album / "m.jsonl").write_text(f'{{"folder": ".", "folder": "."}}\n{{"folder": ".", "points": {deep}')
+    with pytest.raises(RefusedRowsError, match=r"line 1: .*key 'folder' .*twice\n.*line 2: .*nested in more than 8"):
+        read_manifest(album / "m.jsonl", album / "out", DEFAULTS)

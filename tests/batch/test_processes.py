@@ -166,11 +166,14 @@ def test_what_is_refused_is_one_line_before_the_model_is_looked_for(manifest, ca
     sidecar = manifest.parent / "v.json"
     for arguments, reason in [
         (["batch", str(manifest.parent / "missing.csv"), "-o", out], "cannot be read"),
-        (["batch", str(manifest), "-o", out, "--fps=0"], "line 1: `fps`"),
+        (["batch", str(manifest), "-o", out, "--fps=0"], "line 1 and all others: `fps`"),
         (["batch", str(manifest), "-o", out, "--device=quantum"], "cannot be used here"),
-        (["batch", str(manifest), "-o", str(manifest)], "line 1: [Errno 17] File exists"),
+        (
+            ["batch", str(manifest), "-o", str(manifest)],
+            f"line 1 and all others: the folder '{manifest}' cannot be made: File exists",
+        ),
         (["batch", str(manifest)], "-o/--output"),
-        (["again", str(sidecar), "-o", out], "is no sidecar"),
+        (["again", str(sidecar), "-o", out], "is no existing file"),
     ]:
         assert main(arguments) == 2, arguments
         captured = capsys.readouterr()
@@ -178,7 +181,7 @@ def test_what_is_refused_is_one_line_before_the_model_is_looked_for(manifest, ca
         (line,) = captured.err.splitlines()
         assert reason in line
     assert main(["batch", str(manifest), "-o", out, *OPTIONS, "--attention-blocks=9"]) == 2
-    assert "line 1: `attention_blocks`" in capsys.readouterr().err
+    assert "line 1 and all others: `attention_blocks`" in capsys.readouterr().err
     assert not sidecars(Path(out))
 
 

@@ -88,6 +88,7 @@ def test_what_a_kill_left_is_removed_with_its_pair_and_only_then(pipe, album):
 def test_a_bad_pair_is_recorded_and_the_rest_go_on(pipe, album):
     (album / "cut.png").write_bytes((album / "a0.png").read_bytes()[:900])
     Image.new("RGB", (4000, 4)).save(album / "strip.png")
+    (album / "pipe.png").symlink_to(os.devnull)
     memory = Trouble(pipe.unet.conv_in, torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), 16)
     jobs = plan(
         album,
@@ -97,6 +98,8 @@ def test_a_bad_pair_is_recorded_and_the_rest_go_on(pipe, album):
         pair("a", height=128, output="memory"),
         pair("a", lora_steps=20, lora_learning_rate=1000.0, output="nan"),
         {"folder": ".", "output": "folder"},
+        pair("a", img0="pipe.png", output="pipe"),
+        pair("a", img1=".", output="no photo"),
         pair("b"),
     )
     out = album.parent / "out"

@@ -44,6 +44,7 @@ def test_a_sidecar_says_when_it_cannot_be_repeated(pipe, album):
     assert outcomes["b"].note == "not the recorded bytes; precision, device or versions differ"
     with pytest.raises(ValueError, match="was made with another checkpoint, which was named 'random'"):
         check_values(pipe, "0" * 64, again)
-    for path in (album / "manifest.jsonl", failure_path(again[0].output), album / "missing.json"):
-        with pytest.raises(ValueError, match="is no sidecar"):
-            read_sidecars([path], album.parent)
+    others = [album / "manifest.jsonl", failure_path(again[0].output)]
+    with pytest.raises(ValueError, match=r"(?s)is no sidecar .*is no sidecar .*is no existing file") as refusal:
+        read_sidecars([*others, album / "missing.json"], album.parent)
+    assert len(refusal.value.reasons) == 3

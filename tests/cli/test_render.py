@@ -4,6 +4,7 @@
 import argparse
 import inspect
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -147,7 +148,8 @@ def test_files_that_are_no_pair_are_refused_before_the_model_is_loaded(pair, tmp
     output = ["-o", str(tmp_path / "out.mp4")]  # and the default model, which cannot be had here
     assert "cut.safetensors' is no whole safetensors file" in refused(capsys, "render", str(cut), *output)
     assert "holds no prepared pair" in refused(capsys, "render", str(weights), *output)
-    assert "there is no file" in refused(capsys, "render", str(tmp_path / "missing.safetensors"), *output)
+    assert "is a pipe, a socket or a device" in refused(capsys, "render", os.devnull, *output)
+    assert "is no existing file" in refused(capsys, "render", str(tmp_path / "missing.safetensors"), *output)
 
 
 def test_a_pair_of_another_model_is_refused(pair, tmp_path, capsys):

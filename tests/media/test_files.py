@@ -334,6 +334,17 @@ def test_nothing_else_is_replaced(tmp_path, monkeypatch):
             write_video(make_frames(), tmp_path / name, fps=16)
     with pytest.raises(ValueError, match="a folder of that name"):
         check_picture_path(tmp_path / "sheet.png")
+    if hasattr(os, "mkfifo"):
+        (tmp_path / "pipes").mkdir()
+        for pipe in ("pipe", "pipe.mp4", "pipe.png", "pipes/frame_0000.png"):
+            os.mkfifo(tmp_path / pipe)
+        for name in ("pipe", "pipe.mp4"):
+            with pytest.raises(ValueError, match="a pipe, a socket or a device of that name"):
+                write_video(make_frames(), tmp_path / name, fps=16)
+        with pytest.raises(ValueError, match="a pipe, a socket or a device of that name"):
+            check_picture_path(tmp_path / "pipe.png")
+        with pytest.raises(ValueError, match=r"'frame_0000\.png' in it was not written by this program"):
+            check_video_path(tmp_path / "pipes")
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     with pytest.raises(ValueError, match="current folder"):

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A job: one video that is to be made."""
+"""A job: one video that is to be made, and the refusal of what can be none."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+
+from ..inputs import file_fault
+
+PHOTOS = ("img0", "img1")  # what error messages call the two photos
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,19 @@ def find_photos(job: Job) -> tuple[Path, Path]:
     """The two photos of a job. If the job names a folder, they are the pictures `0.*` and `1.*` in it.
 
     Raises:
-        ValueError: The folder cannot be read, or does not hold exactly one picture `0.*` and one picture `1.*`.
+        ValueError: The folder cannot be read, or does not hold exactly one picture `0.*` and one picture `1.*`, or a
+            photo is no regular file.
     """
-    if len(job.photos) == 2:
-        return job.photos
-    (folder,) = job.photos
+    photos = job.photos if len(job.photos) == 2 else _photos_in(*job.photos)
+    for name, photo in zip(PHOTOS, photos, strict=True):
+        fault = file_fault(photo)
+        if fault is not None:
+            raise ValueError(f"{name} ({photo}) is {fault}; an image file is needed")
+    return photos
+
+
+def _photos_in(folder: Path) -> tuple[Path, Path]:
+    """The pictures `0.*` and `1.*` in a folder."""
     endings = Image.registered_extensions()
     try:
         pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in endings)
@@ -49,3 +62,49 @@ def find_photos(job: Job) -> tuple[Path, Path]:
             raise ValueError(f"the folder '{folder}' must hold one photo '{i}.*', but it holds {present}")
     ((first,), (last,)) = candidates
     return first, last
+
+
+class RefusedRowsError(ValueError):
+    """Everything that is wrong with a manifest or with sidecars: a reason for each row that is refused."""
+
+    def __init__(self, reasons: Sequence[str]):
+        super().__init__("\n".join(reasons))
+        self.reasons = reasons
+
+
+@contextmanager
+def refusing_together() -> Iterator[Callable[..., AbstractContextManager[None]]]:
+    """While the context lasts, collect what is wrong with single rows, so that nobody has to mend one for each run.
+
+    Yields:
+        Makes a context for one row, given what error messages call the row, or for all of them with `every=True`. An
+        error in it is kept for later.
+
+    Raises:
+        RefusedRowsError: There were errors. One that all rows have, as of a wrong option, is a single reason.
+    """
+    origins: set[str] = set()
+    refused: dict[str, list[str]] = {}  # the rows' names by what is wrong with them
+    whole: list[str] = []  # what is wrong with the manifest itself, or was collected inside
+
+    @contextmanager
+    def row(origin: str, every: bool = False) -> Iterator[None]:
+        if not every:
+            origins.add(origin)
+        try:
+            yield
+        except RefusedRowsError as error:
+            whole.extend(error.reasons)
+        except (OSError, OverflowError, RecursionError, TypeError, ValueError) as error:
+            if every:
+                whole.append(f"{origin}: {error}")
+            else:
+                refused.setdefault(str(error), []).append(origin)
+
+    yield row
+    reasons: list[str] = []
+    for reason, rows in refused.items():
+        shared = len(set(rows)) == len(origins) > 1
+        reasons += [f"{rows[0]} and all others: {reason}"] if shared else [f"{origin}: {reason}" for origin in rows]
+    if reasons or whole:
+        raise RefusedRowsError(reasons + whole)

@@ -7,27 +7,30 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 from ..arguments import Numbers, arguments_of
-from ..inputs import check_integer, check_number
+from ..inputs import check_integer, check_number, file_fault
 from ..media.files import check_fps, check_name_length, check_video_path
+from ..media.texts import read_json, read_text
 from ..pipeline import DreamMoverPipeline
-from ..prompts import pair_negatives, pair_texts
+from ..prompts import pair_negatives, pair_prompts
 from ..settings import PREPARING, NegativeContent, RenderSettings
 from ..steering import point_pairs
 from .claims import put_back
-from .jobs import Job
+from .jobs import Job, refusing_together
 from .sidecar import PRIVATE, check_places_of_records, failure_path, is_sidecar, read_sidecar
 
 PLACES = ("img0", "img1", "folder", "output")
-# The arguments of the pipeline that a line of text can hold. `Delivery` is left out: the frames always go to a file.
-PARAMETERS = {
-    name: declared
-    for name, declared in arguments_of(*PREPARING, NegativeContent, RenderSettings).items()
-    if declared.values.in_files
-}
+SEPARATORS = ",;\t"  # of cells; spreadsheets write the second where the comma is for decimals, the third as "text"
+# `Delivery` is left out: the frames always go to a file.
+GROUPS = (*PREPARING, NegativeContent, RenderSettings)
+# The arguments of the pipeline that a line of text can hold.
+PARAMETERS = {name: declared for name, declared in arguments_of(*GROUPS).items() if declared.values.in_files}
 SETTINGS = (*PARAMETERS, "seed", "fps")
 
 
@@ -36,7 +39,7 @@ def read_manifest(path: str | os.PathLike, folder: Path, defaults: Mapping[str, 
 
     A row names two photos, `img0` and `img1`, or a `folder` that holds them as `0.*` and `1.*`; these paths are
     relative to the manifest. A row may name its `output`, relative to the folder of all outputs, and may decide any of
-    `SETTINGS`.
+    `SETTINGS`. The outputs are checked, and their folders made.
 
     Args:
         path: The manifest.
@@ -44,8 +47,9 @@ def read_manifest(path: str | os.PathLike, folder: Path, defaults: Mapping[str, 
         defaults: Values of settings, to use instead of the pipeline's defaults where a row does not decide them.
 
     Raises:
-        ValueError: The manifest cannot be read, or a row has an unknown key, lacks one, or has a value that no
-            pipeline would take.
+        RefusedRowsError: Rows have an unknown key, lack one, or have a value that no pipeline would take or an output
+            that cannot be written; the reasons are those of all rows.
+        ValueError: The manifest cannot be read.
     """
     path = Path(path)
     readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
@@ -53,40 +57,59 @@ def read_manifest(path: str | os.PathLike, folder: Path, defaults: Mapping[str, 
     if reader is None:
         raise ValueError(f"the manifest '{path}' ends in '{path.suffix}'; allowed are {' and '.join(readers)}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"the manifest '{path}' cannot be read: {error}") from error
-    jobs = [_job(row, f"{path.name}, line {line}", path.parent, folder, defaults) for line, row in reader(text, path)]
+    jobs: list[Job] = []
+    with refusing_together() as refusing:
+        with refusing(path.name, every=True):
+            for line, read_row in reader(text):
+                origin = f"{path.name}, line {line}"
+                with refusing(origin):
+                    jobs.append(_job(read_row(), origin, path.parent, folder, defaults))
+        with refusing(path.name, every=True):
+            check_job_outputs(jobs)
     if not jobs:
         raise ValueError(f"the manifest '{path}' holds no pairs")
     return jobs
 
 
 def read_sidecars(paths: Sequence[str | os.PathLike], folder: Path) -> list[Job]:
-    """The jobs that make the videos of sidecars once more.
+    """The jobs that make the videos of sidecars once more. The outputs are checked, and their folders made.
 
     Args:
         paths: The sidecars.
         folder: The folder of all outputs.
 
     Raises:
-        ValueError: A file is no sidecar, or a damaged one.
+        RefusedRowsError: Files are no sidecars, or outputs cannot be written; the reasons are those of all files.
     """
-    jobs = []
-    for path in map(Path, paths):
-        recorded = read_sidecar(path)
-        if recorded is None and is_sidecar(path):
-            raise ValueError(
-                f"the sidecar '{path}' is damaged or of another version, so its video cannot be made again from it; "
-                "make the video with its manifest"
-            )
-        if recorded is None:
-            raise ValueError(f"'{path}' is no sidecar of dreammover batch")
-        photos = tuple(path.parent / photo["path"] for photo in recorded["inputs"])
-        name = recorded["output"]["name"]
-        settings = settings_of({}, recorded["settings"], str(path))
-        jobs.append(Job(str(path), photos, _output(folder, name, str(path)), name, settings, recorded))
+    jobs: list[Job] = []
+    with refusing_together() as refusing:
+        for path in map(Path, paths):
+            with refusing(str(path)):
+                jobs.append(_job_of_sidecar(path, folder))
+        with refusing("the sidecars", every=True):
+            check_job_outputs(jobs)
     return jobs
+
+
+def _job_of_sidecar(path: Path, folder: Path) -> Job:
+    """The job that makes the video of a sidecar once more, in a folder of outputs."""
+    fault = file_fault(path)
+    if fault is not None:
+        raise ValueError(f"it is {fault}; the sidecar of a video is needed")
+    recorded = read_sidecar(path)
+    if recorded is None and is_sidecar(path):
+        raise ValueError(
+            "the sidecar is damaged or of another version, so its video cannot be made again from it; make the video "
+            "with its manifest"
+        )
+    if recorded is None:
+        raise ValueError("it is no sidecar of dreammover batch")
+    photos = tuple(path.parent / photo["path"] for photo in recorded["inputs"])
+    name = recorded["output"]["name"]
+    return Job(str(path), photos, _output(folder, name), name, settings_of({}, recorded["settings"]), recorded)
 
 
 def check_job_outputs(jobs: Sequence[Job]) -> None:
@@ -95,49 +118,46 @@ def check_job_outputs(jobs: Sequence[Job]) -> None:
     The folders of the outputs are made, and a folder of frames that a killed process was about to replace is put back.
 
     Raises:
-        ValueError: An output is refused; the message says where it was asked for.
+        RefusedRowsError: Outputs are refused; the reasons say where they were asked for.
     """
-    owners: dict[Path, Job] = {}
-    for job in jobs:
-        put_back(job)
-        place = job.output.resolve()
-        if place in owners:
-            raise ValueError(
-                f"{job.origin}: the output '{job.name}' is already the one of {owners[place].origin}; "
-                "choose another output"
-            )
-        owners[place] = job
-    for job in jobs:
-        for photo in job.photos:
-            place = photo.resolve()
-            _check_not_replaced(f"photo '{photo}'", [place, *place.parents], owners)
-        _check_not_replaced(f"output '{job.output}'", job.output.resolve().parents, owners)
-    for job in jobs:
-        try:
-            job.output.parent.mkdir(parents=True, exist_ok=True)
-            check_video_path(job.output)
-            check_places_of_records(job.output)
-            check_name_length(failure_path(job.output))  # the longest name of what is written beside the video
-            check_fps(job.settings["fps"], job.output)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{job.origin}: {error}") from error
+    with refusing_together() as refusing:
+        owners: dict[Path, Job] = {}
+        for job in jobs:
+            with refusing(job.origin):
+                put_back(job)
+            owner = owners.setdefault(_real(job.output), job)
+            if owner is not job:
+                with refusing(job.origin):
+                    raise ValueError(
+                        f"the output '{job.name}' is already the one of {owner.origin}; choose another output"
+                    )
+        for job in jobs:
+            kept = [(f"photo '{photo}'", [_real(photo), *_real(photo).parents]) for photo in job.photos]
+            kept.append((f"output '{job.output}'", _real(job.output).parents))
+            for name, places in kept:  # an output may be a folder of frames
+                owner = next((owners[place] for place in places if place in owners), None)
+                if owner is not None:
+                    with refusing(owner.origin):
+                        raise ValueError(f"writing '{owner.name}' would replace the {name}; choose another output")
+            with refusing(job.origin):
+                _make_folder(job.output.parent)
+                check_video_path(job.output)
+                check_places_of_records(job.output)
+                check_name_length(failure_path(job.output))  # the longest name of what is written beside the video
+                check_fps(job.settings["fps"], job.output)
 
 
-def _check_not_replaced(name: str, places: Iterable[Path], owners: Mapping[Path, Job]) -> None:
-    """Refuse an output that would replace a file.
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those it lies in; a ValueError where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"the folder '{folder}' cannot be made: {error.strerror}") from error
 
-    Args:
-        name: What error messages call the file.
-        places: The paths at which an output, which may be a folder of frames, would replace the file.
-        owners: The jobs by the paths of their outputs.
 
-    Raises:
-        ValueError: An output is at one of the places.
-    """
-    for place in places:
-        if place in owners:
-            job = owners[place]
-            raise ValueError(f"{job.origin}: writing '{job.name}' would replace the {name}; choose another output")
+def _real(path: Path) -> Path:
+    """A path without symbolic links; where these lead in a circle, which `Path.resolve` refuses, up to there."""
+    return Path(os.path.realpath(path))
 
 
 def check_values(pipe: DreamMoverPipeline, fingerprint: str, jobs: Sequence[Job]) -> None:
@@ -149,65 +169,87 @@ def check_values(pipe: DreamMoverPipeline, fingerprint: str, jobs: Sequence[Job]
         jobs: The jobs to check.
 
     Raises:
-        ValueError: A job is refused; the message says where it was asked for.
+        RefusedRowsError: Jobs are refused; the reasons say where they were asked for.
     """
-    width = pipe.unet.config.cross_attention_dim
-    for job in jobs:
-        settings = job.settings
-        try:
-            pipe.check_inputs(**settings)
-            point_pairs(settings["points"])
-            pair_texts(settings["prompt"], None, 1, False, width)
-            pair_negatives(settings["negative_prompt"], None, 1, width)
-            for side in ("height", "width"):
-                if settings[side] is not None:
-                    check_integer(side, settings[side], 1)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{job.origin}: {error}") from error
-        if job.recorded and job.recorded["model"]["fingerprint"] != fingerprint:
-            name = job.recorded["model"]["name"]
-            raise ValueError(
-                f"the video of {job.origin} was made with another checkpoint, which was named '{name}' and has other "
-                "weights than the one that was loaded; give the right one by --model"
-            )
+    with refusing_together() as refusing:
+        for job in jobs:
+            with refusing(job.origin):
+                pipe.check_inputs(**job.settings)
+                if job.recorded and job.recorded["model"]["fingerprint"] != fingerprint:
+                    name = job.recorded["model"]["name"]
+                    raise ValueError(
+                        f"its video was made with another checkpoint, which was named '{name}' and has other weights "
+                        "than the one that was loaded; give the right one by --model"
+                    )
 
 
-def _jsonl_rows(text: str, path: Path) -> Iterator[tuple[int, dict]]:
-    """The rows of a `.jsonl` manifest, each with the number of its line; empty lines are skipped."""
+def _jsonl_rows(text: str) -> Iterator[tuple[int, Callable[[], dict]]]:
+    """The rows of a `.jsonl` manifest, each as the number of its line and a function that reads it.
+
+    Empty lines are skipped.
+    """
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path.name}, line {number} is not valid JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f'{path.name}, line {number} must be an object like {{"img0": …}}, not {line}')
-            yield number, row
+            yield number, partial(_jsonl_row, line)
 
 
-def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, dict]]:
-    """The rows of a `.csv` manifest, each with the number of its last line; empty cells and rows are left out."""
-    keys = text.partition("\n")[0]
-    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
-        if separator in keys and "," not in keys:
-            raise ValueError(f"{path.name} separates its cells by {name}; save it with commas")
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+def _jsonl_row(line: str) -> dict:
+    """The values in a line of a `.jsonl` manifest by their keys."""
     try:
-        for row in reader:
-            if not any(map(_filled, row.values())):
+        row = read_json(line)
+    except ValueError as error:
+        raise ValueError(f"it is not valid JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f'it must be an object like {{"img0": …}}, not {line}')
+    _check_keys(row)
+    return row
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, Callable[[], dict]]]:
+    """The rows of a `.csv` manifest, each as the number of its last line and a function that reads it.
+
+    Cells are separated as those of the first line are, by commas, semicolons or tabs. Rows without text are skipped.
+
+    Raises:
+        ValueError: The text is not valid CSV, or a key is unknown or there twice.
+    """
+    first = next((line for line in text.split("\n") if line.strip(SEPARATORS + '" ')), "")
+    separator = next((mark for mark in SEPARATORS if mark in first), ",")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    keys: list[str] = []
+    try:
+        for cells in reader:
+            if not any(map(str.strip, cells)):
                 continue
-            if None in row:
-                raise ValueError(
-                    f"{path.name}, line {reader.line_num} has more cells than the first line has keys: {row[None]}"
-                )
-            yield reader.line_num, {key: _cell(key, text) for key, text in row.items() if text}
+            if keys:
+                yield reader.line_num, partial(_csv_row, keys, cells)
+            else:
+                keys = [cell.strip().lower() for cell in cells]
+                _check_keys([key for key in keys if key])
     except csv.Error as error:
-        raise ValueError(f"{path.name} is not valid CSV after line {reader.line_num}: {error}") from error
+        raise ValueError(f"it is not valid CSV after line {reader.line_num}: {error}") from error
 
 
-def _filled(text: str | list | None) -> bool:
-    """Whether a cell of a spreadsheet holds anything that can be seen."""
-    return bool(text) and (not isinstance(text, str) or bool(text.strip()))
+def _csv_row(keys: Sequence[str], cells: Sequence[str]) -> dict:
+    """The values in a row of a `.csv` manifest by their keys; cells without text are left out."""
+    row = {}
+    for key, cell in zip_longest(keys, cells, fillvalue=""):
+        if cell.strip():
+            if not key:
+                raise ValueError(f"the cell {cell!r} is in a column that has no key in the first line")
+            row[key] = _cell(key, cell)
+    return row
+
+
+def _check_keys(keys: Collection[str]) -> None:
+    """Raise ValueError if a key is unknown, or is there twice."""
+    allowed = (*PLACES, *SETTINGS)
+    unknown = [key for key in keys if key not in allowed]
+    if unknown:
+        raise ValueError(f"it has the unknown key {unknown[0]!r}; allowed are {', '.join(allowed)}")
+    twice = [key for key, count in Counter(list(keys)).items() if count > 1]
+    if twice:
+        raise ValueError(f"it has the key {twice[0]!r} twice")
 
 
 def _cell(key: str, text: str) -> object:
@@ -215,9 +257,11 @@ def _cell(key: str, text: str) -> object:
     if key in PLACES or (key in PARAMETERS and PARAMETERS[key].annotation.startswith("str")):
         return text
     try:
-        return json.loads(text)
+        return read_json(text.lower() if text in ("TRUE", "FALSE") else text)  # as spreadsheets write truth values
     except json.JSONDecodeError:
         return text
+    except ValueError as error:
+        raise ValueError(f"`{key}` has a value that cannot be read: {error}") from error
 
 
 def _job(row: Mapping[str, object], origin: str, base: Path, folder: Path, defaults: Mapping[str, object]) -> Job:
@@ -231,68 +275,81 @@ def _job(row: Mapping[str, object], origin: str, base: Path, folder: Path, defau
         defaults: Values of settings, to use instead of the pipeline's defaults where the row does not decide them.
 
     Raises:
-        ValueError: The row has an unknown key, lacks one, or has a value that is not allowed.
+        TypeError, ValueError: The row lacks a key, or has a value that is not allowed.
     """
     places = {key: row[key] for key in PLACES if key in row}
     for key, value in places.items():
         if not isinstance(value, str) or not value:
-            raise ValueError(f"{origin}: `{key}` must be a path, not {value!r}")
+            raise ValueError(f"`{key}` must be a path, not {value!r}")
+        _check_path(key, value)
     if set(places) - {"output"} not in ({"img0", "img1"}, {"folder"}):
-        raise ValueError(f"{origin} must name `img0` and `img1`, or `folder`; it has {', '.join(row) or 'nothing'}")
+        raise ValueError(f"it must name `img0` and `img1`, or `folder`; it has {', '.join(row) or 'nothing'}")
     if "folder" in places:
         photos = (base / places["folder"],)
-        name = f"{photos[0].resolve().name}.mp4"
+        name = f"{_real(photos[0]).name}.mp4"
     else:
         photos = (base / places["img0"], base / places["img1"])
         name = f"{photos[0].stem}-{photos[1].stem}.mp4"
     name = places.get("output", name)
     given = {key: value for key, value in row.items() if key not in PLACES}
-    return Job(origin, photos, _output(folder, name, origin), name, settings_of(defaults, given, origin))
+    return Job(origin, photos, _output(folder, name), name, settings_of(defaults, given))
 
 
-def settings_of(defaults: Mapping[str, object], given: Mapping[str, object], origin: str) -> dict[str, object]:
+def _check_path(key: str, text: str) -> None:
+    """Raise ValueError unless a text can be a path on this system."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"`{key}` must be a path, but {text[error.start]!a} is in it") from None
+    if "\0" in text:
+        raise ValueError(f"`{key}` must be a path, but {chr(0)!a} is in it")
+
+
+def settings_of(defaults: Mapping[str, object], given: Mapping[str, object]) -> dict[str, object]:
     """A value for each of `SETTINGS`, in the form that JSON holds.
 
     Args:
         defaults: Values to use instead of the pipeline's defaults.
         given: Values that prevail over all defaults.
-        origin: What error messages call the place that the given values come from.
 
     Raises:
-        ValueError: A given key is unknown, or the seed or the frame rate is not allowed.
+        TypeError, ValueError: A given key is unknown, or a value is not allowed, whatever the model.
     """
     unknown = [key for key in given if key not in SETTINGS]
     if unknown:
-        allowed = ", ".join((*PLACES, *SETTINGS))
-        raise ValueError(f"{origin} has the unknown key {unknown[0]!r}; allowed are {allowed}")
+        raise ValueError(f"it records the unknown setting {unknown[0]!r}")
     values = {name: declared.default for name, declared in PARAMETERS.items()}
     values = json.loads(json.dumps({**values, "include_inputs": True, **defaults, **given}))
+    for group in GROUPS:
+        group.of(values)
+    point_pairs(values["points"])
+    pair_prompts(values["prompt"], 1, False)
+    pair_negatives(values["negative_prompt"], None, 1, width=0)  # the width is that of embeddings, and there are none
+    for side in ("height", "width"):
+        if values[side] is not None:
+            check_integer(side, values[side], 1)
     for name, value in values.items():
         if type(value) is int and name in PARAMETERS and isinstance(PARAMETERS[name].values, Numbers):
             values[name] = float(value)  # so that 1 and 1.0 make equal requests
-    try:
-        check_integer("seed", values["seed"], 0)
-        if values["seed"] >= 2**63:
-            raise ValueError(f"`seed` must be below 2^63, not {values['seed']}")
-        check_number("fps", values["fps"], 0, inclusive=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{origin}: {error}") from error
+    check_integer("seed", values["seed"], 0)
+    if values["seed"] >= 2**63:
+        raise ValueError("`seed` must be below 2^63")
+    check_number("fps", values["fps"], 0, inclusive=False)
     return values
 
 
-def _output(folder: Path, name: str, origin: str) -> Path:
+def _output(folder: Path, name: str) -> Path:
     """The path of an output.
 
     Args:
         folder: The folder of all outputs.
         name: The path of the output relative to that folder.
-        origin: What error messages call the place that the output was asked for.
 
     Raises:
         ValueError: The output would not be inside the folder, or would be in the folder `PRIVATE`.
     """
     output = folder / name
-    inside = output.resolve().is_relative_to(folder.resolve()) and output.resolve() != folder.resolve()
+    inside = _real(output).is_relative_to(_real(folder)) and _real(output) != _real(folder)
     if not inside or PRIVATE in Path(name).parts:
-        raise ValueError(f"{origin}: the output '{name}' must be inside the output folder, and not in '{PRIVATE}'")
+        raise ValueError(f"the output '{name}' must be inside the output folder, and not in '{PRIVATE}'")
     return output

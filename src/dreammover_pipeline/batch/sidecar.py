@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
+from ..inputs import file_fault
 from ..pipeline import DreamMoverPipeline
 from ..settings import arguments
 from ..storage import digest_of, write_whole
@@ -110,7 +111,9 @@ def forget_failure(output: Path) -> None:
 
 
 def _content(path: Path) -> object:
-    """What a file holds as JSON; None if it does not exist or holds no JSON."""
+    """What a file holds as JSON; None if it does not exist, is no regular file or holds no JSON."""
+    if file_fault(path):
+        return None
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -133,6 +136,8 @@ def _begins_with(path: Path, mark: str) -> bool:
 
     A file of nothing but NULs counts too, since a power cut may leave one where a record was.
     """
+    if file_fault(path):
+        return False
     opening = f'{{"{mark}"'.encode()
     try:
         content = path.read_bytes()

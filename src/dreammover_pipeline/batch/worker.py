@@ -22,7 +22,7 @@ from ..pipeline import DreamMoverPipeline
 from ..records import PreparedPair
 from ..scratch import move_over
 from ..settings import PREPARING, RENDERING
-from .jobs import Job, find_photos
+from .jobs import PHOTOS, Job, find_photos
 from .journal import Journal
 from .lora_cache import LoraCache, lora_key
 from .sidecar import (
@@ -41,8 +41,6 @@ from .sidecar import (
     stack_of,
     write_record,
 )
-
-PHOTOS = ("img0", "img1")  # what error messages call the two photos
 
 
 class Worker:
@@ -80,6 +78,8 @@ class Worker:
 
     def finished_record(self, job: Job) -> dict | None:
         """The sidecar of a job that is done; None if the job is not done, or if its photos cannot be read."""
+        if not sidecar_path(job.output).is_file():
+            return None  # before the photos are read, which may be large
         try:
             request, _ = self.request(job)
         except (OSError, ValueError):

@@ -136,13 +136,12 @@ def _work(jobs: Sequence[Job], args: argparse.Namespace, model: str, dtype: str 
     """
     from accelerate import PartialState
 
-    from ..batch.manifest import check_job_outputs, check_values
+    from ..batch.manifest import check_values
     from ..batch.run import run, table
     from ..batch.sidecar import read_failures
     from ..batch.worker import Worker
 
     start = time.perf_counter()
-    check_job_outputs(jobs)
     with _terminable():
         failures = read_failures(jobs)  # before the processes meet, so that every one of them is of an earlier run
         device = choose_device(args.device)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..arguments import taken
+from ..inputs import file_fault
 from ..media.files import check_file_path, check_name_length
 from ..media.pictures import crossfade, picture_of
 from ..scratch import put_in_order
@@ -273,7 +274,8 @@ def _check_parts(parts: Path) -> None:
 
     if parts.exists() and not parts.is_dir():
         raise ValueError(
-            f"finished gaps are kept in a folder '{parts}', but there is a file of that name; move it away"
+            f"finished gaps are kept in a folder '{parts}', but there is {file_fault(parts) or 'a file'} of that "
+            "name; move it away"
         )
     own = re.compile(rf"{FILE_NAMES}|\.dreammover.*")
     others = [entry.name for entry in parts.glob("*") if not own.fullmatch(entry.name)]

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..inputs import file_fault
 from ..tiny import CHECKPOINT
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def check_model(model: str, allow_pickle: bool = False) -> None:
             f"the model '{model}' is a pickle, which can run code while it is loaded; take a .safetensors file, "
             "or add --allow-pickle if you trust where this one comes from"
         )
+    if source.exists() and not source.is_file() and not source.is_dir():
+        raise ValueError(f"the model '{model}' is {file_fault(source)}; a file or a folder is needed")
     unet = source / "unet"
     if not allow_pickle and any(unet.glob("*.bin")) and not any(unet.glob("*.safetensors")):
         raise ValueError(

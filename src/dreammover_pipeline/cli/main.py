@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from .. import __version__
+from ..batch.jobs import RefusedRowsError
 from .batch import add_batch
 from .evaluate import add_evaluation
 from .export_hub import add_export
@@ -28,7 +29,7 @@ from .ui import add_ui
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Everything that goes wrong becomes one line on stderr.
+    """Run the command. Everything that goes wrong becomes one line on stderr; each row that is refused has its own.
 
     Args:
         argv: The arguments after the program's name; by default they are those of the process.
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             args = _parser().parse_args(argv)
             args.run(args)
         return 0
+    except RefusedRowsError as error:
+        return max(_fail(2, reason) for reason in error.reasons)
     except (ValueError, TypeError) as error:
         return _fail(2, error)
     except KeyboardInterrupt:

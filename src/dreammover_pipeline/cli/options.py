@@ -8,12 +8,11 @@ pipeline's defaults.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 from ..arguments import ASK_PYTHON, Argument, Blocks, Numbers, Pictures, Text, WholeNumbers, arguments_of, taken
+from ..media.texts import read_json, read_text
 from ..settings import GROUPS, PRESETS, RENDERING, arguments
 
 # The arguments that only make sense for one pair of photos.
@@ -115,15 +114,15 @@ def read_points(text: str) -> object:
     )
     if not _is_json(text):
         try:
-            text = Path(text).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(text)
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"{source} cannot be read: {getattr(error, 'strerror', None) or error}; {form}"
             ) from error
     try:
-        return json.loads(text)
+        return read_json(text)
     except ValueError as error:
-        raise ValueError(f"{source} holds no JSON: {error}; {form}") from error
+        raise ValueError(f"{source} holds no JSON that can be read: {error}; {form}") from error
 
 
 def _is_json(text: str) -> bool:

@@ -7,9 +7,9 @@ torch and diffusers take seconds to import, so they are imported only after the 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..inputs import file_fault
 from .loading import add_model_options, check_model, pipeline_class
 from .options import add_method_options, call_arguments
 from .writing import add_output_options, check_output_paths, make_video, say_if_scaled, settle_length
@@ -43,8 +43,9 @@ def _render(args: argparse.Namespace) -> None:
     check_output_paths(args, [args.pair])
     settle_length(args)
     check_model(args.model, args.allow_pickle)
-    if not Path(args.pair).is_file():
-        raise ValueError(f"there is no file '{args.pair}'")
+    fault = file_fault(args.pair)
+    if fault is not None:
+        raise ValueError(f"'{args.pair}' is {fault}; the file of a prepared pair is needed")
     pipeline_class()  # this comes first, since it switches off log lines that third parties write when imported
     from ..storage import read_pair
 

@@ -13,7 +13,7 @@ import torch
 from PIL import ExifTags, Image
 
 from ..images import load_images
-from ..inputs import frame_times
+from ..inputs import file_fault, frame_times
 from ..tiny.world import DIFFICULTIES, World
 
 # File names of the pictures of a pair, with their time, such as 0.png, 0.250.jpg and 1.png.
@@ -160,6 +160,9 @@ def _check_pair(folder: Path) -> None:
 
 def _size(path: Path) -> tuple[int, int]:
     """Width and height of a picture as it is to be seen, in pixels."""
+    fault = file_fault(path)
+    if fault is not None:
+        raise ValueError(f"'{path}' is {fault}; a picture is needed")
     try:
         with Image.open(path) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
+from ..inputs import file_fault
 from ..storage import read_tensors, write_whole
 
 RECONSTRUCT = np.empty(0).__reduce__()[0]  # taken from an array, since NumPy 2 has moved it
@@ -92,7 +93,14 @@ def fetch_weights(name: str, folder: Path | None = None) -> Path:
         RuntimeError: the archive cannot be downloaded, or its content is not the one that is known.
     """
     weights = WEIGHTS[name]
-    content = _downloaded(weights) if folder is None else (Path(folder) / weights.archive).read_bytes()
+    if folder is None:
+        content = _downloaded(weights)
+    else:
+        archive = Path(folder) / weights.archive
+        fault = file_fault(archive)
+        if fault is not None:
+            raise OSError(f"'{archive}' is {fault}; the archive of the weights is needed")
+        content = archive.read_bytes()
     check_archive(name, content)
     path = checkpoints() / weights.file
     path.parent.mkdir(parents=True, exist_ok=True)

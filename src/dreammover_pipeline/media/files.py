@@ -24,6 +24,7 @@ import imageio_ffmpeg
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from ..inputs import check_file_place, file_fault
 from ..scratch import replacing
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -144,9 +145,9 @@ def check_video_path(path: str | os.PathLike) -> None:
     """Refuse a path that `write_video` could not write, or where it would destroy something else than a video.
 
     Raises:
-        ValueError: the ending is unknown, the parent folder is missing or read-only, a folder is where a file should
-            go or a file where a folder should go, the folder holds anything but the frames of an earlier run, or the
-            name is too long.
+        ValueError: the ending is unknown, the parent folder is missing or read-only, a folder, a pipe or a device is
+            where a file should go or a file where a folder should go, the folder holds anything but the frames of an
+            earlier run, or the name is too long.
         RuntimeError: an mp4 is asked for, and there is no ffmpeg that can encode H.264.
     """
     suffix = _video_suffix(path)
@@ -154,7 +155,7 @@ def check_video_path(path: str | os.PathLike) -> None:
         raise ValueError(f"'{path}' ends in '{suffix}'; allowed are .mp4, .gif, or no ending for a folder of PNGs")
     _check_parent(path)
     if suffix:
-        _check_not_a_folder(path)
+        check_file_place(path)
     else:
         _check_replaceable_folder(path)
     if suffix == ".mp4":
@@ -165,8 +166,8 @@ def check_picture_path(path: str | os.PathLike) -> None:
     """Refuse a path that `write_picture` could not write.
 
     Raises:
-        ValueError: the ending is not that of a picture, the parent folder is missing or read-only, or a folder has
-            that name.
+        ValueError: the ending is not that of a picture, the parent folder is missing or read-only, or what has that
+            name is no file.
     """
     check_file_path(path, PICTURE_SUFFIXES)
 
@@ -175,13 +176,14 @@ def check_file_path(path: str | os.PathLike, suffixes: Sequence[str]) -> None:
     """Refuse a path where no file with one of these endings can be written.
 
     Raises:
-        ValueError: the path has another ending, the parent folder is missing or read-only, or a folder has that name.
+        ValueError: the path has another ending, the parent folder is missing or read-only, or what has that name is
+            no file.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in suffixes:
         raise ValueError(f"'{path}' ends in '{suffix}'; allowed are {', '.join(suffixes)}")
     _check_parent(path)
-    _check_not_a_folder(path)
+    check_file_place(path)
 
 
 def check_fps(fps: float, path: str | os.PathLike) -> None:
@@ -269,17 +271,12 @@ def _check_parent(path: str | os.PathLike) -> None:
         raise ValueError(f"cannot write '{path}': the folder '{parent}' is read-only")
 
 
-def _check_not_a_folder(path: str | os.PathLike) -> None:
-    if Path(path).is_dir():
-        raise ValueError(f"cannot write the file '{path}': there is a folder of that name")
-
-
 def _check_replaceable_folder(path: str | os.PathLike) -> None:
     target = Path(path).resolve()
     if target == Path.cwd():
         raise ValueError(f"cannot write frames to '{path}': the current folder cannot be replaced; name one inside it")
     if target.exists() and not target.is_dir():
-        raise ValueError(f"cannot write the folder '{path}': there is a file of that name")
+        raise ValueError(f"cannot write the folder '{path}': there is {file_fault(target) or 'a file'} of that name")
     entries = [entry for entry in target.glob("*") if entry.name not in LITTER]
     others = [entry.name for entry in entries if not FRAME_PATTERN.fullmatch(entry.name)]
     if others:
@@ -294,6 +291,8 @@ def _check_replaceable_folder(path: str | os.PathLike) -> None:
 
 def _is_ours(frame: Path) -> bool:
     """Whether a file is a frame that `write_video` wrote."""
+    if file_fault(frame):
+        return False
     try:
         with Image.open(frame) as picture:
             return picture.info.get("Software") == SOFTWARE
