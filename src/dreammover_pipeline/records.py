@@ -168,6 +168,28 @@ class FusedFrames:
 
 
 @dataclass(frozen=True, eq=False)
+class FrameSources:
+    """Which photo every place of a frame at `time` takes its detail from.
+
+    The fields lie on the padded canvas, on a grid of several places a cell. `shares` (2, h', w') are those of the
+    first and of the last photo, which sum to 1, and are 0 where a place is in neither; `taken` (1, h', w') is M, how
+    far the photos take the place of what diffusion made: 1 entirely, 0 not at all.
+    """
+
+    time: float
+    shares: torch.Tensor
+    taken: torch.Tensor
+
+    def __post_init__(self):
+        shape = tuple(self.taken.shape)
+        _require(len(shape) == 3 and shape[0] == 1, f"`taken` must be (1, h', w'), not {shape}")
+        _require(
+            tuple(self.shares.shape) == (2, *shape[1:]),
+            f"`shares` must be {(2, *shape[1:])} beside `taken`, not {tuple(self.shares.shape)}",
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class PreparedPair:
     """Everything about a pair that does not depend on the frames asked for; `DreamMoverPipeline.render` takes it.
 
