@@ -33,6 +33,7 @@ def sources_map(sources: FrameSources, canvas: Canvas, size: tuple[int, int]) ->
     h, w = taken.shape
     extent = w * canvas.content_width / canvas.width, h * canvas.content_height / canvas.height
     picture = Image.fromarray(source_colours(shares, taken))
+    # Between the middles of the places the map is interpolated, as M is in the frame.
     return picture.resize(size, Image.Resampling.BILINEAR, box=(0, 0, *extent))
 
 

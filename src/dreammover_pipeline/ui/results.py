@@ -74,16 +74,18 @@ def explaining_pictures(
         pair: the prepared pair.
         frames: the frames, with both photos at the ends.
         times: the δ of every frame.
-        sources: where each of the frames between the photos takes its detail from.
+        sources: where each of the frames between the photos takes its detail from; empty where they take none.
         motion: the way that things take through the frames.
     """
     first, last = (picture_of(image) for image in pair.images)
     flow, canvas = pair.flow, pair.canvas
-    return {
+    pictures = {
         "flow": flow_picture(flow, canvas),
         "matches": correspondence_lines(first, last, flow, canvas=canvas, motion=motion),
         "confidence": confidence_picture(flow, (first, last), canvas),
         "occlusion": occlusion_picture(flow, (first, last), canvas),
-        "sources": sources_picture(frames[1:-1], sources, canvas),
         "sheet": contact_sheet(frames, times),
     }
+    if sources:
+        pictures["sources"] = sources_picture(frames[1:-1], sources, canvas)
+    return pictures
