@@ -7,10 +7,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dreammover_pipeline.detail import FAINT, SAMPLES, Axis, PairDetail, Sources, plan_detail, with_detail
+from dreammover_pipeline.arguments import taken
+from dreammover_pipeline.detail import (
+    FAINT,
+    SAMPLES,
+    Axis,
+    PairDetail,
+    Sources,
+    frame_sources,
+    plan_detail,
+    with_detail,
+)
 from dreammover_pipeline.framing import fit, unfit
 from dreammover_pipeline.paths import rigid_paths, straight_paths
 from dreammover_pipeline.records import BidirectionalFlow, Canvas
+from dreammover_pipeline.settings import PREPARING
 from dreammover_pipeline.tiny.world import World
 
 CELL = 4  # pixels a side of a cell on the canvas of these tests
@@ -178,6 +189,33 @@ def test_every_pixel_is_that_of_the_equation():
         torch.testing.assert_close(frame[:, row, column].double(), expected.clamp(0, 1), atol=2e-5, rtol=0)
 
 
+def sources_of(pair, frame, time):
+    return frame_sources(pair, plan_detail(pair, frame, time), time)
+
+
+@pytest.mark.parametrize("time", [0.2, 0.5, 1.0])
+def test_what_rests_comes_from_both_photos_by_time(time):
+    canvas = canvas_of(48, 48)
+    photo = picture(192, 192)
+    made = sources_of(pair_of(photo, photo, canvas, still(12, 12)), fit(photo, canvas), time)
+    assert made.time == time
+    expected = torch.tensor([1 - time, time]).reshape(2, 1, 1).expand_as(made.shares)
+    torch.testing.assert_close(made.shares, expected, atol=1e-3, rtol=0)
+    assert made.taken.min() > 0.95
+    contradicted = sources_of(pair_of(photo, photo, canvas, still(12, 12)), 1 - fit(photo, canvas).round(), time)
+    assert contradicted.taken.mean() < 0.1
+
+
+def test_what_leaves_the_picture_comes_from_the_photo_that_it_is_in():
+    canvas = canvas_of(48, 48)
+    photos = [picture(192, 192, seed) for seed in (1, 2)]
+    pair = pair_of(*photos, canvas, BidirectionalFlow.of(torch.full((2, 2, 12, 12), 30.0)))
+    for image in (0, 1):
+        shares = sources_of(pair, fit(photos[image], canvas), float(image)).shares
+        torch.testing.assert_close(shares[image], torch.ones(48, 48))
+        assert not shares[1 - image].any()
+
+
 def test_equal_candidates_are_taken_together():
     index = torch.tensor([5, 7, 5, 5]).reshape(4, 1, 1)
     shown = torch.tensor([0, 0, 0, 1]).reshape(4, 1, 1)
@@ -213,6 +251,24 @@ def test_it_is_the_default_and_the_paper_has_none(pipe, photos, fast):
     detailed = pipe(*photos, **{name: value for name, value in fast.items() if name != "detail"}).frames
     assert torch.equal(detailed, pipe(*photos, **fast | {"detail": "photos"}).frames)
     assert not torch.equal(detailed, pipe(*photos, **fast).frames)
+
+
+def test_sources_are_kept_only_where_they_are_asked_for(pipe, photos, fast):
+    pair = pipe.prepare(*photos, **taken(fast, *PREPARING))
+    made = {"times": [0.7, 0.2], "include_inputs": True, "endpoints": "reconstructed", "output_type": "pt"}
+    with pipe.keeping_sources() as outer:
+        with pipe.keeping_sources() as sources:
+            frames = pipe.render(pair, **made).frames
+        pipe.render(pair, times=[0.5], detail="upsampled")
+        pipe.render(pair, times=[0.5], output_type="latent")
+    assert torch.equal(frames, pipe.render(pair, **made).frames)
+    assert outer == []
+    assert [kept.time for kept in sources] == [0.7, 0.2]  # and not those of the ends
+    for kept in sources:
+        assert kept.shares.shape == (2, 8 * SAMPLES, 8 * SAMPLES)
+        assert kept.taken.shape == (1, 8 * SAMPLES, 8 * SAMPLES)
+        torch.testing.assert_close(kept.shares.sum(0), torch.ones(8 * SAMPLES, 8 * SAMPLES))
+        assert ((kept.taken >= 0) & (kept.taken <= 1)).all()
 
 
 def test_both_ends_are_made_as_frames_are(pipe, photos, fast):

@@ -29,7 +29,7 @@ from .flow import agreement
 from .images import rgb
 from .light import gain_maps, light_gains
 from .paths import MotionPaths
-from .records import BidirectionalFlow, Canvas
+from .records import BidirectionalFlow, Canvas, FrameSources
 from .rigid import complex_product
 
 SAMPLES = 4  # places along a side of a cell at which it is chosen where a frame comes from
@@ -357,6 +357,22 @@ def plan_detail(pair: PairDetail, frame: torch.Tensor, time: float) -> FrameDeta
     return FrameDetail(sources, candidates, taken[None], added, torch.stack([one[1:], other[1:]]))
 
 
+def frame_sources(pair: PairDetail, plan: FrameDetail, time: float) -> FrameSources:
+    """Which photo every place of a frame comes from, and how far, as `with_detail` mixes it; on the CPU.
+
+    Args:
+        pair: The photos.
+        plan: What `plan_detail` decided for the frame.
+        time: Its δ.
+    """
+    sources, total = plan.sources, torch.zeros_like(plan.added[:2])
+    for index, *shares, weight in zip(sources.index, *sources.shares(time), sources.weight, strict=True):
+        z = plan.candidates.sources(index, places(plan.added))
+        seen = torch.stack([share * _on_picture(pair, there) for share, there in zip(shares, z, strict=True)])
+        total += weight * seen / seen.sum(0).clamp(min=FAINT)
+    return FrameSources(time, (total / total.sum(0).clamp(min=FAINT)).cpu(), plan.taken.cpu())
+
+
 # ── At full size ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -366,6 +382,7 @@ def with_detail(
     time: float,
     dtype: torch.dtype = torch.float32,
     strip_pixels: int = STRIP_PIXELS,
+    plan: FrameDetail | None = None,
 ) -> torch.Tensor:
     """A frame at the output size with the detail of the photos.
 
@@ -375,11 +392,12 @@ def with_detail(
         time: Its δ in [0, 1].
         dtype: float32, or uint8, which takes a quarter of the memory.
         strip_pixels: How many pixels are made together, about; the frame does not depend on it.
+        plan: What `plan_detail` decides for this frame; by default it is asked.
 
     Returns:
         (3, H, W) in [0, 1] or uint8, on the CPU.
     """
-    plan = plan_detail(pair, frame, time)
+    plan = plan or plan_detail(pair, frame, time)
     canvas = pair.canvas
     height, width = canvas.output_height, canvas.output_width
     content = frame[:, : canvas.content_height, : canvas.content_width].to(pair.small)

@@ -53,7 +53,7 @@ from .paths import motion_paths
 from .preparing import Models, fit_lora_of_gaps, prepare_pair
 from .progress import ProgressListener, reported_stage
 from .prompts import NegativeText, pair_negatives
-from .records import Canvas, PreparedPair
+from .records import Canvas, FrameSources, PreparedPair
 from .refinement import refined_flow  # noqa: F401, named for the loader
 from .rendering import DenoisedFrames, finish_frames, render_latents
 from .rigid import similarity_flow  # noqa: F401, named for the loader
@@ -155,6 +155,7 @@ class DreamMoverPipeline(
         self._num_timesteps = 0
         self._interrupt = False
         self._listeners: dict[int, ProgressListener] = {}
+        self._sources: dict[int, list[FrameSources]] = {}  # of the threads that asked for them
         self._autoencoder: Autoencoder | None = None
 
     @property
@@ -473,8 +474,16 @@ class DreamMoverPipeline(
     def _finish(
         self, frames: DenoisedFrames, settings: RenderSettings, delivery: Delivery
     ) -> DreamMoverPipelineOutput:
-        autoencoder = self._models().autoencoder
-        return finish_frames(autoencoder, frames, settings, delivery.output_type, self.run_safety_checker, self._stage)
+        kept = self._sources.get(threading.get_ident())
+        return finish_frames(
+            self._models().autoencoder,
+            frames,
+            settings,
+            delivery.output_type,
+            self.run_safety_checker,
+            self._stage,
+            on_sources=None if kept is None else kept.append,
+        )
 
     def interpolate_sequence(
         self,
@@ -652,15 +661,24 @@ class DreamMoverPipeline(
                 it raises ends the work at that step and passes on, with the models as they were: so a job is
                 cancelled.
         """
-        thread = threading.get_ident()
-        before, self._listeners[thread] = self._listeners.get(thread), listener
-        try:
+        with _entry(self._listeners, listener):
             yield
-        finally:
-            if before is None:
-                del self._listeners[thread]
-            else:
-                self._listeners[thread] = before
+
+    @contextmanager
+    def keeping_sources(self) -> Iterator[list[FrameSources]]:
+        """Keep which photo every place of the frames comes from that are made while the context lasts.
+
+        It holds for calls that are made in the thread that entered the context. What is kept is small maps, which
+        `media.sources.sources_picture` draws.
+
+        Yields:
+            A list, to which every frame between the photos adds its `FrameSources`, in the order of the frames.
+            Frames with `detail="upsampled"`, frames that are returned as latents and frames of gaps that were taken
+            from `keep` add none.
+        """
+        kept = []
+        with _entry(self._sources, kept):
+            yield kept
 
     # What the methods above share.
 
@@ -717,3 +735,17 @@ class DreamMoverPipeline(
             self.set_progress_bar_config(**settings)
         with bar:
             yield bar.update
+
+
+@contextmanager
+def _entry(entries: dict[int, object], value: object) -> Iterator[None]:
+    """Give this thread an entry while the context lasts, in the place of the one that it may have."""
+    thread = threading.get_ident()
+    before, entries[thread] = entries.get(thread), value
+    try:
+        yield
+    finally:
+        if before is None:
+            del entries[thread]
+        else:
+            entries[thread] = before

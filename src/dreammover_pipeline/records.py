@@ -8,7 +8,7 @@ second image).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Integral
 
 import torch
@@ -35,7 +35,7 @@ class Canvas:
     output_width: int
 
     def __post_init__(self):
-        for name, side in ((field.name, getattr(self, field.name)) for field in fields(self)):
+        for name, side in vars(self).items():
             _require(isinstance(side, Integral), f"`{name}` of a canvas must be a whole number, not {side!r}")
         _require(
             0 < self.content_height <= self.height and 0 < self.content_width <= self.width,
@@ -165,6 +165,28 @@ class FusedFrames:
         )
         _require(self.times.shape == (frames,), f"`times` must be ({frames},), not {tuple(self.times.shape)}")
         _require(bool(((self.times > 0) & (self.times < 1)).all()), "`times` must lie in (0, 1)")
+
+
+@dataclass(frozen=True, eq=False)
+class FrameSources:
+    """Which photo every place of a frame at `time` takes its detail from.
+
+    The fields lie on the padded canvas, on a grid of several places a cell. `shares` (2, h', w') are those of the
+    first and of the last photo, which sum to 1, and are 0 where a place is in neither; `taken` (1, h', w') is M, how
+    far the photos take the place of what diffusion made: 1 entirely, 0 not at all.
+    """
+
+    time: float
+    shares: torch.Tensor
+    taken: torch.Tensor
+
+    def __post_init__(self):
+        shape = tuple(self.taken.shape)
+        _require(len(shape) == 3 and shape[0] == 1, f"`taken` must be (1, h', w'), not {shape}")
+        _require(
+            tuple(self.shares.shape) == (2, *shape[1:]),
+            f"`shares` must be {(2, *shape[1:])} beside `taken`, not {tuple(self.shares.shape)}",
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ import torch
 from .autoencoder import Autoencoder
 from .conditioning import Conditions
 from .ddim import predict_clean, recompose
-from .detail import PairDetail, with_detail
+from .detail import PairDetail, frame_sources, plan_detail, with_detail
 from .framing import fit, unfit
 from .fusion import (
     agreement_importance,
@@ -31,7 +31,7 @@ from .paths import MotionPaths, motion_paths
 from .preparing import Models, require_finite
 from .progress import Stages
 from .prompts import NegativeText
-from .records import BidirectionalFlow, Canvas, FusedFrames, PreparedPair
+from .records import BidirectionalFlow, Canvas, FrameSources, FusedFrames, PreparedPair
 from .sampling import denoise
 from .settings import RenderSettings, VideoSettings
 from .spacing import PREVIEWS, even_times
@@ -45,6 +45,8 @@ FRAMES_FUSED_AT_ONCE = 8
 StepCallback = Callable[[int, int, dict], dict]
 # From pictures (B, 3, H, W) to the same with what was flagged blacked out, and which were; None without a checker.
 SafetyCheck = Callable[[torch.Tensor], tuple[torch.Tensor, list[bool] | None]]
+# Is handed which photo every place of a frame comes from.
+SourcesListener = Callable[[FrameSources], object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,6 +212,7 @@ def finish_frames(
     check_safety: SafetyCheck,
     stages: Stages,
     paths: MotionPaths | None = None,
+    on_sources: SourcesListener | None = None,
 ) -> DreamMoverPipelineOutput:
     """Decode frames one by one into the form asked for, with the photos at the ends where they are wanted.
 
@@ -222,6 +225,7 @@ def finish_frames(
         stages: What is told of progress.
         paths: The way of every cell of both photos, by which frames take their detail from them; by default the paths
             that `motion` names.
+        on_sources: Called for every frame that takes detail from the photos, the ends aside; by default nothing is.
 
     Returns:
         A batch of one.
@@ -235,7 +239,9 @@ def finish_frames(
         latents = torch.cat([ends[:1], frames.latents, ends[1:]]) if settings.include_inputs else frames.latents
         return DreamMoverPipelineOutput(latents[None], [frames.flow], None, [times])
     try:
-        pictures, flagged = _decoded(autoencoder, frames, settings, output_type, check_safety, stages, paths)
+        pictures, flagged = _decoded(
+            autoencoder, frames, settings, output_type, check_safety, stages, paths, on_sources
+        )
     except torch.OutOfMemoryError as error:
         error.latents = frames.latents
         error.add_note("What was denoised is not lost: this error's `latents` are for `decode_latents`.")
@@ -255,6 +261,7 @@ def _decoded(
     check_safety: SafetyCheck,
     stages: Stages,
     paths: MotionPaths | None,
+    on_sources: SourcesListener | None,
 ) -> tuple[list, list[bool]]:
     """The pictures of the video in their order, and the safety checker's verdict on each; none without a checker."""
     pictures, flagged = [], []
@@ -288,6 +295,8 @@ def _decoded(
                 tone_difference(photo[content], copy[content])
                 for photo, copy in zip(working.split(1), copies, strict=True)
             ]
+        if from_photos:
+            finish = partial(finish, on_sources=on_sources)
         for latent, time in zip(frames.latents.split(1), frames.times, strict=True):
             picture = decoded(latent)
             with interruptible():
@@ -308,10 +317,18 @@ def _upsampled(canvas: Canvas, decoded: torch.Tensor, tones: list[torch.Tensor],
 
 
 def _detailed(
-    pair: PairDetail, dtype: torch.dtype, decoded: torch.Tensor, tones: list[torch.Tensor], time: float
+    pair: PairDetail,
+    dtype: torch.dtype,
+    decoded: torch.Tensor,
+    tones: list[torch.Tensor],
+    time: float,
+    on_sources: SourcesListener | None = None,
 ) -> torch.Tensor:
     """What `_upsampled` gives, with the detail of the photos."""
     canvas, frame = pair.canvas, decoded.clone()
     content = (..., slice(canvas.content_height), slice(canvas.content_width))
     frame[content] = with_tone(decoded[content], tones, time)
-    return with_detail(pair, frame[0], time, dtype)[None]
+    plan = plan_detail(pair, frame[0], time)
+    if on_sources is not None:
+        on_sources(frame_sources(pair, plan, time))
+    return with_detail(pair, frame[0], time, dtype, plan=plan)[None]

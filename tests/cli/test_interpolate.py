@@ -59,9 +59,9 @@ def read(path):
 
 
 def test_video_and_pictures_as_a_process(tmp_path):
-    names = ["compare", "flow.png", "matches.png", "out.mp4", "sheet.png"]
-    compare, flow, matches, out, sheet = [str(tmp_path / name) for name in names]
-    pictures = ["--sheet", sheet, "--flow", flow, "--matches", matches, "--compare", compare]
+    names = ["compare", "flow.png", "matches.png", "out.mp4", "sheet.png", "sources.png"]
+    compare, flow, matches, out, sheet, sources = [str(tmp_path / name) for name in names]
+    pictures = ["--sheet", sheet, "--flow", flow, "--matches", matches, "--sources", sources, "--compare", compare]
     done = run_process("interpolate", *PHOTOS, *FAST, "-o", out, *pictures)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(rf"{re.escape(out)}: 5 frames in \d+\.\d s\n", done.stdout)
@@ -72,10 +72,11 @@ def test_video_and_pictures_as_a_process(tmp_path):
     assert video.shape == (5, 128, 128, 3)
     for frame, photo in zip(video[[0, -1]], PHOTOS, strict=True):
         assert np.abs(frame - read(photo)).mean() < 4
-    sheet, flow, matches = Image.open(sheet), Image.open(flow), Image.open(matches)
+    sheet, flow, matches, sources = (Image.open(path) for path in (sheet, flow, matches, sources))
     assert sheet.width > 3 * 128
     assert flow.width > flow.height > 32
     assert matches.height > 3 * 384
+    assert sources.height > 3 * 384
     compared = [read(path) for path in sorted(Path(compare).iterdir())]
     assert len(compared) == 5
     for frame, photo in zip((compared[0], compared[-1]), PHOTOS, strict=True):  # on both sides
@@ -184,6 +185,10 @@ def test_the_help_can_be_read_on_a_terminal_of_ascii(monkeypatch):
         ("--sheet same.png --flow same.png", "would replace 'same.png'"),
         ("--matches matches.gif", "allowed are .png"),
         ("--matches same.png --flow same.png", "would replace 'same.png'"),
+        ("--sources sources.gif", "allowed are .png"),
+        ("--sources same.png --flow same.png", "would replace 'same.png'"),
+        ("--sources sources.png --detail upsampled", "with 'upsampled' detail it comes from no photo"),
+        ("--sources sources.png --preset paper", "with 'upsampled' detail it comes from no photo"),
         ("--compare compare.avi", "allowed are .mp4"),
         ("--compare out.mp4", "would replace 'out.mp4'"),
         ("--compare compare.gif --fps 60", "fps must be between 0.01 and 50 for 'compare.gif'"),

@@ -69,9 +69,10 @@ def test_a_kept_pair_gives_the_same_frames_again(prepared, pair, tmp_path, capsy
 
 
 def test_a_kept_pair_gives_other_videos(pair, tmp_path, capsys):
-    names = ["compare.gif", "flow.png", "matches.png", "out.gif", "sheet.png"]
-    compare, flow, matches, out, sheet = [str(tmp_path / name) for name in names]
+    names = ["compare.gif", "flow.png", "matches.png", "out.gif", "sheet.png", "sources.jpg"]
+    compare, flow, matches, out, sheet, sources = [str(tmp_path / name) for name in names]
     options = ["--frames=1", "--fps=20", "--sheet", sheet, "--flow", flow, "--matches", matches, "--compare", compare]
+    options += ["--sources", sources]
     guidance = ["--guidance-scale=2", "--negative-prompt=a cat"]
     assert main(["render", pair, *TINY, *options, *guidance, "-o", out]) == 0
     assert capsys.readouterr().out.startswith(f"{out}: 3 frames in ")

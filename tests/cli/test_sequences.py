@@ -111,6 +111,7 @@ def test_after_a_kill_the_command_makes_what_is_missing(chain, loaded, album, fa
         ("--duration 1 --frames 3", "leave one of them out"),
         ("--prompt another", "2 entries for 3 photos"),
         ("--flow flow.png", "--flow is about one pair of photos, but 3 came"),
+        ("--sources sources.png", "--sources is about one pair of photos, but 3 came"),
         ("--points [[[1,2],[3,4]]]", "--points is about one pair"),
         ("--save-pair pair.safetensors", "--save-pair is about one pair"),
         ("missing.png", "photo 4"),
@@ -122,7 +123,7 @@ def test_after_a_kill_the_command_makes_what_is_missing(chain, loaded, album, fa
 def test_what_a_sequence_cannot_have_is_refused_and_nothing_is_left(chain, capsys, options, reason):
     before = sorted(os.listdir())
     photos, rest = chain[:4], chain[4:]
-    extra = [part for part in options.split() if part.endswith(".png") and part != "flow.png"]
+    extra = [part for part in options.split() if part.endswith(".png") and part not in ("flow.png", "sources.png")]
     options = [part for part in options.split() if part not in extra]
     assert main([*photos, *extra, *rest, *options, "-o", "out.mp4"]) == 2
     assert reason in capsys.readouterr().err

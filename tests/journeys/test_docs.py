@@ -118,7 +118,8 @@ def test_the_page_on_prepared_pairs_runs_as_printed(clone):
 def test_the_page_on_pictures_runs_as_printed(clone):
     run_commands("docs/pictures.md")
     run_python("docs/pictures.md")
-    pictures = [f"{name}.png" for name in ("confidence", "flow", "lines", "matches", "occlusion", "sheet")]
+    names = "confidence", "flow", "lines", "map", "matches", "occlusion", "sheet", "sources", "sources_of_two"
+    pictures = [f"{name}.png" for name in names]
     assert made_in(clone) == sorted([*pictures, "cat.mp4", "cat.safetensors", "compare.mp4", "effects.mp4"])
 
 

@@ -86,6 +86,15 @@ def test_an_ffmpeg_that_cannot_encode_is_refused_before_any_model_runs(session, 
     assert not report.stages
 
 
+def test_what_takes_nothing_from_the_photos_has_no_picture_of_what_it_takes(session, files):
+    names = [
+        set(session.make(files, PREPARING, {**RENDERING, "detail": detail}, fps=8).rendered.pictures)
+        for detail in ("photos", "upsampled")
+    ]
+    assert names[0] - names[1] == {"sources"}
+    assert "sheet" in names[1]
+
+
 def test_a_moment_of_the_prepared_pair(session, files, pipe):
     with pytest.raises(ValueError, match="make a video first"):
         session.moment(0.5, {}, Stages())

@@ -69,7 +69,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         metavar="NAME",
         help="default: all whose weights are there; the error for an unknown name lists all names",
     )
-    add("--size", type=int, metavar="N", help="side of drawn scenes in pixels (default: the model's native size)")
+    add("--size", type=int, metavar="N", help="side of drawn scenes in pixels, 64 to 512 (default: the native size)")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="set a parameter of the pipeline; repeatable")
     add("--flow", default="dis", metavar="NAME", help="dis (the default) or raft, for warping errors without truth")
     add("--seed", type=int, default=0, metavar="N", help="decides drawn scenes and LoRAs (default: %(default)s)")
@@ -130,7 +130,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     check_integer("--frames", frames, 1)
     check_integer("--seed", args.seed, 0)
     if args.size is not None:
-        check_integer("--size", args.size, 64, 8192)
+        check_integer("--size", args.size, 64, 512)
     pipeline_class()  # first, since it hushes third parties before they are imported
     from ..evaluation.methods import METHODS, methods_without_weights
 

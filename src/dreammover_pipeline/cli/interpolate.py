@@ -29,6 +29,7 @@ from .writing import (
     add_output_options,
     check_length,
     check_output_paths,
+    check_sources,
     make_video,
     say_if_scaled,
     settle_length,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from ..records import Canvas, PreparedPair
 
 # The options that only make sense for a single pair of photos, by the names of their attributes.
-PAIR_OPTIONS = ("flow", "matches", "save_pair", "points", "mask")
+PAIR_OPTIONS = ("flow", "matches", "sources", "save_pair", "points", "mask")
 
 
 def add_interpolate(commands: argparse._SubParsersAction) -> None:
@@ -104,6 +105,7 @@ def _make_pair(args: argparse.Namespace) -> None:
         check_file_path(path, [".safetensors"])
     check_model(args.model, args.allow_pickle)
     photos, call = _decoded(args)
+    check_sources(args, call)
 
     def make(pipe: DreamMoverPipeline) -> tuple[PreparedPair, DreamMoverPipelineOutput]:
         pipe.check_inputs(**call)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..inputs import file_fault
 from .loading import add_model_options, check_model, pipeline_class
 from .options import add_method_options, call_arguments
-from .writing import add_output_options, check_output_paths, make_video, say_if_scaled, settle_length
+from .writing import add_output_options, check_output_paths, check_sources, make_video, say_if_scaled, settle_length
 
 if TYPE_CHECKING:
     from ..pipeline import DreamMoverPipeline, DreamMoverPipelineOutput
@@ -49,8 +49,9 @@ def _render(args: argparse.Namespace) -> None:
     pipeline_class()  # this comes first, since it switches off log lines that third parties write when imported
     from ..storage import read_pair
 
-    read_pair(args.pair, "cpu")  # refuses a file that holds no pair before a model is loaded
     call = call_arguments(args)
+    check_sources(args, call)
+    read_pair(args.pair, "cpu")  # refuses a file that holds no pair before a model is loaded
 
     def make(pipe: DreamMoverPipeline) -> tuple[PreparedPair, DreamMoverPipelineOutput]:
         pair = pipe.load_pair(args.pair)

@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import groupby, permutations, product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ from ..media.files import (
 )
 from ..media.pictures import comparison, contact_sheet, crossfade, picture_of
 from ..media.playback import check_hold, frames_to_fill, play
+from ..media.sources import sources_picture
 from ..scratch import put_in_order
 from ..settings import RenderSettings
 from .loading import load_chosen
@@ -81,6 +83,11 @@ def add_output_options(parser: argparse.ArgumentParser, gaps: bool = False) -> N
         metavar="PATH",
         help="Also write a picture of the matches and how sure they are to this .png or .jpg file.",
     )
+    add(
+        "--sources",
+        metavar="PATH",
+        help="Also write a picture of which photo the detail of some frames comes from to this .png or .jpg file.",
+    )
     add("--compare", metavar="PATH", help="Also write the video beside a cross-fade, as --output takes it.")
     add("--quiet", action="store_true", help="Show no progress bars.")
 
@@ -103,7 +110,7 @@ def check_output_paths(args: argparse.Namespace, inputs: Sequence[str], others: 
         put_in_order(Path(path).resolve().parent)
         check_video_path(path)
         check_fps(args.fps, path)
-    pictures = [path for path in (args.sheet, args.flow, args.matches) if path]
+    pictures = [path for path in (args.sheet, args.flow, args.matches, args.sources) if path]
     for path in pictures:
         check_picture_path(path)
     outputs = [*videos, *pictures, *others]
@@ -138,6 +145,24 @@ def settle_length(args: argparse.Namespace) -> None:
     check_length(args)
     if args.duration is not None:
         args.n_frames = frames_to_fill(args.duration, args.fps, args.hold, args.ping_pong)
+
+
+def check_sources(args: argparse.Namespace, call: Mapping[str, object]) -> None:
+    """Refuse a picture of what frames take from the photos where they take nothing.
+
+    Args:
+        args: The options that `add_output_options` adds.
+        call: The arguments of the pipeline; those that are left out have their defaults.
+
+    Raises:
+        ValueError: The picture is refused.
+    """
+    detail = RenderSettings.of(call).detail
+    if args.sources and detail != "photos":
+        raise ValueError(
+            f"--sources shows which photo the frames' detail comes from, but with '{detail}' detail it comes from no "
+            "photo; leave --sources out, or choose --detail photos"
+        )
 
 
 def say_if_scaled(args: argparse.Namespace, canvas: Canvas) -> None:
@@ -178,7 +203,8 @@ def make_video(
     import torch
 
     try:
-        pair, output = make(pipe)
+        with pipe.keeping_sources() if args.sources else nullcontext() as sources:
+            pair, output = make(pipe)
     except torch.OutOfMemoryError as error:
         raise RuntimeError(f"{error} Try --frame-batch-size 1, --dtype float16 or a smaller size") from error
     frames, times = output.frames[0], output.times[0]
@@ -189,6 +215,8 @@ def make_video(
     if args.matches:
         motion = RenderSettings.of(call).motion
         write_picture(matches_picture(*photos, pair.flow, pair.canvas, motion), args.matches)
+    if args.sources:
+        write_picture(sources_picture(frames[1:-1], sources, pair.canvas), args.sources)
     print(f"{args.output}: {length} frames in {time.perf_counter() - start:.1f} s")
 
 

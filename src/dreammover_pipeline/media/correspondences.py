@@ -16,14 +16,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .colours import colour_scale, colour_wheel, confidence_colours, flow_colours
-from .pictures import MARGIN, panel_lefts, panel_row
+from .pictures import MARGIN, PANEL_EDGE, as_panel, panel_lefts, panel_row, stacked
 
 if TYPE_CHECKING:
     import torch
 
     from ..records import BidirectionalFlow, Canvas
 
-PANEL_EDGE = 384  # pixels: the longer side of a photo or map in these pictures
 LINES = 40  # how many points `correspondence_lines` shows by default
 PIECES = 24  # of how many straight pieces a line is made that shows a way through time
 # The multiples of this vector, modulo 1, fill the unit square evenly and never in rows: the R2 sequence.
@@ -88,7 +87,7 @@ def correspondence_lines(
         raise ValueError(f"`first` and `last` must both have the video's size, not {first.size} and {last.size}")
     if lines < 1:
         raise ValueError(f"`lines` must be at least 1, not {lines}")
-    panels = [_photo_panel(photo) for photo in (first, last)]
+    panels = [as_panel(photo) for photo in (first, last)]
     ways, matched = _sampled_ways(flow, lines, _extent(flow, canvas), motion)
     headline = f"Each line joins what is taken for the same spot: {matched.sum()} of {len(matched)} points"
     headline += "." if matched.all() else "; a ring has no match."
@@ -183,25 +182,13 @@ def matches_picture(
         confidence_picture(flow, (first, last), canvas),
         occlusion_picture(flow, (first, last), canvas),
     ]
-    picture = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
-    top = 0
-    for row in rows:
-        picture.paste(row, (0, top))
-        top += row.height
-    return picture
+    return stacked(rows)
 
 
 def _position_colour(point: np.ndarray) -> tuple[int, int, int]:
     """The colour of a point (x, y) by its direction from the centre of the photo, whose sides go from 0 to 1."""
     hue = math.atan2(point[1] - 0.5, point[0] - 0.5) / (2 * math.pi) % 1
     return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.9, 1))
-
-
-def _photo_panel(photo: Image.Image) -> Image.Image:
-    """A photo scaled until its longer side has `PANEL_EDGE` pixels."""
-    scale = PANEL_EDGE / max(photo.size)
-    size = [max(1, round(side * scale)) for side in photo.size]
-    return photo.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
 def _extent(flow: BidirectionalFlow, canvas: Canvas | None) -> tuple[float, float]:
@@ -243,7 +230,7 @@ def _map_panels(
     extent = _extent(flow, canvas)
     if photos is None:
         return [_map_panel(part, _cell_panel_size(flow, canvas), extent) for part in colours]
-    greys = [_photo_panel(photo).convert("L").convert("RGB") for photo in photos]
+    greys = [as_panel(photo).convert("L").convert("RGB") for photo in photos]
     return [
         Image.blend(grey, _map_panel(part, grey.size, extent), 0.6) for grey, part in zip(greys, colours, strict=True)
     ]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 SHEET_EDGE = 2000  # pixels that the longer side of a contact sheet has, about
 TILE_MIN = 64  # pixels: the least width of a contact sheet's tile, so that its caption has room
 CAPTION = 20  # pixels: the height of a line of text
+PANEL_EDGE = 384  # pixels: the longer side of a photo, a frame or a map in a picture that explains
 MARGIN = 8  # pixels of white around every picture in a row or on a sheet
 FONT = ImageFont.load_default(12)
 
@@ -57,7 +58,7 @@ def contact_sheet(frames: Sequence[Image.Image], times: Sequence[float]) -> Imag
     for index, (frame, time) in enumerate(zip(frames, times, strict=True)):
         x, y = MARGIN + index % columns * cell[0], MARGIN + index // columns * cell[1]
         sheet.paste(frame.convert("RGB").resize(tile, Image.Resampling.LANCZOS), (x, y))
-        draw.text((x, y + tile[1] + 2), _caption(time), font=font, fill="black")
+        draw.text((x, y + tile[1] + 2), time_caption(time), font=font, fill="black")
     return sheet
 
 
@@ -114,6 +115,23 @@ def _line_height(font: ImageFont.FreeTypeFont) -> int:
     return round(CAPTION * font.size / FONT.size)
 
 
+def as_panel(picture: Image.Image) -> Image.Image:
+    """A picture scaled until its longer side has `PANEL_EDGE` pixels."""
+    scale = PANEL_EDGE / max(picture.size)
+    size = [max(1, round(side * scale)) for side in picture.size]
+    return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+
+def stacked(rows: Sequence[Image.Image]) -> Image.Image:
+    """Put rows of pictures one below the other on white."""
+    picture = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        picture.paste(row, (0, top))
+        top += row.height
+    return picture
+
+
 def panel_lefts(
     panels: Sequence[Image.Image], titles: Sequence[str], font: ImageFont.FreeTypeFont = FONT
 ) -> list[int]:
@@ -147,6 +165,6 @@ def panel_row(
     return picture
 
 
-def _caption(time: float) -> str:
-    """What a contact sheet writes under a frame of this time."""
+def time_caption(time: float) -> str:
+    """What is written beside a frame of this time."""
     return f"in {time:.0f}" if time == round(time) else f"delta {time:.3f}"  # Pillow's own font has no δ

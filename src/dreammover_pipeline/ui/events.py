@@ -77,7 +77,7 @@ class EventHandlers:
                 finished.comparison,
                 gr.Slider(maximum=len(rendered.files) - 1, value=0),
                 _frame(rendered.files[0], rendered.times[0]),
-                *(rendered.pictures[name] for name in PICTURES),
+                *(rendered.pictures.get(name) for name in PICTURES),
             )
         return messages[0], *self._unchanged()
 

@@ -24,7 +24,8 @@ POINTS_HELP = """
 Where the video mixes up what belongs together, click a spot in the first photo and then the same spot in the last one.
 A few spots are enough. Then make the video again.
 """
-PICTURES = ("flow", "matches", "confidence", "occlusion", "sheet")  # by name; each picture has its headline in itself
+# By name; each picture has its headline in itself.
+PICTURES = ("flow", "matches", "confidence", "occlusion", "sources", "sheet")
 MAX_PROMPT = 500  # characters
 PICTURE_VIEW = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
 CSS = """

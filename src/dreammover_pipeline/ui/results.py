@@ -11,7 +11,8 @@ from PIL import Image
 
 from ..media.correspondences import confidence_picture, correspondence_lines, flow_picture, occlusion_picture
 from ..media.pictures import contact_sheet, picture_of
-from ..records import PreparedPair
+from ..media.sources import sources_picture
+from ..records import FrameSources, PreparedPair
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,11 @@ class FinishedVideo:
 
 
 def explaining_pictures(
-    pair: PreparedPair, frames: Sequence[Image.Image], times: Sequence[float], motion: str
+    pair: PreparedPair,
+    frames: Sequence[Image.Image],
+    times: Sequence[float],
+    sources: Sequence[FrameSources],
+    motion: str,
 ) -> dict[str, Image.Image]:
     """The pictures that explain the frames of a pair, by the names that the page knows them by.
 
@@ -69,14 +74,18 @@ def explaining_pictures(
         pair: the prepared pair.
         frames: the frames, with both photos at the ends.
         times: the δ of every frame.
+        sources: where each of the frames between the photos takes its detail from; empty where they take none.
         motion: the way that things take through the frames.
     """
     first, last = (picture_of(image) for image in pair.images)
     flow, canvas = pair.flow, pair.canvas
-    return {
+    pictures = {
         "flow": flow_picture(flow, canvas),
         "matches": correspondence_lines(first, last, flow, canvas=canvas, motion=motion),
         "confidence": confidence_picture(flow, (first, last), canvas),
         "occlusion": occlusion_picture(flow, (first, last), canvas),
         "sheet": contact_sheet(frames, times),
     }
+    if sources:
+        pictures["sources"] = sources_picture(frames[1:-1], sources, canvas)
+    return pictures

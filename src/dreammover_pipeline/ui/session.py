@@ -211,11 +211,12 @@ class Session:
 
     def _render(self, key: str, rendering: Mapping[str, object]) -> RenderedFrames:
         pair = self._prepared.pair
-        output = self._pipe.render(pair, **rendering, include_inputs=True)
+        with self._pipe.keeping_sources() as sources:
+            output = self._pipe.render(pair, **rendering, include_inputs=True)
         (frames,), (times,) = output.frames, output.times
         folder = self._new_folder()
         write_video(frames, folder / "frames", fps=1)
-        pictures = explaining_pictures(pair, frames, times, RenderSettings.of(rendering).motion)
+        pictures = explaining_pictures(pair, frames, times, sources, RenderSettings.of(rendering).motion)
         paths = {name: folder / f"{name}.png" for name in pictures}
         for name, picture in pictures.items():
             write_picture(picture, paths[name])
