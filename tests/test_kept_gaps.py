@@ -239,7 +239,7 @@ def random_gap(**changes):
     generator = torch.Generator().manual_seed(0)
     photos = tuple(torch.rand(2, 3, 64, 64, generator=generator))
     canvas = Canvas(64, 64, 64, 64, 64, 64)
-    gap = PairInput(photos, canvas, PairText(("a", "b")), NegativeText(), None, 7)
+    gap = PairInput(photos, canvas, PairText(("a", "b")), NegativeText(), None, "features", 7)
     return replace(gap, **changes)
 
 

@@ -35,7 +35,8 @@ class Canvas:
     output_width: int
 
     def __post_init__(self):
-        for name, side in ((field.name, getattr(self, field.name)) for field in fields(self)):
+        for name in (declared.name for declared in fields(self)):
+            side = getattr(self, name)
             _require(isinstance(side, Integral), f"`{name}` of a canvas must be a whole number, not {side!r}")
         _require(
             0 < self.content_height <= self.height and 0 < self.content_width <= self.width,

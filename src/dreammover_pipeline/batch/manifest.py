@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..arguments import Numbers, arguments_of
-from ..inputs import check_integer, check_number
+from ..inputs import check_choice, check_integer, check_number
 from ..media.files import check_fps, check_name_length, check_video_path
 from ..pipeline import DreamMoverPipeline
 from ..prompts import pair_negatives, pair_texts
-from ..settings import PREPARING, NegativeContent, RenderSettings
+from ..settings import FLOWS, PREPARING, NegativeContent, RenderSettings
 from ..steering import point_pairs
 from .claims import put_back
 from .jobs import Job
@@ -156,6 +156,7 @@ def check_values(pipe: DreamMoverPipeline, fingerprint: str, jobs: Sequence[Job]
         settings = job.settings
         try:
             pipe.check_inputs(**settings)
+            check_choice("flow", settings["flow"], FLOWS)
             point_pairs(settings["points"])
             pair_texts(settings["prompt"], None, 1, False, width)
             pair_negatives(settings["negative_prompt"], None, 1, width)
