@@ -188,6 +188,7 @@ def test_what_is_typed_prevails_over_a_preset():
     assert typed("--preset", "fast") == PRESETS["fast"]
     assert typed("--preset", "fast", "--lora-steps", "7") == PRESETS["fast"] | {"lora_steps": 7}
     assert typed("--lora-steps", "7") == {"lora_steps": 7}
+    assert typed("--preset", "paper", "--flow-from", "features") == PRESETS["paper"] | {"flow": "features"}
 
 
 # What else is made from the declarations
