@@ -34,7 +34,7 @@ a.png theirs theirs.gif theirs/letter.txt nowhere/out.gif theirs.gif/out.gif . o
 float16 tiny fast out.safetensors""".split()  # noqa: SIM905, as a list it would be as many lines
 TEXTS += ["", " ", "9" * 400, "x" * 300, "\udcff", "a\0b", "a\nb.gif"]
 # Options that name what a command writes: it may replace that, since the user said so.
-OUTPUTS = ("output", "compare", "sheet", "flow", "matches", "save_pair", "lora_cache")
+OUTPUTS = ("output", "compare", "sheet", "flow_picture", "matches", "save_pair", "lora_cache")
 
 
 def command(argv: list[str], as_process: bool = False) -> Ended:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from support.sequences import FEW_STEPS, three_photos, through
 
+from dreammover_pipeline.given_flow import GivenFlow
 from dreammover_pipeline.kept_gaps import FILE_NAMES, GapFolder, KeptGaps, gap_key, kept_gaps, lora_key
 from dreammover_pipeline.pairs import PairInput
 from dreammover_pipeline.prompts import NegativeText, PairText
@@ -112,6 +113,13 @@ def test_a_gap_that_was_interrupted_is_not_kept(pipe, album, fast):
     output, begun = watched(pipe, album, fast)
     assert (begun["Fitting LoRA"], begun["Denoising"]) == (1, 2)
     assert torch.equal(output.frames, made_afresh(pipe, album, fast))
+
+
+def test_a_function_as_flow_is_refused_since_what_it_finds_could_not_be_known_again(pipe, album, fast):
+    for flow in (lambda first, second: None, ["features", lambda first, second: None]):
+        with pytest.raises(ValueError, match="`keep` and a `flow` that is a function exclude each other"):
+            through(pipe, album, fast, flow=flow)
+    assert not fast["keep"].exists()
 
 
 def test_a_step_callback_is_refused_since_its_changes_could_not_be_known_again(pipe, album, fast):
@@ -239,7 +247,7 @@ def random_gap(**changes):
     generator = torch.Generator().manual_seed(0)
     photos = tuple(torch.rand(2, 3, 64, 64, generator=generator))
     canvas = Canvas(64, 64, 64, 64, 64, 64)
-    gap = PairInput(photos, canvas, PairText(("a", "b")), NegativeText(), None, 7)
+    gap = PairInput(photos, canvas, PairText(("a", "b")), NegativeText(), None, "features", 7)
     return replace(gap, **changes)
 
 
@@ -324,6 +332,7 @@ def test_the_keys_of_a_folder(tmp_path):
     assert len(keys) == 2 + 2 + 2 + 1
 
 
+GIVEN = GivenFlow(BidirectionalFlow(*torch.rand(2, 1, 2, 8, 8)), torch.ones(2, 1, 8, 8, dtype=torch.bool))
 STEERING = Steering(torch.tensor([[[1.0, 1.0], [2.0, 2.0]]]), torch.ones(2, 1, 8, 8, dtype=torch.bool))
 
 
@@ -343,6 +352,10 @@ def test_the_key_of_a_gap():
         key(random_gap(text=PairText(embeds=embeds + 1))),
         key(random_gap(negative=NegativeText("fog"))),
         key(random_gap(negative=NegativeText(embeds=embeds[:1]))),
+        key(random_gap(flow="features+photos")),
+        key(random_gap(flow=GIVEN)),
+        key(random_gap(flow=replace(GIVEN, known=~GIVEN.known))),
+        key(random_gap(flow=replace(GIVEN, flow=GIVEN.flow.reversed()))),
         key(random_gap(steering=STEERING)),
         key(random_gap(steering=replace(STEERING, moves=~STEERING.moves))),
         key(random_gap(seed=8)),

@@ -29,7 +29,7 @@ def test_call_signature_holds_the_papers_defaults_but_for_nine():
     order = """
         self img0 img1 prompt height width n_frames times easing num_inference_steps inversion_steps
         feature_step feature_block distance_penalty rest_tolerance flow_smoothing flow_fit
-        photo_tolerance points mask attention_blocks fusion motion importance layout_hold detail
+        photo_tolerance flow points mask attention_blocks fusion motion importance layout_hold detail
         guidance_scale negative_prompt lora_steps lora_rank lora_learning_rate lora_scale
         frame_batch_size include_inputs endpoints generator prompt_embeds negative_prompt_embeds
         output_type return_dict cross_attention_kwargs clip_skip callback_on_step_end

@@ -28,6 +28,7 @@ from tools.write_arguments import written
 
 DEFAULTS = {name: declared.default for name, declared in arguments().items()}
 BOUNDED = [name for name, declared in arguments().items() if isinstance(declared.values, (WholeNumbers, Numbers))]
+MATCH = {"flow", "points", "mask"}  # what of the content of a call says something of the match
 CHOICES = [name for name, declared in arguments().items() if isinstance(declared.values, Choice)]
 
 
@@ -62,8 +63,8 @@ def test_what_is_written_from_the_declarations_is_up_to_date():
         ("__call__", GROUPS, {"self", "img0", "img1"}, set()),
         ("prepare", PREPARING, {"self", "img0", "img1", "lora", "canvas"}, set()),
         ("render", RENDERING, {"self", "pair"}, set()),
-        ("fit_lora", (Content, FitSettings), {"self", "img0", "img1", "adapter_name"}, {"points", "mask"}),
-        ("fit_shared_lora", (Content, FitSettings), {"self", "images"}, {"points", "mask"}),
+        ("fit_lora", (Content, FitSettings), {"self", "img0", "img1", "adapter_name"}, MATCH),
+        ("fit_shared_lora", (Content, FitSettings), {"self", "images"}, MATCH),
     ],
 )
 def test_a_method_takes_the_arguments_of_its_groups(method, groups, own, without):
@@ -187,6 +188,7 @@ def test_what_is_typed_prevails_over_a_preset():
     assert typed("--preset", "fast") == PRESETS["fast"]
     assert typed("--preset", "fast", "--lora-steps", "7") == PRESETS["fast"] | {"lora_steps": 7}
     assert typed("--lora-steps", "7") == {"lora_steps": 7}
+    assert typed("--preset", "paper", "--flow-from", "features") == PRESETS["paper"] | {"flow": "features"}
 
 
 # What else is made from the declarations

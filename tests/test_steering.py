@@ -471,6 +471,8 @@ def test_the_page_runs_as_printed(tmp_path, monkeypatch, restored_logging):
     for block in printed("docs/points.md", "python"):
         exec(compile(block, "points.md", "exec"), session)
     assert len(session["frames"]) == 1
+    assert session["tracks"].flow.forward[0, :, 12, 25].tolist() == pytest.approx([5 / 4, 1], abs=0.5)  # the eye
+    assert not torch.equal(session["own"].flow.forward, session["tracks"].flow.forward)
     assert (session["pair"].flow.forward[0, :, -1] == 0).all()
     (command,) = "".join(printed("docs/points.md", "bash")).splitlines()
     _, *arguments = shlex.split(command)

@@ -84,6 +84,17 @@ def fit_points(points: torch.Tensor, size: Size, canvas: Canvas) -> torch.Tensor
     return (points + 0.5 - before) * scaled / part - 0.5 - after
 
 
+def unfit_points(points: torch.Tensor, size: Size, canvas: Canvas) -> torch.Tensor:
+    """Which places of an image of size (H, W) `fit` puts at points (k, 2) of the canvas; the inverse of `fit_points`.
+
+    Returns:
+        The places (k, 2), x and y in pixels of the image; what lies beyond the image is what pads the canvas.
+    """
+    cropping = _cropping(size, canvas.content_height, canvas.content_width)
+    part, scaled, before, after = (points.new_tensor(pair[::-1]) for pair in cropping)
+    return (points + 0.5 + after) * part / scaled - 0.5 + before
+
+
 def fit_to_output(photo: torch.Tensor, canvas: Canvas) -> torch.Tensor:
     """A photo at the output size, as it stands at an end of the video.
 

@@ -119,9 +119,15 @@ def kept_gaps(
 
     Raises:
         TypeError: The folder is no path.
+        ValueError: The flow of a gap is to come from a function, of which no digest can be made.
     """
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"`keep` must be the path of a folder, not {folder!r} of type {type(folder).__name__}")
+    if any(callable(gap.flow) for gap in gaps):
+        raise ValueError(
+            "`keep` and a `flow` that is a function exclude each other, since nobody can tell whether the function "
+            "still finds what it found for the gaps that are kept; pass the flow of every gap as arrays instead"
+        )
     fits = [gaps] * len(gaps) if shared else [[gap] for gap in gaps]
     lora_keys = [lora_key(fitted, preparing, model) for fitted in fits]
     gap_keys = [
@@ -149,8 +155,9 @@ def gap_key(gap: PairInput, preparing: PrepareSettings, rendering: RenderSetting
     if callable(rendering.easing):
         decided["easing"] = eased_times(frame_times(rendering.n_frames, None), rendering.easing)
     steering = [] if gap.steering is None else [gap.steering.points, gap.steering.moves]
-    tensors = [*gap.photos, *steering, *_embeds(gap.text), *_embeds(gap.negative)]
-    words = [gap.text.prompts, gap.negative.prompt, vars(gap.canvas), gap.seed]
+    name, given = (gap.flow, []) if isinstance(gap.flow, str) else (None, [gap.flow.flow.stacked(), gap.flow.known])
+    tensors = [*gap.photos, *steering, *given, *_embeds(gap.text), *_embeds(gap.negative)]
+    words = [gap.text.prompts, gap.negative.prompt, vars(gap.canvas), gap.seed, name]
     return digest_of(_plain([digest_of_tensors(tensors), len(tensors), words, decided, model]))
 
 

@@ -7,16 +7,18 @@ Photos and masks are decoded once; prompts, embeddings, points, masks and genera
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .framing import fit, fit_points, fit_to_output, plan_canvas
+from .given_flow import GivenFlow, given_flow
 from .images import Photo, decode_images, is_batch, load_masks, rgb
+from .inputs import check_choice
 from .prompts import NegativeText, PairText, pair_negatives, pair_texts
 from .records import Canvas
-from .settings import Content, NegativeContent
+from .settings import FLOWS, Content, NegativeContent
 from .steering import Steering, cells_of, cells_that_move, check_points_inside, point_pairs
 
 
@@ -53,7 +55,8 @@ class PairInput:
     """One pair of a call, checked, in the form that the stages take.
 
     `photos` are the two as `decode_images` returns them; `canvas` is where both are put; `steering` is what the user
-    says of the match, None where that is nothing; `seed` decides the LoRA fit, None where there is to be none.
+    says of the match, None where that is nothing; `flow` is what the flow comes from, one of `FLOWS`, a function of
+    the two photos or the user's own flow; `seed` decides the LoRA fit, None where there is to be none.
     """
 
     photos: tuple[torch.Tensor, torch.Tensor]
@@ -61,6 +64,7 @@ class PairInput:
     text: PairText
     negative: NegativeText
     steering: Steering | None
+    flow: str | Callable | GivenFlow
     seed: int | None
 
     def fitted(self) -> torch.Tensor:
@@ -97,8 +101,9 @@ def checked_pairs(
     negatives = pair_negatives(negative.negative_prompt, negative.negative_prompt_embeds, pairs, sizes.text_width)
     photos = list(zip(firsts, lasts, strict=True))
     steerings = steering_of_pairs(content, photos, canvases, sizes.cell, batched)
+    flows = flows_of_pairs(content, photos, canvases, sizes.cell, batched)
     seeds = pair_seeds(content.generator, pairs) if random else [None] * pairs
-    columns = zip(photos, canvases, texts, negatives, steerings, seeds, strict=True)
+    columns = zip(photos, canvases, texts, negatives, steerings, flows, seeds, strict=True)
     return [PairInput(*column) for column in columns]
 
 
@@ -129,8 +134,9 @@ def checked_pair(
         check_canvas(canvas, content.height, content.width)
     photos = (firsts[0], lasts[0])
     steering = steering_of(content.points, content.mask, photos, canvas, sizes.cell)
+    flow = flow_of(content.flow, photos, canvas, sizes.cell)
     (seed,) = pair_seeds(content.generator, 1) if random else [None]
-    return PairInput(photos, canvas, text, NegativeText(), steering, seed)
+    return PairInput(photos, canvas, text, NegativeText(), steering, flow, seed)
 
 
 def check_canvas(canvas: object, height: int | None, width: int | None) -> None:
@@ -222,6 +228,56 @@ def steering_of(
         on_canvas = torch.stack([fit(part, canvas) for part in masks]).expand(2, -1, -1, -1)
         moves = cells_that_move(on_canvas, content, cell, f"mask{place}")
     return Steering(cells, moves)
+
+
+def flows_of_pairs(
+    content: Content,
+    photos: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    canvases: Sequence[Canvas],
+    cell: int,
+    batched: bool,
+) -> list[str | Callable | GivenFlow]:
+    """What the flow of each pair comes from; a name or a function holds for all pairs of a batch.
+
+    Raises:
+        TypeError, ValueError: The argument is not what it may be; the error names the pair of a batch.
+    """
+    shared = isinstance(content.flow, str) or callable(content.flow)
+    flows = [content.flow] * len(photos) if shared else pair_entries("flow", content.flow, len(photos), batched)
+    return [
+        flow_of(flow, photos[i], canvases[i], cell, f"[{i}]" if batched and not shared else "")
+        for i, flow in enumerate(flows)
+    ]
+
+
+def flow_of(
+    flow: object, photos: tuple[torch.Tensor, torch.Tensor], canvas: Canvas, cell: int, place: str = ""
+) -> str | Callable | GivenFlow:
+    """What the flow of one pair comes from, arrays already on its latent grid.
+
+    Args:
+        flow: The `flow` argument of the pair.
+        photos: The two, (C, H, W) each.
+        canvas: Where the photos are put.
+        cell: Pixels a side of a latent cell.
+        place: The pair's index as error messages write it, such as "[2]".
+
+    Raises:
+        TypeError, ValueError: The argument is not what it may be.
+    """
+    if isinstance(flow, str):
+        check_choice(f"flow{place}", flow, FLOWS)
+        return flow
+    if callable(flow):
+        return flow
+    if not isinstance(flow, list | tuple):
+        names = " or ".join(map(repr, FLOWS))
+        raise TypeError(
+            f"`flow{place}` must be {names}, a function of the two photos, or a pair of arrays, forward and backward, "
+            f"not a {type(flow).__name__}"
+        )
+    first, last = (tuple(photo.shape[-2:]) for photo in photos)
+    return given_flow(flow, (first, last), canvas, cell, f"`flow{place}`")
 
 
 def pair_entries(name: str, value: object, pairs: int, batched: bool) -> list:

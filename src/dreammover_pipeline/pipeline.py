@@ -39,6 +39,7 @@ from .fields import cell_grid  # noqa: F401, named for the loader
 from .flow import match_features  # noqa: F401, named for the loader
 from .framing import fit  # noqa: F401, named for the loader
 from .fusion import fuse_high_level  # noqa: F401, named for the loader
+from .given_flow import given_flow  # noqa: F401, named for the loader
 from .images import rgb  # noqa: F401, named for the loader
 from .inputs import check_choice, check_integer
 from .kept_gaps import KeptGaps, kept_gaps
@@ -193,6 +194,7 @@ class DreamMoverPipeline(
         flow_smoothing: int = 1,
         flow_fit: str = "similarity",
         photo_tolerance: float = 0.1,
+        flow: str | Callable | Sequence = "features+photos",
         points: Sequence | None = None,
         mask: object = None,
         attention_blocks: Sequence[int] = (2, 3),
@@ -259,7 +261,13 @@ class DreamMoverPipeline(
             photo_tolerance: The flow is refined on the photos themselves, to fractions of a cell, wherever their
                 colours then differ by no more than this mean difference, of 1, once both are in one light. More
                 refines more places, and wrongly where the photos show different things; 0 is the paper's flow, of
-                features alone.
+                features alone. It acts only where `flow` is "features+photos".
+            flow: What decides the flow: "features+photos", the UNet's features and then a refinement on the photos;
+                "features", without the refinement; a function, called with the two photos as they are worked on, (3,
+                H, W) float32 in [0, 1] on the CPU, that returns the flow forward and backward, (2, H, W) each, dx and
+                dy in their pixels; or such a pair of arrays in the pixels of the photos as they were given, (2, H0,
+                W0) and (2, H1, W1). NaN is what is unknown. A flow of your own is smoothed and steered, and not
+                refined. A batch may have a list with one for each pair.
             points: Places that are in both photos, ((x0, y0), (x1, y1)) each, in pixels of the first and of the last
                 photo with (0, 0) the centre of the top left pixel. They pull the flow around them. A batch has a list
                 with the points of each pair, None for a pair without.
@@ -347,6 +355,7 @@ class DreamMoverPipeline(
         flow_smoothing: int = 1,
         flow_fit: str = "similarity",
         photo_tolerance: float = 0.1,
+        flow: str | Callable | Sequence = "features+photos",
         points: Sequence | None = None,
         mask: object = None,
         lora_steps: int = 80,
@@ -509,10 +518,12 @@ class DreamMoverPipeline(
             return_dict: return a `DreamMoverPipelineOutput` rather than a tuple of its fields.
             keep: a folder in which every finished gap is kept, so that after a kill or an error the same call goes on
                 from there; by default nothing is kept. Only what is as it was asked for is taken from it. Remove it
-                when the video is done. It excludes `callback_on_step_end`, whose changes it could not answer for.
+                when the video is done. It excludes `callback_on_step_end`, and a `flow` that is a function, for whose
+                results it could not answer.
             **arguments: any others of `__call__` but `img0` and `img1`. They hold for every gap, `times` and `easing`
-                too; `points` and `mask` are lists with those of each gap, None for a gap without, and a list of
-                generators holds one per LoRA; `prompt_embeds` are (1, L, D), or (n, L, D) with one per image.
+                too; `points` and `mask` are lists with those of each gap, None for a gap without; a list as `flow`
+                holds one per gap, and a list of generators one per LoRA; `prompt_embeds` are (1, L, D), or (n, L, D)
+                with one per image.
 
         Returns:
             `DreamMoverPipelineOutput`, or the tuple of its fields: the video as `frames[0]`, and one entry per gap in

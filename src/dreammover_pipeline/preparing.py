@@ -13,7 +13,16 @@ from .autoencoder import Autoencoder
 from .conditioning import Conditioner
 from .denoiser import Denoiser
 from .features import up_block_features
-from .flow import distance_bias, join_features, match_features, neighbourhood_mean, regularise, resting_cells
+from .flow import (
+    Regulariser,
+    distance_bias,
+    join_features,
+    match_features,
+    neighbourhood_mean,
+    regularise,
+    resting_cells,
+)
+from .given_flow import GivenFlow, called_flow, smoothed_flow
 from .inputs import feature_blocks
 from .lora import LoraFit, fit_pair_lora
 from .memory import advice_on_out_of_memory, affords_fit, free_cache, is_out_of_memory
@@ -58,14 +67,25 @@ def prepare_pair(
     """
     photos = pair.fitted()
     clean = models.autoencoder.encode(photos)
+    size = tuple(clean.shape[-2:])
+    flow = pair.flow
+    if callable(flow):  # before the long work, since what it returns may be no flow
+        with interruptible():
+            flow = called_flow(flow, photos, pair.canvas, pair.canvas.height // size[0])
     prompt_embeds = models.conditioner.pair(pair.text, settings.clip_skip)
     if lora is None and settings.lora_steps:
         lora = fit_lora(models.denoiser, clean, prompt_embeds, settings, pair.seed, stages)
     with models.denoiser.with_lora(lora, settings.lora_scale):
         inversion = invert_pair(models.denoiser, clean, prompt_embeds, settings, stages)
-        features = pair_features(models.denoiser, inversion, prompt_embeds, settings)
+        if not isinstance(flow, GivenFlow):
+            features = pair_features(models.denoiser, inversion, prompt_embeds, settings)
     with interruptible():
-        flow = match_pair(features, photos, tuple(clean.shape[-2:]), pair.steering, settings)
+        if isinstance(flow, GivenFlow):
+            given = flow.to(clean.device)
+            flow = smoothed_flow(given, settings.flow_smoothing, regulariser_of(settings), pair.steering)
+        else:
+            tolerance = settings.photo_tolerance if flow == "features+photos" else 0
+            flow = match_pair(features, photos, size, pair.steering, settings, tolerance)
     return PreparedPair(pair.ends(), pair.canvas, inversion, flow, prompt_embeds, lora, settings.lora_scale)
 
 
@@ -194,6 +214,7 @@ def match_pair(
     size: tuple[int, int],
     steering: Steering | None,
     settings: PrepareSettings,
+    photo_tolerance: float,
 ) -> BidirectionalFlow:
     """The flow between the two photos on the latent grid, both ways. Source: DreamMover §3.2.
 
@@ -202,22 +223,28 @@ def match_pair(
         photos: The two photos on their canvas, (2, 3, H, W) in [0, 1].
         size: (h, w) of the latent grid.
         steering: What the user says of the match; None where that is nothing.
-        settings: Of the penalty for distance, of the smoothing and of the refinement.
+        settings: Of the penalty for distance and of the smoothing.
+        photo_tolerance: Of the refinement; 0 for none.
     """
     matched = features[0] if len(features) == 1 else join_features(features, size)
     bias = distance_bias(size, settings.distance_penalty, matched)
-    regulariser = similarity_flow if settings.flow_fit == "similarity" else neighbourhood_mean
+    regulariser = regulariser_of(settings)
     passes, tolerance = settings.flow_smoothing, settings.rest_tolerance
     if steering is not None:
         flow = steered_flow(matched, steering, passes, bias, regulariser, tolerance)
     else:
         flow = match_features(matched, size, bias)
         flow = regularise(flow, passes, regulariser, resting_cells(matched, flow, tolerance))
-    if settings.photo_tolerance:
-        flow = refined_flow(flow, photos, settings.photo_tolerance)
+    if photo_tolerance:
+        flow = refined_flow(flow, photos, photo_tolerance)
         if steering is not None:
             flow = held_flow(flow, steering)
     return flow
+
+
+def regulariser_of(settings: PrepareSettings) -> Regulariser:
+    """What a pass of smoothing carries the flow on by."""
+    return similarity_flow if settings.flow_fit == "similarity" else neighbourhood_mean
 
 
 def require_finite(latents: torch.Tensor, dtype: torch.dtype) -> None:

@@ -17,7 +17,7 @@ from .images import Photo, decode_images, is_batch
 from .inputs import check_integer
 from .kept_gaps import KeptGaps
 from .outputs import DreamMoverPipelineOutput
-from .pairs import ModelSizes, PairInput, check_generator, pair_seeds, steering_of_pairs
+from .pairs import ModelSizes, PairInput, check_generator, flows_of_pairs, pair_seeds, steering_of_pairs
 from .prompts import PairText, check_embeds, pair_negatives
 from .records import PreparedPair
 from .rendering import DenoisedFrames
@@ -120,12 +120,13 @@ def checked_gaps(
     (away,) = pair_negatives(negative.negative_prompt, negative.negative_prompt_embeds, 1, sizes.text_width)
     canvas = sizes.canvas(photos[0], content.height, content.width)
     steerings = steering_of_pairs(content, both, [canvas] * len(both), sizes.cell, True)
+    flows = flows_of_pairs(content, both, [canvas] * len(both), sizes.cell, True)
     fits = 1 if shared else len(both)
     check_generator(content.generator, fits)
     seeds = pair_seeds(content.generator, fits) if random else [None]
     seeds = seeds * len(both) if len(seeds) == 1 else seeds
-    columns = zip(both, texts, steerings, seeds, strict=True)
-    return [PairInput(two, canvas, text, away, steering, seed) for two, text, steering, seed in columns]
+    columns = zip(both, texts, steerings, flows, seeds, strict=True)
+    return [PairInput(two, canvas, text, away, steering, flow, seed) for two, text, steering, flow, seed in columns]
 
 
 def load_sequence(images: Sequence[Photo]) -> list[torch.Tensor]:

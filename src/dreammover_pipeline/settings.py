@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 FUSIONS = ("two_level", "two_level_unwarped", "direct")
 IMPORTANCES = ("agreement", "photometric")
+FLOWS = ("features+photos", "features")
 FLOW_FITS = ("similarity", "mean")
 MOTIONS = ("rigid", "straight")
 DETAILS = ("photos", "upsampled")
@@ -70,6 +71,17 @@ class Content(Settings):
         "Width in pixels to work at and to return. Where only one of `height` and `width` is given, the other one "
         "follows from the first photo's aspect ratio.",
         option=ASK_PYTHON,
+    )
+    flow: str | Callable | Sequence = argument(
+        "features+photos",
+        Plain(),
+        'What decides the flow: "features+photos", the UNet\'s features and then a refinement on the photos; '
+        '"features", without the refinement; a function, called with the two photos as they are worked on, (3, H, W) '
+        "float32 in [0, 1] on the CPU, that returns the flow forward and backward, (2, H, W) each, dx and dy in their "
+        "pixels; or such a pair of arrays in the pixels of the photos as they were given, (2, H0, W0) and "
+        "(2, H1, W1). NaN is what is unknown. A flow of your own is smoothed and steered, and not refined. A batch "
+        "may have a list with one for each pair.",
+        option="--flow-from",
     )
     points: Sequence | None = argument(
         None,
@@ -189,7 +201,8 @@ class PrepareSettings(FitSettings):
         Numbers(0),
         "The flow is refined on the photos themselves, to fractions of a cell, wherever their colours then differ by "
         "no more than this mean difference, of 1, once both are in one light. More refines more places, and wrongly "
-        "where the photos show different things; 0 is the paper's flow, of features alone.",
+        "where the photos show different things; 0 is the paper's flow, of features alone. It acts only where `flow` "
+        'is "features+photos".',
         paper=0,
     )
     lora_scale: float = argument(

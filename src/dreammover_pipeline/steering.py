@@ -166,17 +166,39 @@ def steered_flow(
     moves = steering.moves.to(features.device)
     steered = match_bias(features, steering)
     flow = match_features(features, size, steered if bias is None else lambda rows: steered(rows) + bias(rows))
+    rests = resting_cells(features, flow, rest_tolerance)
+    if rests is not None:
+        rests = rests & moves & moves.flip(0)  # what may move does not rest on what may not
+    return regularise_steered(flow, steering, passes, regulariser, rests)
+
+
+def regularise_steered(
+    flow: BidirectionalFlow,
+    steering: Steering,
+    passes: int,
+    regulariser: Regulariser,
+    rests: torch.Tensor | None = None,
+    trust: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
+) -> BidirectionalFlow:
+    """`regularise`, with the points' cells held and fully trusted, and cells that may not move held and not trusted.
+
+    Args:
+        flow: The flow both ways, on the grid of the steering.
+        steering: The user's points and masks.
+        passes: Of smoothing, 0 … .
+        regulariser: What carries the flow on.
+        rests: As of `regularise`.
+        trust: As of `regularise`, for all other cells.
+    """
+    moves = steering.moves.to(flow.forward.device)
     _, pinned = _pins(steering, flow.forward)
 
     def held(stacked: torch.Tensor) -> torch.Tensor:
         return held_flow(BidirectionalFlow.of(stacked), steering).stacked()
 
     def trusted(weight: torch.Tensor) -> torch.Tensor:
-        return torch.where(pinned, 1, weight) * moves
+        return torch.where(pinned, 1, trust(weight)) * moves
 
-    rests = resting_cells(features, flow, rest_tolerance)
-    if rests is not None:
-        rests = rests & moves & moves.flip(0)  # what may move does not rest on what may not
     return regularise(flow, passes, regulariser, rests, held, trusted)
 
 

@@ -127,6 +127,8 @@ def test_bad_tables_and_files_are_refused(album):
         ({"n_frames": 0}, "n_frames"),
         ({"inversion_steps": 9}, "must nest"),
         ({"fusion": "none"}, "fusion"),
+        ({"flow": "raft"}, "`flow` must be one of 'features\\+photos', 'features'"),
+        ({"flow": [[[0]], [[0]]]}, "flow"),
         ({"attention_blocks": [9]}, "attention_blocks"),
         ({"prompt": ["a", "b", "c"]}, "prompt"),
         ({"negative_prompt": 3}, "negative_prompt"),

@@ -62,7 +62,7 @@ def test_video_and_pictures_as_a_process(tmp_path):
     names = ["compare", "flow.png", "matches.png", "out.mp4", "sheet.png", "sources.png"]
     compare, flow, matches, out, sheet, sources = [str(tmp_path / name) for name in names]
     pictures = ["--sheet", sheet, "--flow", flow, "--matches", matches, "--sources", sources, "--compare", compare]
-    done = run_process("interpolate", *PHOTOS, *FAST, "-o", out, *pictures)
+    done = run_process("interpolate", *PHOTOS, *FAST, "--flow-from=features", "-o", out, *pictures)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(rf"{re.escape(out)}: 5 frames in \d+\.\d s\n", done.stdout)
     bars = [bar.strip() for bar in re.split(r"[\r\n]+", done.stderr.strip())]
@@ -213,6 +213,7 @@ def test_bad_options_are_refused_before_the_model_is_looked_for(tmp_path, monkey
         ("--steps 5", "must nest"),
         ("--lora-steps -1", "lora_steps"),
         ("--fusion none", "'two_level', 'two_level_unwarped', 'direct'"),
+        ("--flow-from raft", "`flow` must be one of 'features+photos', 'features', not 'raft'"),
         ("--feature-block 9", "feature_block"),
         ("--attention-blocks 9", "attention_blocks"),
         ("--size 8x8", "each side must have at least"),

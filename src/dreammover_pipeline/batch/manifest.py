@@ -14,12 +14,12 @@ from itertools import zip_longest
 from pathlib import Path
 
 from ..arguments import Numbers, arguments_of
-from ..inputs import check_integer, check_number, file_fault
+from ..inputs import check_choice, check_integer, check_number, file_fault
 from ..media.files import check_fps, check_name_length, check_video_path
 from ..media.texts import read_json, read_text
 from ..pipeline import DreamMoverPipeline
 from ..prompts import pair_negatives, pair_prompts
-from ..settings import PREPARING, NegativeContent, RenderSettings
+from ..settings import FLOWS, PREPARING, NegativeContent, RenderSettings
 from ..steering import point_pairs
 from .claims import put_back
 from .jobs import Job, refusing_together
@@ -322,6 +322,7 @@ def settings_of(defaults: Mapping[str, object], given: Mapping[str, object]) -> 
     values = json.loads(json.dumps({**values, "include_inputs": True, **defaults, **given}))
     for group in GROUPS:
         group.of(values)
+    check_choice("flow", values["flow"], FLOWS)
     point_pairs(values["points"])
     pair_prompts(values["prompt"], 1, False)
     pair_negatives(values["negative_prompt"], None, 1, width=0)  # the width is that of embeddings, and there are none

@@ -44,7 +44,14 @@ if TYPE_CHECKING:
     from ..records import Canvas, PreparedPair
 
 # The options that only make sense for a single pair of photos, by the names of their attributes.
-PAIR_OPTIONS = ("flow", "matches", "sources", "save_pair", "points", "mask")
+PAIR_OPTIONS = {
+    "flow_picture": "--flow",
+    "matches": "--matches",
+    "sources": "--sources",
+    "save_pair": "--save-pair",
+    "points": "--points",
+    "mask": "--mask",
+}
 
 
 def add_interpolate(commands: argparse._SubParsersAction) -> None:
@@ -145,9 +152,8 @@ def _make_sequence(args: argparse.Namespace, photos: Sequence[str]) -> None:
         RuntimeError: A gap failed; the gaps before it are kept.
     """
     start = time.perf_counter()
-    for name in PAIR_OPTIONS:
+    for name, option in PAIR_OPTIONS.items():
         if getattr(args, name, None):
-            option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} is about one pair of photos, but {len(photos)} came; leave {option} out")
     output = Path(args.output).resolve()
     parts = output.with_name(f"{output.name}.parts")

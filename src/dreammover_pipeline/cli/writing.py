@@ -76,7 +76,10 @@ def add_output_options(parser: argparse.ArgumentParser, gaps: bool = False) -> N
     )
     add("--sheet", metavar="PATH", help="Also write a contact sheet of all frames to this .png or .jpg file.")
     add(
-        "--flow", metavar="PATH", help="Also write a picture of the flow between the photos to this .png or .jpg file."
+        "--flow",
+        dest="flow_picture",  # the pipeline has an argument of the option's name
+        metavar="PATH",
+        help="Also write a picture of the flow between the photos to this .png or .jpg file.",
     )
     add(
         "--matches",
@@ -110,7 +113,7 @@ def check_output_paths(args: argparse.Namespace, inputs: Sequence[str], others: 
         put_in_order(Path(path).resolve().parent)
         check_video_path(path)
         check_fps(args.fps, path)
-    pictures = [path for path in (args.sheet, args.flow, args.matches, args.sources) if path]
+    pictures = [path for path in (args.sheet, args.flow_picture, args.matches, args.sources) if path]
     for path in pictures:
         check_picture_path(path)
     outputs = [*videos, *pictures, *others]
@@ -210,8 +213,8 @@ def make_video(
     frames, times = output.frames[0], output.times[0]
     photos = [picture_of(image) for image in pair.images]
     length = write_frames(args, frames, times, output.blacked_out, lambda index: crossfade(*photos, [times[index]])[0])
-    if args.flow:
-        write_picture(flow_picture(pair.flow, pair.canvas), args.flow)
+    if args.flow_picture:
+        write_picture(flow_picture(pair.flow, pair.canvas), args.flow_picture)
     if args.matches:
         motion = RenderSettings.of(call).motion
         write_picture(matches_picture(*photos, pair.flow, pair.canvas, motion), args.matches)

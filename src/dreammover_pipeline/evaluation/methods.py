@@ -53,7 +53,7 @@ def no_rest(case: EvaluationCase) -> Result:
 
 def no_refinement(case: EvaluationCase) -> Result:
     """Ours with the flow of features alone, not refined on the photos."""
-    return case.render(case.prepared(photo_tolerance=0))
+    return case.render(case.prepared(flow="features"))
 
 
 def upsampled(case: EvaluationCase) -> Result:
@@ -68,7 +68,7 @@ def no_hold(case: EvaluationCase) -> Result:
 
 def mean_flow(case: EvaluationCase) -> Result:
     """Ours with the flow smoothed by means of vectors, three times, instead of fitted similarities and refined."""
-    return case.render(case.prepared(flow_fit="mean", flow_smoothing=3, photo_tolerance=0))
+    return case.render(case.prepared(flow="features", flow_fit="mean", flow_smoothing=3))
 
 
 def straight(case: EvaluationCase) -> Result:
@@ -78,7 +78,7 @@ def straight(case: EvaluationCase) -> Result:
 
 def no_smoothing(case: EvaluationCase) -> Result:
     """Ours with the bare argmax: the flow is neither smoothed nor refined on the photos."""
-    return case.render(case.prepared(flow_smoothing=0, photo_tolerance=0))
+    return case.render(case.prepared(flow="features", flow_smoothing=0))
 
 
 def photometric(case: EvaluationCase) -> Result:
