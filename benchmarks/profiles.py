@@ -200,11 +200,12 @@ class Bench:
             pair: the prepared pair.
             frames: number of frames; None takes the profile's.
             chunk: largest number of frames in one UNet call; None takes the profile's.
-            options: other arguments of the pipeline's `render`; without an `output_type` frames are a tensor.
+            options: other arguments of the pipeline's `render`. By default frames are a tensor and upsampled, since
+                diffusion is what is measured.
         """
         return self.pipe.render(
             pair,
             n_frames=frames or self.profile.frames,
             frame_batch_size=chunk or self.profile.chunk,
-            **{"output_type": "pt"} | options,
+            **{"output_type": "pt", "detail": "upsampled"} | options,
         ).frames[0]

@@ -191,8 +191,8 @@ class Sources:
 
     def shares(self, time: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The shares of the two photos in each candidate, (K, h', w') each."""
-        first = torch.where(self.shown == 2, FAINT, 1 - time + FAINT)
-        return first, torch.where(self.shown == 1, FAINT, time + FAINT)
+        first, second = (torch.full_like(self.weight, share + FAINT) for share in (1 - time, time))
+        return first.masked_fill(self.shown == 2, FAINT), second.masked_fill(self.shown == 1, FAINT)
 
 
 def choose_sources(pair: PairDetail, candidates: Candidates, lit: torch.Tensor, frame: torch.Tensor, time: float):
@@ -466,7 +466,8 @@ class Axis:
 
 def _taps(given: int, wanted: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Which rows of a picture make up each row of it resized, and how much of each: (wanted, k) twice."""
-    matrix = F.interpolate(torch.eye(given)[None, None], (wanted, given), mode="bicubic", antialias=True)[0, 0]
+    unit = torch.eye(given, dtype=torch.float32, device="cpu")
+    matrix = F.interpolate(unit[None, None], (wanted, given), mode="bicubic", antialias=True)[0, 0]
     count = int((matrix != 0).sum(1).max())
     index = matrix.abs().topk(count, 1).indices.sort(1).values
     return index.to(like.device), matrix.gather(1, index).to(like)

@@ -45,7 +45,7 @@ def as_output(frame: torch.Tensor, output_type: str):
     if output_type == "pil":
         pixels = frame if eight_bit else frame.mul(255).round_().to(torch.uint8)  # few copies: a frame may be large
         return [PIL.Image.fromarray(pixels[0].movedim(0, -1).contiguous().cpu().numpy())]
-    values = frame / 255 if eight_bit else frame
+    values = frame.to(torch.float32) / 255 if eight_bit else frame
     return values if output_type == "pt" else VaeImageProcessor.pt_to_numpy(values)
 
 

@@ -43,6 +43,7 @@ def run_workload(pipe, photos, workload: Workload):
         "inversion_steps": workload.steps,
         "feature_step": 1,
         "lora_steps": workload.lora_steps,
+        "detail": "upsampled",  # which the formula is of
     }
     return pipe(
         *photos, **steps, flow_smoothing=2, n_frames=workload.frames, frame_batch_size=workload.chunk, output_type="pt"
