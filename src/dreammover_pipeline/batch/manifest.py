@@ -87,7 +87,7 @@ def read_sidecars(paths: Sequence[str | os.PathLike], folder: Path) -> list[Job]
     jobs: list[Job] = []
     with refusing_together() as refusing:
         for path in map(Path, paths):
-            with refusing(str(path)):
+            with refusing(f"'{path}'"):
                 jobs.append(_job_of_sidecar(path, folder))
         with refusing("the sidecars", every=True):
             check_job_outputs(jobs)

@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _printing_any_name(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # only third parties warn in this way; the pipeline uses logging
+            _check_no_nulls(sys.argv[1:] if argv is None else argv)
             args = _parser().parse_args(argv)
             args.run(args)
         return 0
@@ -53,6 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(1, error)
     except Exception as error:  # this was not written for users, so its message may say little without its class
         return _fail(1, f"{type(error).__name__}: {error}")
+
+
+def _check_no_nulls(argv: Sequence[str]) -> None:
+    """Raise ValueError if an argument holds a null character, which only a program that calls `main` can pass."""
+    for before, argument in zip(["", *argv], argv, strict=False):
+        if "\0" in argument:
+            raise ValueError(f"{before} {argument!r}: an argument cannot hold a null character")
 
 
 @contextmanager
