@@ -105,7 +105,7 @@ def test_a_damaged_sidecar_counts_as_absent_and_may_be_replaced(tmp_path, damage
     path.write_bytes(damage(RECORD))
     assert read_sidecar(path) is None
     check_places_of_records(tmp_path / "a")
-    with pytest.raises(ValueError, match=r"a\.json: the sidecar is damaged"):
+    with pytest.raises(ValueError, match=r"a\.json': the sidecar is damaged"):
         read_sidecars([path], tmp_path)
 
 
