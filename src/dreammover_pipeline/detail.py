@@ -20,11 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 
-from .fields import blurred, cell_grid
+from .fields import blurred, cell_grid, sampled, values_beside
 from .flow import agreement
 from .images import rgb
 from .light import gain_maps, light_gains
@@ -102,6 +103,11 @@ class PairDetail:
         photos = tuple(rgb(photo).to(flow.forward) for photo in photos)
         gains = light_gains(colours, flow)
         return cls(photos, torch.cat([colours, error], 1), gains, canvas, flow, paths, agreement(flow))
+
+    @property
+    def content(self) -> tuple[float, float]:
+        """Width and height in cells of the part of the canvas that the picture fills."""
+        return self.canvas.content_on(*self.flow.forward.shape[-2:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +201,9 @@ class Sources:
         return first.masked_fill(self.shown == 2, FAINT), second.masked_fill(self.shown == 1, FAINT)
 
 
-def choose_sources(pair: PairDetail, candidates: Candidates, lit: torch.Tensor, frame: torch.Tensor, time: float):
+def choose_sources(
+    pair: PairDetail, candidates: Candidates, lit: torch.Tensor, frame: torch.Tensor, time: float
+) -> Sources:
     """Choose for every place of a frame which candidates it comes from.
 
     A candidate costs what its two places in the photos differ from each other and, as far as the VAE can be trusted
@@ -267,19 +275,15 @@ def places(like: torch.Tensor) -> torch.Tensor:
 
 def _neighbours(field: torch.Tensor) -> torch.Tensor:
     """The values of a field (h', w') at every place and at its neighbours, (17, h', w'), within the field."""
-    h, w = field.shape
-    y, x = torch.arange(h, device=field.device), torch.arange(w, device=field.device)
-    steps = [(0, 0)] + [
-        (dy * far, dx * far) for far in NEIGHBOURHOOD for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx
-    ]
-    return torch.stack([field[(y + dy).clamp(0, h - 1)[:, None], (x + dx).clamp(0, w - 1)] for dy, dx in steps])
+    around = [(dy, dx) for dy, dx in product((-1, 0, 1), repeat=2) if dy or dx]
+    steps = [(0, 0)] + [(dy * far, dx * far) for far in NEIGHBOURHOOD for dy, dx in around]
+    return torch.stack([values_beside(field, *step) for step in steps])
 
 
 def _small_at(pair: PairDetail, small: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Values (C, h', w') of a photo on the grid of places where a frame's places come from, and which are on it."""
-    h, w = pair.flow.forward.shape[-2:]
-    normalised = [(z[axis] + 0.5) * (2 / side) - 1 for axis, side in enumerate((w, h))]
-    return _bilinear(small, *normalised), _on_picture(pair, z)
+    values, _ = sampled(small[None], z[None], pair.flow.forward.shape[-2:])  # which tells of the whole canvas
+    return values[0], _on_picture(pair, z)
 
 
 def _bilinear(image: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -290,15 +294,9 @@ def _bilinear(image: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Te
 
 def _on_picture(pair: PairDetail, z: torch.Tensor) -> torch.Tensor:
     """Which places z (2, …) lie on the picture, and not on what pads the canvas or outside of it."""
-    width, height = _extent(pair)
+    width, height = pair.content
     x, y = z + 0.5
     return (x > 0) & (x < width) & (y > 0) & (y < height)
-
-
-def _extent(pair: PairDetail) -> tuple[float, float]:
-    """Width and height in cells of the part of the canvas that the picture fills."""
-    (h, w), canvas = pair.flow.forward.shape[-2:], pair.canvas
-    return canvas.content_width * w / canvas.width, canvas.content_height * h / canvas.height
 
 
 def _seen_mean(
@@ -400,12 +398,12 @@ def with_detail(
     plan = plan or plan_detail(pair, frame, time)
     canvas = pair.canvas
     height, width = canvas.output_height, canvas.output_width
-    content = frame[:, : canvas.content_height, : canvas.content_width].to(pair.small)
+    content = frame[canvas.content].to(pair.small)
     wide = F.interpolate(content[None], (canvas.content_height, width), mode="bicubic", antialias=True)[0]
     taps, shares = _taps(canvas.content_height, height, wide)
     h, w = pair.small.shape[-2:]
-    rows = Axis.of(height, canvas.content_height * h / canvas.height, h, wide)
-    columns = Axis.of(width, canvas.content_width * w / canvas.width, w, wide)
+    across, down = canvas.content_on(h, w)
+    rows, columns = Axis.of(height, down, h, wide), Axis.of(width, across, w, wide)
     lines = _Lines.of(pair, plan, time)
     fields = torch.cat([1 - plan.taken, plan.taken * plan.added, (plan.taken * plan.light).flatten(0, 1)])
     result = torch.empty(3, height, width, dtype=dtype, device="cpu")
@@ -492,21 +490,17 @@ class _Lines:
     @classmethod
     def of(cls, pair: PairDetail, plan: FrameDetail, time: float) -> _Lines:
         """The lines of a frame."""
-        width, height = _extent(pair)
+        width, height = pair.content
         sources, candidates = plan.sources, plan.candidates
         unit = plan.added.new_tensor([2 / width, 2 / height]).reshape(2, 1, 1)
         z = places(plan.added)
         middle = [torch.stack(candidates.sources(index, z)) for index in sources.index]
         step = [torch.stack([factor[:, index] for factor in candidates.factors]) for index in sources.index]
         key = 3 * sources.index + sources.shown
-        h, w = key.shape[-2:]
-        y, x = (torch.arange(n, device=key.device) for n in (h, w))
         weights = []
-        for dy in (-1, 0, 1):
-            for dx in (-1, 0, 1):
-                there = (..., (y + dy).clamp(0, h - 1)[:, None], (x + dx).clamp(0, w - 1))
-                same = key[:, None] == key[there]
-                weights.append((same * sources.weight[there]).sum(1))
+        for beside in product((-1, 0, 1), repeat=2):
+            same = key[:, None] == values_beside(key, *beside)
+            weights.append((same * values_beside(sources.weight, *beside)).sum(1))
         return cls(
             (torch.stack(middle) + 0.5) * unit - 1,
             torch.stack(step) * (2 / width),

@@ -49,6 +49,27 @@ def backward_warp(x: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
     return F.grid_sample(x.to(dtype), normalised, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
+def sampled(images: torch.Tensor, places: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values of images (B, C, H, W) at places (B, 2, n, s) in cells of a grid (h, w), and which lie on the images.
+
+    Returns:
+        Bilinear values (B, C, n, s), the edge's beyond the edge; and (B, 1, n, s) bool.
+    """
+    extent = places.new_tensor(size[::-1]).reshape(1, 2, 1, 1)
+    normalised = (2 * places + 1) / extent - 1
+    values = F.grid_sample(
+        images, normalised.movedim(1, -1), mode="bilinear", padding_mode="border", align_corners=False
+    )
+    return values, (normalised.abs() < 1).all(1, keepdim=True)
+
+
+def values_beside(x: torch.Tensor, down: int, right: int) -> torch.Tensor:
+    """For every cell of (…, h, w), the value of the cell so far below and to the right; at the edge, less far."""
+    h, w = x.shape[-2:]
+    row, column = ((torch.arange(n, device=x.device) + by).clamp(0, n - 1) for n, by in ((h, down), (w, right)))
+    return x[..., row[:, None], column]
+
+
 def blurred(x: torch.Tensor, sigma: float) -> torch.Tensor:
     """The Gaussian mean around every cell of (…, h, w), the edge's values continued beyond the edge.
 

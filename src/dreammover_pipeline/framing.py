@@ -118,7 +118,7 @@ def unfit(frames: torch.Tensor, canvas: Canvas) -> torch.Tensor:
     Returns:
         The frames (F, 3, canvas.output_height, canvas.output_width), float32, clamped to [0, 1].
     """
-    content = frames[:, :, : canvas.content_height, : canvas.content_width].to(torch.float32)
+    content = frames[canvas.content].to(torch.float32)
     return _resize(content, canvas.output_height, canvas.output_width)
 
 

@@ -54,7 +54,7 @@ def straight_paths(flow: BidirectionalFlow) -> MotionPaths:
 
     @cache
     def turns() -> torch.Tensor:
-        return turns_of_cells(flow).turn
+        return turns_of_cells(ways, agreement(flow)).turn
 
     def shares(times: torch.Tensor) -> torch.Tensor:
         return times.to(ways).reshape(-1, 1, 1, 1)
@@ -77,8 +77,9 @@ def rigid_paths(flow: BidirectionalFlow) -> MotionPaths:
     Source: ours; DreamMover's paths are `straight_paths`.
     """
     ways = flow.stacked()
-    fit = turns_of_cells(flow)
-    arm = _arms(ways, agreement(flow), fit)  # p − c
+    sure = agreement(flow)
+    fit = turns_of_cells(ways, sure)
+    arm = _arms(ways, sure, fit)  # p − c
     real, imaginary = (1 + fit.turn[:, :1]), fit.turn[:, 1:]
     size, angle = (real.square() + imaginary.square()).sqrt(), torch.atan2(imaginary, real)
     straight = ways - complex_product(fit.turn, arm)  # a c + b − c + rest
@@ -95,10 +96,9 @@ def rigid_paths(flow: BidirectionalFlow) -> MotionPaths:
     return MotionPaths(displacements, power)
 
 
-def turns_of_cells(flow: BidirectionalFlow) -> Similarity:
-    """The similarity by which the surroundings of every cell move, (2, 2, h, w) for the cells of both images."""
-    ways = flow.stacked()
-    fit = fit_similarities(ways, agreement(flow), False, PATH_SIGMA, PATH_TOLERANCES, PATH_STIFFNESS)
+def turns_of_cells(ways: torch.Tensor, sure: torch.Tensor) -> Similarity:
+    """The similarity by which the surroundings of every cell move, by the flow (2, 2, h, w) and its agreement."""
+    fit = fit_similarities(ways, sure, False, PATH_SIGMA, PATH_TOLERANCES, PATH_STIFFNESS)
     return best_of_neighbours(fit, ways)
 
 

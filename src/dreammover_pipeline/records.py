@@ -43,6 +43,15 @@ class Canvas:
         )
         _require(self.output_height > 0 and self.output_width > 0, "a canvas needs an output of at least one pixel")
 
+    @property
+    def content(self) -> tuple:
+        """The index of the picture in pictures (…, height, width) of the whole canvas."""
+        return ..., slice(self.content_height), slice(self.content_width)
+
+    def content_on(self, h: int, w: int) -> tuple[float, float]:
+        """Width and height, in cells of a grid (h, w) of the whole canvas, of the part that the picture fills."""
+        return w * self.content_width / self.width, h * self.content_height / self.height
+
 
 @dataclass(frozen=True)
 class Schedule:

@@ -19,7 +19,7 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 
-from .fields import cell_grid
+from .fields import cell_grid, sampled
 from .flow import agreement, exact_matmul
 from .light import in_one_light
 from .paths import PATH_SIGMA, PATH_STIFFNESS, PATH_TOLERANCES
@@ -104,7 +104,7 @@ class Windows:
         offsets = torch.stack([x.flatten(), y.flatten()]).reshape(1, 2, 1, -1)
         weight = (-2 * offsets.square().sum(1, keepdim=True) / WINDOW_HALF**2).exp()
         cells = cell_grid(*size, photos)
-        own, inside = _sampled(photos, (cells.flatten(2)[..., None] + offsets).expand(2, -1, -1, -1), size)
+        own, inside = sampled(photos, (cells.flatten(2)[..., None] + offsets).expand(2, -1, -1, -1), size)
         other = photos.flip(0)
         padded = F.pad(other, (1, 1, 1, 1), mode="replicate")
         right = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2 * (photos.shape[-1] / size[1])
@@ -124,7 +124,7 @@ class Windows:
         """
         costs = []
         for block, targets in self._targets(shift, turn):
-            colours, inside = _sampled(self.other, targets, self.size)
+            colours, inside = sampled(self.other, targets, self.size)
             off = (self.own[:, :, block] - colours).abs().mean(1, keepdim=True).clamp(max=WORST)
             weight = self.weight * self.inside[:, :, block]
             costs.append((torch.where(inside, off, WORST) * weight).sum(3) / weight.sum(3))
@@ -141,8 +141,8 @@ class Windows:
         squares = torch.stack([outer[0, 0], outer[0, 1] + outer[1, 0], outer[1, 1]]).flatten(1, 2)  # (3, 16, s)
         products, rights = [], []
         for block, targets in self._targets(shift, turn):
-            colours, inside = _sampled(self.other, targets, self.size)
-            slopes, _ = _sampled(self.slopes, targets, self.size)
+            colours, inside = sampled(self.other, targets, self.size)
+            slopes, _ = sampled(self.slopes, targets, self.size)
             right, down = slopes.split(3, 1)
             off = self.own[:, :, block] - colours
             robust = (1 + (off.abs().mean(1, keepdim=True) / OUTLIER).square()) ** -2
@@ -198,17 +198,3 @@ def _held_to_scale(turn: torch.Tensor) -> torch.Tensor:
     one = turn.new_tensor([1.0, 0]).reshape(1, 2, 1, 1)
     scale = (one + turn).norm(dim=1, keepdim=True).clamp(min=1e-3)
     return (one + turn) * (scale.clamp(*SCALES) / scale) - one
-
-
-def _sampled(images: torch.Tensor, places: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values of images (2, C, H, W) at places (2, 2, n, s) in cells of a grid (h, w), and which lie on the picture.
-
-    Returns:
-        Bilinear values (2, C, n, s), the edge's beyond the edge; and (2, 1, n, s) bool.
-    """
-    extent = places.new_tensor(size[::-1]).reshape(1, 2, 1, 1)
-    normalised = (2 * places + 1) / extent - 1
-    values = F.grid_sample(
-        images, normalised.movedim(1, -1), mode="bilinear", padding_mode="border", align_corners=False
-    )
-    return values, (normalised.abs() < 1).all(1, keepdim=True)

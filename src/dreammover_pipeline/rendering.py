@@ -54,7 +54,8 @@ class DenoisedFrames:
     """Frames of a pair that are made and not decoded yet.
 
     `latents` (F, C, h, w) are clean, `times` the δ of each; `clean_ends` (2, C, h, w) are the clean latents of the two
-    photos and `images` the photos at the output size, as `fit_to_output` gives them.
+    photos and `images` the photos at the output size, as `fit_to_output` gives them. `paths` are the ways of the cells
+    that the frames were made along, None if the frames were kept in a file, which holds no paths.
     """
 
     latents: torch.Tensor
@@ -63,6 +64,7 @@ class DenoisedFrames:
     images: tuple[torch.Tensor, torch.Tensor]
     canvas: Canvas
     flow: BidirectionalFlow
+    paths: MotionPaths | None = None
 
 
 def render_latents(
@@ -113,7 +115,7 @@ def render_latents(
         held = holding_layout(predict_noise, fused, inversion.schedule, settings.layout_hold)
         latents = denoise(fused.latents, held, inversion.schedule, inversion.steps, on_step, interrupted)
     require_finite(latents, denoiser.unet.dtype)
-    return DenoisedFrames(latents, times, inversion.path[0], pair.images, pair.canvas, pair.flow)
+    return DenoisedFrames(latents, times, inversion.path[0], pair.images, pair.canvas, pair.flow, paths)
 
 
 def _replaced(replaced: dict, latents: torch.Tensor, conditions: Conditions) -> torch.Tensor:
@@ -211,7 +213,6 @@ def finish_frames(
     output_type: str,
     check_safety: SafetyCheck,
     stages: Stages,
-    paths: MotionPaths | None = None,
     on_sources: SourcesListener | None = None,
 ) -> DreamMoverPipelineOutput:
     """Decode frames one by one into the form asked for, with the photos at the ends where they are wanted.
@@ -223,8 +224,6 @@ def finish_frames(
         output_type: "pil", "np", "pt" or "latent".
         check_safety: Blacks out what the safety checker flags.
         stages: What is told of progress.
-        paths: The way of every cell of both photos, by which frames take their detail from them; by default the paths
-            that `motion` names.
         on_sources: Called for every frame that takes detail from the photos, the ends aside; by default nothing is.
 
     Returns:
@@ -239,9 +238,7 @@ def finish_frames(
         latents = torch.cat([ends[:1], frames.latents, ends[1:]]) if settings.include_inputs else frames.latents
         return DreamMoverPipelineOutput(latents[None], [frames.flow], None, [times])
     try:
-        pictures, flagged = _decoded(
-            autoencoder, frames, settings, output_type, check_safety, stages, paths, on_sources
-        )
+        pictures, flagged = _decoded(autoencoder, frames, settings, output_type, check_safety, stages, on_sources)
     except torch.OutOfMemoryError as error:
         error.latents = frames.latents
         error.add_note("What was denoised is not lost: this error's `latents` are for `decode_latents`.")
@@ -260,7 +257,6 @@ def _decoded(
     output_type: str,
     check_safety: SafetyCheck,
     stages: Stages,
-    paths: MotionPaths | None,
     on_sources: SourcesListener | None,
 ) -> tuple[list, list[bool]]:
     """The pictures of the video in their order, and the safety checker's verdict on each; none without a checker."""
@@ -268,7 +264,6 @@ def _decoded(
     from_photos, ends, tones = settings.detail == "photos", [image[None] for image in frames.images], []
     both = from_photos or settings.include_inputs
     canvas = frames.canvas
-    content = (..., slice(canvas.content_height), slice(canvas.content_width))
     working = torch.stack([fit(rgb(image), canvas) for image in frames.images]) if both else None
     with (
         stages("Decoding", len(frames.latents) + 2 * both) as step,
@@ -284,7 +279,7 @@ def _decoded(
         finish = partial(_upsampled, canvas)
         if from_photos:
             with interruptible():
-                paths = paths or motion_paths(frames.flow, settings.motion)
+                paths = frames.paths or motion_paths(frames.flow, settings.motion)
                 pair = PairDetail.of(frames.images, working, torch.cat(copies), canvas, frames.flow, paths)
             dtype = torch.uint8 if output_type == "pil" else torch.float32
             finish = partial(_detailed, pair, dtype)
@@ -292,7 +287,7 @@ def _decoded(
             ends = [finish(copy, [], time) for copy, time in zip(copies, (0.0, 1.0), strict=True)]
         elif settings.include_inputs:
             tones = [
-                tone_difference(photo[content], copy[content])
+                tone_difference(photo[canvas.content], copy[canvas.content])
                 for photo, copy in zip(working.split(1), copies, strict=True)
             ]
         if from_photos:
@@ -325,8 +320,7 @@ def _detailed(
     on_sources: SourcesListener | None = None,
 ) -> torch.Tensor:
     """What `_upsampled` gives, with the detail of the photos."""
-    canvas, frame = pair.canvas, decoded.clone()
-    content = (..., slice(canvas.content_height), slice(canvas.content_width))
+    content, frame = pair.canvas.content, decoded.clone()
     frame[content] = with_tone(decoded[content], tones, time)
     plan = plan_detail(pair, frame[0], time)
     if on_sources is not None:

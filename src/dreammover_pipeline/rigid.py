@@ -17,7 +17,7 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 
-from .fields import cell_grid
+from .fields import cell_grid, values_beside
 from .splatting import winner_splat
 
 UNIT_GRID = 32
@@ -126,11 +126,9 @@ def similarities_of(fit: Similarity, down: int, right: int) -> tuple[torch.Tenso
         down: How many cells below the cell the other one lies; at the edge of the grid, fewer.
         right: How many cells to the right of it.
     """
-    h, w = fit.shift.shape[-2:]
-    cells = cell_grid(h, w, fit.shift)
-    y, x = ((torch.arange(n, device=cells.device) + by).clamp(0, n - 1) for n, by in ((h, down), (w, right)))
-    shift, turn = (part[..., y[:, None], x] for part in (fit.shift, fit.turn))
-    return shift + complex_product(turn, cells - cells[..., y[:, None], x]), turn
+    cells = cell_grid(*fit.shift.shape[-2:], fit.shift)
+    shift, turn, there = (values_beside(part, down, right) for part in (fit.shift, fit.turn, cells))
+    return shift + complex_product(turn, cells - there), turn
 
 
 def nearer_fit(first: Similarity, second: Similarity, gain: float = 0.0) -> Similarity:

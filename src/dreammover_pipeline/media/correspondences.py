@@ -194,9 +194,7 @@ def _position_colour(point: np.ndarray) -> tuple[int, int, int]:
 def _extent(flow: BidirectionalFlow, canvas: Canvas | None) -> tuple[float, float]:
     """(width, height) in cells, possibly fractional, of the part of the grid at its top left that the photo fills."""
     h, w = flow.forward.shape[-2:]
-    if canvas is None:
-        return w, h
-    return w * canvas.content_width / canvas.width, h * canvas.content_height / canvas.height
+    return (w, h) if canvas is None else canvas.content_on(h, w)
 
 
 def _cell_panel_size(flow: BidirectionalFlow, canvas: Canvas | None) -> tuple[int, int]:

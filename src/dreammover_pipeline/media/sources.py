@@ -31,10 +31,9 @@ def sources_map(sources: FrameSources, canvas: Canvas, size: tuple[int, int]) ->
     """
     shares, taken = (np.asarray(field.detach().double().cpu()) for field in (sources.shares, sources.taken[0]))
     h, w = taken.shape
-    extent = w * canvas.content_width / canvas.width, h * canvas.content_height / canvas.height
     picture = Image.fromarray(source_colours(shares, taken))
     # Between the middles of the places the map is interpolated, as M is in the frame.
-    return picture.resize(size, Image.Resampling.BILINEAR, box=(0, 0, *extent))
+    return picture.resize(size, Image.Resampling.BILINEAR, box=(0, 0, *canvas.content_on(h, w)))
 
 
 def sources_picture(
