@@ -27,7 +27,6 @@ import torch.nn.functional as F
 
 from .fields import blurred, cell_grid, sampled, values_beside
 from .flow import agreement
-from .images import rgb
 from .light import gain_maps, light_gains
 from .paths import MotionPaths
 from .records import BidirectionalFlow, Canvas, FrameSources
@@ -78,7 +77,7 @@ class PairDetail:
     @classmethod
     def of(
         cls,
-        photos: tuple[torch.Tensor, torch.Tensor],
+        photos: Sequence[torch.Tensor],
         working: torch.Tensor,
         reconstructed: torch.Tensor,
         canvas: Canvas,
@@ -88,7 +87,7 @@ class PairDetail:
         """What can be known once for all frames of a pair.
 
         Args:
-            photos: The two at the output size, (3, H, W) each, in [0, 1] or uint8.
+            photos: The two at the output size, (3, H, W) each, float32 in [0, 1].
             working: The two on the canvas, (2, 3, canvas.height, canvas.width) in [0, 1].
             reconstructed: They, encoded and decoded by the VAE, which shows how far it can be trusted, place by place.
             canvas: Where the photos sit.
@@ -100,7 +99,7 @@ class PairDetail:
             F.interpolate(part.to(flow.forward), size, mode="area") for part in (working, reconstructed)
         )
         error = blurred(blurred(colours - copies, SECOND_BLUR).abs().mean(1, keepdim=True), SECOND_BLUR)
-        photos = tuple(rgb(photo).to(flow.forward) for photo in photos)
+        photos = tuple(photo.to(flow.forward) for photo in photos)
         gains = light_gains(colours, flow)
         return cls(photos, torch.cat([colours, error], 1), gains, canvas, flow, paths, agreement(flow))
 

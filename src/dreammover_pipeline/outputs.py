@@ -21,10 +21,10 @@ class DreamMoverPipelineOutput(BaseOutput):
     Args:
         frames: The frames of B pairs, in the form that `output_type` names: "pil" is lists of images; "np" is an array
             (B, F, H, W, 3) and "pt" a tensor (B, F, 3, H, W), both in [0, 1] on the CPU; "latent" is a tensor
-            (B, F, C, h, w).
+            (B, F, C, h, w); "lazy" is `LazyFrames`, sequences of images each of which is made when it is asked for.
         flow: The `BidirectionalFlow` of each pair on its latent grid, in latent cells.
         nsfw_content_detected: For each pair, whether the safety checker flagged each frame (flagged frames are black);
-            None without a safety checker.
+            None without a safety checker. Of "lazy" frames it tells what is known so far.
         times: For each pair, the time δ of each frame; included inputs are at 0 and 1.
     """
 

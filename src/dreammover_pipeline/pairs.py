@@ -150,7 +150,7 @@ def check_canvas(canvas: object, height: int | None, width: int | None) -> None:
 def check_stackable(pairs: Sequence[PairInput], output_type: str) -> None:
     """Raise ValueError if frames of several sizes were to be stacked into one array."""
     sizes = {(c.output_height, c.output_width, c.height, c.width) for c in (pair.canvas for pair in pairs)}
-    if output_type != "pil" and len(sizes) > 1:
+    if output_type not in ("pil", "lazy") and len(sizes) > 1:
         raise ValueError(
             f"`output_type` {output_type!r} stacks the pairs, but their first images have different sizes; "
             "pass `height` and `width`, or use 'pil'"

@@ -36,6 +36,7 @@ from .denoiser import Denoiser
 from .detail import with_detail  # noqa: F401, named for the loader
 from .features import up_block_features  # noqa: F401, named for the loader
 from .fields import cell_grid  # noqa: F401, named for the loader
+from .finishing import FrameMaker, Workplace, finish_frames, lazy_output, picture_dtype
 from .flow import match_features  # noqa: F401, named for the loader
 from .framing import fit  # noqa: F401, named for the loader
 from .fusion import fuse_high_level  # noqa: F401, named for the loader
@@ -56,7 +57,7 @@ from .progress import ProgressListener, reported_stage
 from .prompts import NegativeText, pair_negatives
 from .records import Canvas, FrameSources, PreparedPair
 from .refinement import refined_flow  # noqa: F401, named for the loader
-from .rendering import DenoisedFrames, finish_frames, render_latents
+from .rendering import DenoisedFrames, render_latents
 from .rigid import similarity_flow  # noqa: F401, named for the loader
 from .sampling import denoise  # noqa: F401, named for the loader
 from .schedules import deterministic_ddim
@@ -306,7 +307,8 @@ class DreamMoverPipeline(
             prompt_embeds: Text embeddings (B, L, D) to use instead of `prompt`, or (2·B, L, D) with one for each
                 photo.
             negative_prompt_embeds: Text embeddings (B, L, D) to use instead of `negative_prompt`.
-            output_type: Form of the frames: "pil", "np", "pt" or "latent".
+            output_type: Form of the frames: "pil", "np", "pt" or "latent"; or "lazy", PIL images each of which is made
+                when it is asked for, so that the memory that large frames take does not grow with their number.
             return_dict: Return a `DreamMoverPipelineOutput` rather than a tuple of its fields.
             cross_attention_kwargs: Keyword arguments for the attention processors; "scale" scales every LoRA.
             clip_skip: Number of layers to leave out at the end of the text encoder; none by default.
@@ -484,15 +486,13 @@ class DreamMoverPipeline(
         self, frames: DenoisedFrames, settings: RenderSettings, delivery: Delivery
     ) -> DreamMoverPipelineOutput:
         kept = self._sources.get(threading.get_ident())
-        return finish_frames(
-            self._models().autoencoder,
-            frames,
-            settings,
-            delivery.output_type,
-            self.run_safety_checker,
-            self._stage,
-            on_sources=None if kept is None else kept.append,
-        )
+        on_sources = None if kept is None else kept.append
+        autoencoder, output_type, check = self._models().autoencoder, delivery.output_type, self.run_safety_checker
+        if output_type != "lazy":
+            return finish_frames(autoencoder, frames, settings, output_type, check, self._stage, on_sources)
+        maker = FrameMaker(autoencoder, frames, settings, picture_dtype(output_type), check, on_sources)
+        workplace = Workplace(self._step_turn, self._stage, self.maybe_free_model_hooks)
+        return lazy_output(maker, workplace, checked=self.safety_checker is not None)
 
     def interpolate_sequence(
         self,

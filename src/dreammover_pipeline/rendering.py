@@ -1,20 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames of a prepared pair: place → fuse → denoise → decode."""
+"""Frames of a prepared pair, up to clean latents: place → fuse → denoise."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
-import numpy as np
 import torch
 
-from .autoencoder import Autoencoder
 from .conditioning import Conditions
 from .ddim import predict_clean, recompose
-from .detail import PairDetail, frame_sources, plan_detail, with_detail
-from .framing import fit, unfit
 from .fusion import (
     agreement_importance,
     fuse_direct,
@@ -23,30 +18,23 @@ from .fusion import (
     photometric_importance,
     select_unwarped,
 )
-from .images import rgb
 from .inputs import frame_times
 from .layout import holding_layout
-from .outputs import DreamMoverPipelineOutput, as_output
-from .paths import MotionPaths, motion_paths
+from .paths import MotionPaths
 from .preparing import Models, require_finite
 from .progress import Stages
 from .prompts import NegativeText
-from .records import BidirectionalFlow, Canvas, FrameSources, FusedFrames, PreparedPair
+from .records import BidirectionalFlow, Canvas, FusedFrames, PreparedPair
 from .sampling import denoise
 from .settings import RenderSettings, VideoSettings
 from .spacing import PREVIEWS, even_times
 from .timing import EVEN, eased_times
-from .tone import tone_difference, with_tone
 from .turns import interruptible
 
 FRAMES_FUSED_AT_ONCE = 8
 
 # From (i, timestep, tensors) of a denoising step to the tensors that replace the step's own.
 StepCallback = Callable[[int, int, dict], dict]
-# From pictures (B, 3, H, W) to the same with what was flagged blacked out, and which were; None without a checker.
-SafetyCheck = Callable[[torch.Tensor], tuple[torch.Tensor, list[bool] | None]]
-# Is handed which photo every place of a frame comes from.
-SourcesListener = Callable[[FrameSources], object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,125 +192,3 @@ def splat_metric(importance: str, clean: torch.Tensor, flow: BidirectionalFlow) 
 def piecewise(function: Callable[[torch.Tensor], tuple], times: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Apply a fusion to a few times at once, so that its workspace does not grow with the number of frames."""
     return tuple(torch.cat(parts) for parts in zip(*map(function, times.split(FRAMES_FUSED_AT_ONCE)), strict=True))
-
-
-def finish_frames(
-    autoencoder: Autoencoder,
-    frames: DenoisedFrames,
-    settings: RenderSettings,
-    output_type: str,
-    check_safety: SafetyCheck,
-    stages: Stages,
-    on_sources: SourcesListener | None = None,
-) -> DreamMoverPipelineOutput:
-    """Decode frames one by one into the form asked for, with the photos at the ends where they are wanted.
-
-    Args:
-        autoencoder: Decodes.
-        frames: What `render_latents` returned.
-        settings: What detail frames have, whether the photos are wanted, and in what form.
-        output_type: "pil", "np", "pt" or "latent".
-        check_safety: Blacks out what the safety checker flags.
-        stages: What is told of progress.
-        on_sources: Called for every frame that takes detail from the photos, the ends aside; by default nothing is.
-
-    Returns:
-        A batch of one.
-
-    Raises:
-        torch.OutOfMemoryError: Memory does not suffice for a single frame; the error's `latents` are the frames'.
-    """
-    times = (0.0, *frames.times, 1.0) if settings.include_inputs else frames.times
-    if output_type == "latent":
-        ends = frames.clean_ends
-        latents = torch.cat([ends[:1], frames.latents, ends[1:]]) if settings.include_inputs else frames.latents
-        return DreamMoverPipelineOutput(latents[None], [frames.flow], None, [times])
-    try:
-        pictures, flagged = _decoded(autoencoder, frames, settings, output_type, check_safety, stages, on_sources)
-    except torch.OutOfMemoryError as error:
-        error.latents = frames.latents
-        error.add_note("What was denoised is not lost: this error's `latents` are for `decode_latents`.")
-        raise
-    if output_type == "pil":
-        video = [[picture for (picture,) in pictures]]
-    else:
-        video = (torch.cat if output_type == "pt" else np.concatenate)(pictures)[None]
-    return DreamMoverPipelineOutput(video, [frames.flow], [flagged] if flagged else None, [times])
-
-
-def _decoded(
-    autoencoder: Autoencoder,
-    frames: DenoisedFrames,
-    settings: RenderSettings,
-    output_type: str,
-    check_safety: SafetyCheck,
-    stages: Stages,
-    on_sources: SourcesListener | None,
-) -> tuple[list, list[bool]]:
-    """The pictures of the video in their order, and the safety checker's verdict on each; none without a checker."""
-    pictures, flagged = [], []
-    from_photos, ends, tones = settings.detail == "photos", [image[None] for image in frames.images], []
-    both = from_photos or settings.include_inputs
-    canvas = frames.canvas
-    working = torch.stack([fit(rgb(image), canvas) for image in frames.images]) if both else None
-    with (
-        stages("Decoding", len(frames.latents) + 2 * both) as step,
-        autoencoder.decoder() as decode,
-    ):
-
-        def decoded(latent: torch.Tensor) -> torch.Tensor:
-            picture = decode(latent).cpu()
-            step()
-            return picture
-
-        copies = [decoded(latent) for latent in frames.clean_ends.split(1)] if both else []
-        finish = partial(_upsampled, canvas)
-        if from_photos:
-            with interruptible():
-                paths = frames.paths or motion_paths(frames.flow, settings.motion)
-                pair = PairDetail.of(frames.images, working, torch.cat(copies), canvas, frames.flow, paths)
-            dtype = torch.uint8 if output_type == "pil" else torch.float32
-            finish = partial(_detailed, pair, dtype)
-        if settings.include_inputs and settings.endpoints == "reconstructed":
-            ends = [finish(copy, [], time) for copy, time in zip(copies, (0.0, 1.0), strict=True)]
-        elif settings.include_inputs:
-            tones = [
-                tone_difference(photo[canvas.content], copy[canvas.content])
-                for photo, copy in zip(working.split(1), copies, strict=True)
-            ]
-        if from_photos:
-            finish = partial(finish, on_sources=on_sources)
-        for latent, time in zip(frames.latents.split(1), frames.times, strict=True):
-            picture = decoded(latent)
-            with interruptible():
-                picture = finish(picture, tones, time)
-            picture, flags = check_safety(picture)
-            pictures.append(as_output(picture, output_type))
-            flagged += flags or []
-    if settings.include_inputs:
-        first, last = (as_output(end, output_type) for end in ends)
-        pictures = [first, *pictures, last]
-        flagged = [False, *flagged, False] if flagged else []
-    return pictures, flagged
-
-
-def _upsampled(canvas: Canvas, decoded: torch.Tensor, tones: list[torch.Tensor], time: float) -> torch.Tensor:
-    """A decoded frame at the output size, (1, 3, H, W), with as much of the photos' tones as its time calls for."""
-    return with_tone(unfit(decoded, canvas), tones, time)
-
-
-def _detailed(
-    pair: PairDetail,
-    dtype: torch.dtype,
-    decoded: torch.Tensor,
-    tones: list[torch.Tensor],
-    time: float,
-    on_sources: SourcesListener | None = None,
-) -> torch.Tensor:
-    """What `_upsampled` gives, with the detail of the photos."""
-    content, frame = pair.canvas.content, decoded.clone()
-    frame[content] = with_tone(decoded[content], tones, time)
-    plan = plan_detail(pair, frame[0], time)
-    if on_sources is not None:
-        on_sources(frame_sources(pair, plan, time))
-    return with_detail(pair, frame[0], time, dtype, plan=plan)[None]

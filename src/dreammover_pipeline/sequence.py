@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from .finishing import LazyFrames
 from .images import Photo, decode_images, is_batch
 from .inputs import check_integer
 from .kept_gaps import KeptGaps
@@ -222,6 +223,11 @@ def in_a_row(outputs: Sequence[DreamMoverPipelineOutput], photos_included: bool)
         return [getattr(output, field)[0][int(photos_included and k > 0) :] for k, output in enumerate(outputs)]
 
     frames = joined("frames")
+    if isinstance(frames[0], LazyFrames):
+        video = sum(frames[1:], frames[0])
+        checked = outputs[0].nsfw_content_detected is not None
+        flow, times = [output.flow[0] for output in outputs], joined("times")
+        return DreamMoverPipelineOutput([video], flow, [video.flags] if checked else None, times)
     if isinstance(frames[0], torch.Tensor):
         video = torch.cat(frames)[None]
     elif isinstance(frames[0], np.ndarray):

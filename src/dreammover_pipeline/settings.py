@@ -48,7 +48,7 @@ FLOW_FITS = ("similarity", "mean")
 MOTIONS = ("rigid", "straight")
 DETAILS = ("photos", "upsampled")
 ENDPOINTS = ("original", "reconstructed")
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent", "lazy")
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,11 @@ class Delivery(Settings):
     """How the frames reach the program that asked for them."""
 
     output_type: str = argument(
-        "pil", Choice(OUTPUT_TYPES), 'Form of the frames: "pil", "np", "pt" or "latent".', option=ASK_PYTHON
+        "pil",
+        Choice(OUTPUT_TYPES),
+        'Form of the frames: "pil", "np", "pt" or "latent"; or "lazy", PIL images each of which is made when it is '
+        "asked for, so that the memory that large frames take does not grow with their number.",
+        option=ASK_PYTHON,
     )
     return_dict: bool = argument(
         True,

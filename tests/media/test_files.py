@@ -364,3 +364,14 @@ def test_a_gif_cannot_be_faster_than_browsers_play_it():
     check_fps(60, "out.mp4")
     with pytest.raises(ValueError, match=r"between 0\.01 and 50 for 'out\.gif', got 60"):
         check_fps(60, "out.gif")
+
+
+def test_an_error_of_the_frames_themselves_is_passed_on(tmp_path):
+    class Unmade(list):
+        def __iter__(self):
+            yield from list.__iter__(self)
+            raise RuntimeError("the VAE overflowed")
+
+    with pytest.raises(RuntimeError, match="^the VAE overflowed$"):
+        write_video_or_keep(Unmade(make_frames()), tmp_path / "a.gif", fps=16)
+    assert not list(tmp_path.iterdir())

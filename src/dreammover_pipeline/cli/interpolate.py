@@ -120,7 +120,7 @@ def _make_pair(args: argparse.Namespace) -> None:
         pair = pipe.prepare(*photos, **taken(call, *PREPARING))
         if args.save_pair:
             pipe.save_pair(pair, args.save_pair)
-        return pair, pipe.render(pair, **taken(call, *RENDERING))
+        return pair, pipe.render(pair, **taken(call, *RENDERING), output_type="lazy")
 
     make_video(args, call, make)
 
@@ -162,6 +162,8 @@ def _make_sequence(args: argparse.Namespace, photos: Sequence[str]) -> None:
     counts = _frames_of_gaps(args, len(photos) - 1)
     check_model(args.model, args.allow_pickle)
     pipeline_class()  # this comes first, since it switches off log lines that third parties write when imported
+    import torch
+
     from ..images import decode_images
     from ..sequence import texts_of_gaps
 
@@ -174,10 +176,14 @@ def _make_sequence(args: argparse.Namespace, photos: Sequence[str]) -> None:
     canvas = pipe.canvas(decoded[0], call.get("height"), call.get("width"))
     say_if_scaled(args, canvas)
     with _claimed(parts):
-        made = _gaps(pipe, args, decoded, photos, {**call, "n_frames": counts}, parts)
-        frames, times = made.frames[0], made.times
-        moments = [k + moment for k, gap in enumerate(times) for moment in gap]
-        length = write_frames(args, frames, moments, made.blacked_out, _crossfades(decoded, canvas, times))
+        made = _gaps(pipe, args, decoded, photos, {**call, "n_frames": counts, "output_type": "lazy"}, parts)
+        moments = [k + moment for k, gap in enumerate(made.times) for moment in gap]
+        try:
+            length = write_frames(args, made, moments, _crossfades(decoded, canvas, made.times))
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(
+                f"{error} All gaps are kept in '{parts}', and the same command goes on from there"
+            ) from error
     shutil.rmtree(parts)
     print(f"{args.output}: {length} frames in {time.perf_counter() - start:.1f} s")
 

@@ -56,6 +56,6 @@ def _render(args: argparse.Namespace) -> None:
     def make(pipe: DreamMoverPipeline) -> tuple[PreparedPair, DreamMoverPipelineOutput]:
         pair = pipe.load_pair(args.pair)
         say_if_scaled(args, pair.canvas)
-        return pair, pipe.render(pair, **call, include_inputs=True)
+        return pair, pipe.render(pair, **call, include_inputs=True, output_type="lazy")
 
     make_video(args, call, make)

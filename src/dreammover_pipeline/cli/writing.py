@@ -11,7 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import groupby, permutations, product
+from dataclasses import dataclass
+from itertools import permutations, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from ..media.files import (
     write_video,
     write_video_or_keep,
 )
-from ..media.pictures import comparison, contact_sheet, crossfade, picture_of
+from ..media.pictures import ContactSheet, comparison, crossfade, picture_of
 from ..media.playback import check_hold, frames_to_fill, play
 from ..media.sources import sources_picture
 from ..scratch import put_in_order
@@ -36,6 +37,7 @@ from .options import for_each_gap
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ..finishing import LazyFrames
     from ..pipeline import DreamMoverPipeline, DreamMoverPipelineOutput
     from ..records import Canvas, PreparedPair
 
@@ -195,7 +197,7 @@ def make_video(
     Args:
         args: The options that `add_output_options` and `add_model_options` add.
         call: The arguments of the pipeline; those that are left out have their defaults.
-        make: Takes the pipeline, and gives the prepared pair and its output with the photos at the ends.
+        make: Takes the pipeline, and gives the prepared pair and its output: lazy frames with the photos at the ends.
 
     Raises:
         RuntimeError: The model cannot be loaded, or memory does not suffice.
@@ -208,35 +210,35 @@ def make_video(
     try:
         with pipe.keeping_sources() if args.sources else nullcontext() as sources:
             pair, output = make(pipe)
+        times, photos = output.times[0], [picture_of(image) for image in pair.images]
+        length = write_frames(args, output, times, lambda index: crossfade(*photos, [times[index]])[0])
     except torch.OutOfMemoryError as error:
         raise RuntimeError(f"{error} Try --frame-batch-size 1, --dtype float16 or a smaller size") from error
-    frames, times = output.frames[0], output.times[0]
-    photos = [picture_of(image) for image in pair.images]
-    length = write_frames(args, frames, times, output.blacked_out, lambda index: crossfade(*photos, [times[index]])[0])
     if args.flow_picture:
         write_picture(flow_picture(pair.flow, pair.canvas), args.flow_picture)
     if args.matches:
         motion = RenderSettings.of(call).motion
         write_picture(matches_picture(*photos, pair.flow, pair.canvas, motion), args.matches)
     if args.sources:
-        write_picture(sources_picture(frames[1:-1], sources, pair.canvas), args.sources)
+        write_picture(sources_picture(output.frames[0][1:-1], sources, pair.canvas), args.sources)
     print(f"{args.output}: {length} frames in {time.perf_counter() - start:.1f} s")
 
 
 def write_frames(
     args: argparse.Namespace,
-    frames: Sequence[Image.Image],
+    output: DreamMoverPipelineOutput,
     times: Sequence[float],
-    flagged: int,
     fade: Callable[[int], Image.Image],
 ) -> int:
     """Write the video, and where they were asked for a contact sheet and a comparison with a cross-fade.
 
+    Frames are made one at a time while they are written. Where the safety checker blacks some out, a warning is
+    printed at last.
+
     Args:
         args: The options that `add_output_options` adds.
-        frames: The frames, with the photos in their places.
+        output: Of the pipeline: lazy frames, with the photos in their places.
         times: The times that the contact sheet shows, one for each frame.
-        flagged: How many frames the safety checker blacked out; if there are any, a warning is printed.
         fade: Makes the frame of the cross-fade that belongs to the frame of an index.
 
     Returns:
@@ -246,12 +248,14 @@ def write_frames(
         OSError, RuntimeError: A file could not be written. The video is written first, and the message of the error
             says where its frames are.
     """
-    if flagged:
-        print(f"dreammover: warning: the safety checker blacked out {flagged} frames", file=sys.stderr)
+    (frames,) = output.frames
     order = play(range(len(frames)), args.fps, args.hold, args.ping_pong)
-    write_video_or_keep([frames[index] for index in order], args.output, args.fps)
+    sheet = ContactSheet(times) if args.sheet else None
+    write_video_or_keep(_Shown(frames, order, sheet), args.output, args.fps)
+    if output.blacked_out:
+        print(f"dreammover: warning: the safety checker blacked out {output.blacked_out} frames", file=sys.stderr)
     if args.sheet:
-        write_picture(contact_sheet(frames, times), args.sheet)
+        write_picture(sheet.picture, args.sheet)
     if args.compare:
         try:
             write_video(_compared(frames, fade, order), args.compare, args.fps)
@@ -262,9 +266,25 @@ def write_frames(
     return len(order)
 
 
-def _compared(
-    frames: Sequence[Image.Image], fade: Callable[[int], Image.Image], order: Sequence[int]
-) -> Iterator[Image.Image]:
+@dataclass(frozen=True)
+class _Shown:
+    """Frames in the order in which they are shown, which are put on a sheet as they pass by, if there is one."""
+
+    frames: LazyFrames
+    order: Sequence[int]
+    sheet: ContactSheet | None
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        for index, frame in zip(self.order, self.frames.arranged(self.order), strict=True):
+            if self.sheet is not None:
+                self.sheet.put(index, frame)
+            yield frame
+
+
+def _compared(frames: LazyFrames, fade: Callable[[int], Image.Image], order: Sequence[int]) -> Iterator[Image.Image]:
     """The frames beside those of a cross-fade, one at a time, since all at once could fill the memory.
 
     Args:
@@ -272,6 +292,9 @@ def _compared(
         fade: Makes the frame of the cross-fade that belongs to the frame of an index.
         order: The indices of the frames in the order in which they are shown.
     """
-    for index, repetitions in groupby(order):
-        (beside,) = comparison({"DreamMover": [frames[index]], "cross-fade": [fade(index)]})
-        yield from (beside for _ in repetitions)
+    before = None
+    for index, frame in zip(order, frames.arranged(order), strict=True):
+        if index != before:
+            (beside,) = comparison({"DreamMover": [frame], "cross-fade": [fade(index)]})
+        before = index
+        yield beside

@@ -12,13 +12,14 @@ import torch
 
 from ..arguments import taken
 from ..fields import flow_at_cell_centres
+from ..finishing import finish_frames
 from ..framing import fit, fit_to_output, unfit
 from ..paths import MotionPaths
 from ..pipeline import DreamMoverPipeline
 from ..progress import reported_stage
 from ..prompts import NegativeText
 from ..records import BidirectionalFlow, Canvas, PreparedPair
-from ..rendering import finish_frames, render_latents
+from ..rendering import render_latents
 from ..settings import PREPARING, RENDERING, RenderSettings, arguments
 from .suites import Pair
 

@@ -13,7 +13,7 @@ import re
 import secrets
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from functools import cache
@@ -94,12 +94,14 @@ def video_size(size: tuple[int, int], path: str | os.PathLike, fps: float) -> tu
 
 
 def write_video_or_keep(
-    frames: Sequence[Image.Image], path: str | os.PathLike, fps: float, beside: str | os.PathLike | None = None
+    frames: Collection[Image.Image], path: str | os.PathLike, fps: float, beside: str | os.PathLike | None = None
 ) -> None:
     """`write_video`; if it fails for whatever reason, the frames are kept as PNGs, since they have cost the most.
 
+    An error that the frames themselves raise, where they are made one at a time, is passed on as it is.
+
     Args:
-        frames: at least one picture, all of one size.
+        frames: at least one picture, all of one size; they are taken one at a time, once more if they are to be kept.
         path: the file or folder to write, as of `write_video`.
         fps: frames per second.
         beside: the file or folder that frames are kept beside; by default `path`.
@@ -107,15 +109,27 @@ def write_video_or_keep(
     Raises:
         RuntimeError: the video could not be written; the message says why, and where the frames are.
     """
+    unmade = None
+
+    def taken() -> Iterator[Image.Image]:
+        nonlocal unmade
+        try:
+            yield from frames
+        except Exception as error:
+            unmade = error
+            raise
+
     try:
-        write_video(frames, path, fps)
+        write_video(taken(), path, fps)
     except Exception as error:
+        if error is unmade:
+            raise
         kept = _kept(frames, Path(path if beside is None else beside))
         where = f"the {len(frames)} frames are kept in '{kept}'" if kept else "nor could the frames be kept anywhere"
         raise RuntimeError(f"'{path}' could not be written: {error}; {where}") from error
 
 
-def _kept(frames: Sequence[Image.Image], path: Path) -> Path | None:
+def _kept(frames: Iterable[Image.Image], path: Path) -> Path | None:
     """A new folder with the frames beside a path, among temporary files or in the current folder.
 
     None is returned if none of these has room.
@@ -307,7 +321,7 @@ def _checked(frames: Iterable[Image.Image]) -> Iterator[Image.Image]:
         size = size or frame.size
         if frame.size != size:
             raise ValueError(f"frames must have one size, but frame 0 has {size} and frame {index} has {frame.size}")
-        yield frame.convert("RGB")
+        yield frame if frame.mode == "RGB" else frame.convert("RGB")
     if size is None:
         raise ValueError("a video needs at least one frame")
 
@@ -332,7 +346,7 @@ def _write_mp4(frames: Iterator[Image.Image], path: Path, fps: float) -> None:
         ffmpeg = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=messages)
         try:
             for frame in chain([first], frames):
-                ffmpeg.stdin.write(_padded_to_even(np.asarray(frame)).tobytes())
+                ffmpeg.stdin.write(_padded_to_even(np.asarray(frame)).data)
             ffmpeg.stdin.close()
             taken = True
         except BrokenPipeError:
@@ -350,6 +364,8 @@ def _write_mp4(frames: Iterator[Image.Image], path: Path, fps: float) -> None:
 
 def _padded_to_even(pixels: np.ndarray) -> np.ndarray:
     height, width, _ = pixels.shape
+    if height % 2 == width % 2 == 0:
+        return pixels
     return np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 

@@ -44,22 +44,49 @@ def contact_sheet(frames: Sequence[Image.Image], times: Sequence[float]) -> Imag
             f"a contact sheet needs at least one frame and a time for each frame; {len(frames)} frames and "
             f"{len(times)} times came"
         )
-    width, height = frames[0].size
-    columns = min(len(frames), math.ceil(math.sqrt(len(frames) * height / width)))  # the sheet is about a square
-    rows = math.ceil(len(frames) / columns)
-    scale = min(1, SHEET_EDGE / (columns * width), SHEET_EDGE / (rows * height))
-    scale = min(1, max(scale, TILE_MIN / width))
-    tile = max(1, round(width * scale)), max(1, round(height * scale))
-    font = _font_under(tile[1])
-    cell = max(tile[0], TILE_MIN) + MARGIN, tile[1] + _line_height(font)
+    sheet = ContactSheet(times)
+    for index, frame in enumerate(frames):
+        sheet.put(index, frame)
+    return sheet.picture
 
-    sheet = Image.new("RGB", (columns * cell[0] + MARGIN, rows * cell[1] + MARGIN), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, (frame, time) in enumerate(zip(frames, times, strict=True)):
-        x, y = MARGIN + index % columns * cell[0], MARGIN + index // columns * cell[1]
-        sheet.paste(frame.convert("RGB").resize(tile, Image.Resampling.LANCZOS), (x, y))
-        draw.text((x, y + tile[1] + 2), time_caption(time), font=font, fill="black")
-    return sheet
+
+class ContactSheet:
+    """The sheet of `contact_sheet`, filled frame by frame, since all large frames at once could fill the memory.
+
+    Args:
+        times: the time of each frame, as of `contact_sheet`.
+    """
+
+    def __init__(self, times: Sequence[float]):
+        self.picture: Image.Image | None = None  # before the first frame, whose size decides the sheet's
+        self._times = times
+
+    def put(self, index: int, frame: Image.Image) -> None:
+        """Put a frame in its place.
+
+        Args:
+            index: which of the times is the frame's.
+            frame: a picture of the same size as all others.
+        """
+        if self.picture is None:
+            self._lay_out(*frame.size)
+        x, y = MARGIN + index % self._columns * self._cell[0], MARGIN + index // self._columns * self._cell[1]
+        self.picture.paste(frame.convert("RGB").resize(self._tile, Image.Resampling.LANCZOS), (x, y))
+        caption = time_caption(self._times[index])
+        ImageDraw.Draw(self.picture).text((x, y + self._tile[1] + 2), caption, font=self._font, fill="black")
+
+    def _lay_out(self, width: int, height: int) -> None:
+        """Make an empty sheet for frames of this size."""
+        count = len(self._times)
+        self._columns = min(count, math.ceil(math.sqrt(count * height / width)))  # the sheet is about a square
+        rows = math.ceil(count / self._columns)
+        scale = min(1, SHEET_EDGE / (self._columns * width), SHEET_EDGE / (rows * height))
+        scale = min(1, max(scale, TILE_MIN / width))
+        self._tile = max(1, round(width * scale)), max(1, round(height * scale))
+        self._font = _font_under(self._tile[1])
+        self._cell = max(self._tile[0], TILE_MIN) + MARGIN, self._tile[1] + _line_height(self._font)
+        size = self._columns * self._cell[0] + MARGIN, rows * self._cell[1] + MARGIN
+        self.picture = Image.new("RGB", size, "white")
 
 
 def crossfade(first: Image.Image, last: Image.Image, times: Sequence[float]) -> list[Image.Image]:

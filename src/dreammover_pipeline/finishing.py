@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From clean latents to the pictures of a video: decode, bring in the photos' detail, check, and hand over.
+
+A picture is made by itself, so frames can be made one at a time: all of them at once by `finish_frames`, or each when
+it is asked for by `LazyFrames`, whose memory does not grow with their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+
+import numpy as np
+import PIL.Image
+import torch
+
+from .autoencoder import Autoencoder
+from .detail import PairDetail, frame_sources, plan_detail, with_detail
+from .framing import fit, unfit
+from .images import rgb
+from .outputs import DreamMoverPipelineOutput, as_output
+from .paths import motion_paths
+from .progress import Stages
+from .records import Canvas, FrameSources
+from .rendering import DenoisedFrames
+from .settings import RenderSettings
+from .tone import tone_difference, with_tone
+from .turns import interruptible
+
+KEPT_BYTES = 2**28  # of finished pictures that `LazyFrames` keep, so that small videos are never made twice
+
+# From pictures (B, 3, H, W) to the same with what was flagged blacked out, and which were; None without a checker.
+SafetyCheck = Callable[[torch.Tensor], tuple[torch.Tensor, list[bool] | None]]
+# Is handed which photo every place of a frame comes from.
+SourcesListener = Callable[[FrameSources], object]
+# From clean latents (1, C, h, w) to a picture (1, 3, height, width) on the canvas.
+Decode = Callable[[torch.Tensor], torch.Tensor]
+
+
+class FrameMaker:
+    """Makes the pictures of one pair's video, each by itself, with the photos at the ends where they are wanted.
+
+    Args:
+        autoencoder: Decodes.
+        frames: What `render_latents` returned.
+        settings: What detail frames have, whether the photos are wanted, and in what form.
+        dtype: float32, or uint8, which takes a quarter of the memory, for pictures with the photos' detail.
+        check_safety: Blacks out what the safety checker flags.
+        on_sources: Called once for every frame that takes detail from the photos, the ends aside; by default nothing
+            is.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        frames: DenoisedFrames,
+        settings: RenderSettings,
+        dtype: torch.dtype,
+        check_safety: SafetyCheck,
+        on_sources: SourcesListener | None = None,
+    ):
+        self.autoencoder, self.frames, self.settings, self.dtype = autoencoder, frames, settings, dtype
+        self.times = (0.0, *frames.times, 1.0) if settings.include_inputs else frames.times
+        self._check_safety, self._on_sources = check_safety, on_sources
+        self._told: set[int] = set()
+        self._pair: _FinishedPair | None = None
+
+    @property
+    def decodes(self) -> int:
+        """How many latents are decoded for all pictures together."""
+        return len(self.frames.latents) + 2 * self._needs_photos
+
+    @property
+    def _needs_photos(self) -> bool:
+        return self.settings.detail == "photos" or self.settings.include_inputs
+
+    def make(self, index: int, decode: Decode) -> tuple[torch.Tensor, bool | None]:
+        """Make the picture of an index among `times`.
+
+        Args:
+            index: Which.
+            decode: The autoencoder's, as `Autoencoder.decoder` gives it.
+
+        Returns:
+            The picture (1, 3, H, W), uint8 or float32 in [0, 1], and whether the safety checker flagged it; None
+            without a checker, and for the photos themselves, which are not checked.
+
+        Raises:
+            torch.OutOfMemoryError: Memory does not suffice; the error's `latents` are the frames'.
+        """
+        frames, time = self.frames, self.times[index]
+        between = index - self.settings.include_inputs
+        at_an_end = not 0 <= between < len(frames.latents)
+        end = round(time)
+        if at_an_end and self.settings.endpoints == "original":
+            return frames.images[end][None], None
+        try:
+            pair = self._pair = self._pair or self._finished_pair(decode)
+            if at_an_end:
+                return pair.finish(pair.copies[end], [], time, None), None
+            decoded = decode(frames.latents[between][None]).cpu()
+            with interruptible():
+                on_sources = None if index in self._told else self._on_sources
+                picture = pair.finish(decoded, pair.tones, time, on_sources)
+            self._told.add(index)
+            picture, flags = self._check_safety(picture)
+        except torch.OutOfMemoryError as error:
+            error.latents = frames.latents
+            error.add_note("What was denoised is not lost: this error's `latents` are for `decode_latents`.")
+            raise
+        return picture, flags[0] if flags else None
+
+    def forget_pair(self) -> None:
+        """Give back the memory of what is known of the pair; it is found out again for the next picture."""
+        self._pair = None
+
+    def _finished_pair(self, decode: Decode) -> _FinishedPair:
+        """What can be known once for all pictures."""
+        frames, canvas = self.frames, self.frames.canvas
+        finish = partial(_upsampled, canvas)
+        if not self._needs_photos:
+            return _FinishedPair((), [], finish)
+        photos = [rgb(image) for image in frames.images]
+        working = torch.stack([fit(photo, canvas) for photo in photos])
+        copies = tuple(decode(latent).cpu() for latent in frames.clean_ends.split(1))
+        if self.settings.detail == "photos":
+            with interruptible():
+                paths = frames.paths or motion_paths(frames.flow, self.settings.motion)
+                pair = PairDetail.of(photos, working, torch.cat(copies), canvas, frames.flow, paths)
+            finish = partial(_detailed, pair, self.dtype)
+        tones = []
+        if self.settings.include_inputs and self.settings.endpoints == "original":
+            tones = [
+                tone_difference(photo[canvas.content], copy[canvas.content])
+                for photo, copy in zip(working.split(1), copies, strict=True)
+            ]
+        return _FinishedPair(copies, tones, finish)
+
+
+@dataclass(frozen=True, eq=False)
+class _FinishedPair:
+    """What is known once for all pictures of a pair.
+
+    `copies` are the two photos as the VAE brings them back and `tones` what of their tones is faded out; `finish`
+    makes a picture at the output size of a decoded one, of tones, a time and a listener for its sources.
+    """
+
+    copies: tuple[torch.Tensor, ...]
+    tones: list[torch.Tensor]
+    finish: Callable[[torch.Tensor, list[torch.Tensor], float, SourcesListener | None], torch.Tensor]
+
+
+def _upsampled(
+    canvas: Canvas,
+    decoded: torch.Tensor,
+    tones: list[torch.Tensor],
+    time: float,
+    on_sources: SourcesListener | None,
+) -> torch.Tensor:
+    """A decoded frame at the output size, (1, 3, H, W), with as much of the photos' tones as its time calls for.
+
+    It has no sources to tell of.
+    """
+    return with_tone(unfit(decoded, canvas), tones, time)
+
+
+def _detailed(
+    pair: PairDetail,
+    dtype: torch.dtype,
+    decoded: torch.Tensor,
+    tones: list[torch.Tensor],
+    time: float,
+    on_sources: SourcesListener | None,
+) -> torch.Tensor:
+    """What `_upsampled` gives, with the detail of the photos."""
+    content, frame = pair.canvas.content, decoded.clone()
+    frame[content] = with_tone(decoded[content], tones, time)
+    plan = plan_detail(pair, frame[0], time)
+    if on_sources is not None:
+        on_sources(frame_sources(pair, plan, time))
+    return with_detail(pair, frame[0], time, dtype, plan=plan)[None]
+
+
+def finish_frames(
+    autoencoder: Autoencoder,
+    frames: DenoisedFrames,
+    settings: RenderSettings,
+    output_type: str,
+    check_safety: SafetyCheck,
+    stages: Stages,
+    on_sources: SourcesListener | None = None,
+) -> DreamMoverPipelineOutput:
+    """Decode frames one by one into the form asked for, with the photos at the ends where they are wanted.
+
+    Args:
+        autoencoder: Decodes.
+        frames: What `render_latents` returned.
+        settings: What detail frames have, whether the photos are wanted, and in what form.
+        output_type: "pil", "np", "pt" or "latent".
+        check_safety: Blacks out what the safety checker flags.
+        stages: What is told of progress.
+        on_sources: Called for every frame that takes detail from the photos, the ends aside; by default nothing is.
+
+    Returns:
+        A batch of one.
+
+    Raises:
+        torch.OutOfMemoryError: Memory does not suffice for a single frame; the error's `latents` are the frames'.
+    """
+    maker = FrameMaker(autoencoder, frames, settings, picture_dtype(output_type), check_safety, on_sources)
+    if output_type == "latent":
+        ends = frames.clean_ends
+        latents = torch.cat([ends[:1], frames.latents, ends[1:]]) if settings.include_inputs else frames.latents
+        return DreamMoverPipelineOutput(latents[None], [frames.flow], None, [maker.times])
+    pictures, flags = [], []
+    with stages("Decoding", maker.decodes) as step, autoencoder.decoder() as decode:
+
+        def decode_and_step(latents: torch.Tensor) -> torch.Tensor:
+            picture = decode(latents)
+            step()
+            return picture
+
+        for index in range(len(maker.times)):
+            picture, flag = maker.make(index, decode_and_step)
+            pictures.append(as_output(picture, output_type))
+            flags.append(flag)
+    flagged = None if all(flag is None for flag in flags) else [[bool(flag) for flag in flags]]
+    if output_type == "pil":
+        video = [[picture for (picture,) in pictures]]
+    else:
+        video = (torch.cat if output_type == "pt" else np.concatenate)(pictures)[None]
+    return DreamMoverPipelineOutput(video, [frames.flow], flagged, [maker.times])
+
+
+def picture_dtype(output_type: str) -> torch.dtype:
+    """The dtype in which pictures are made for an `output_type`."""
+    return torch.uint8 if output_type in ("pil", "lazy") else torch.float32
+
+
+# ── One at a time ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where frames can be made after the call that they belong to.
+
+    `turn` is a context that has the models for itself, `stages` is told of progress, and `finish` is called at the
+    end, for models that were brought to the device.
+    """
+
+    turn: Callable[[], AbstractContextManager]
+    stages: Stages
+    finish: Callable[[], object]
+
+
+class LazyFrame:
+    """A frame that is not made before it is asked for.
+
+    Args:
+        maker: Makes it.
+        index: Which of the maker's frames it is.
+    """
+
+    def __init__(self, maker: FrameMaker, index: int):
+        self.maker, self.index, self.flagged = maker, index, False
+        self.kept: PIL.Image.Image | None = None
+
+    def picture(self, workplace: Workplace) -> PIL.Image.Image:
+        """The frame as it was kept, or made now."""
+        if self.kept is not None:
+            return self.kept
+        with workplace.turn(), self.maker.autoencoder.decoder() as decode:
+            picture, flag = self.maker.make(self.index, decode)
+        self.flagged = bool(flag)
+        (picture,) = as_output(picture, "pil")
+        return picture
+
+
+class LazyFrames(Sequence):
+    """The frames of a video as a sequence of PIL images, each of which is made when it is asked for.
+
+    Looped over, they are made one at a time, with progress shown. About 256 MiB of them are kept, so that frames of
+    small videos are made once; of larger videos those beyond are made again whenever they are asked for. So memory
+    does not grow with the number of frames. The pipeline must be as it was when the latents were made.
+
+    Args:
+        frames: The frames in their order; one may be there several times.
+        workplace: Where they are made.
+        room: How many bytes of pictures may still be kept, in a list of one; by default `KEPT_BYTES`.
+    """
+
+    def __init__(self, frames: Iterable[LazyFrame], workplace: Workplace, room: list[int] | None = None):
+        self._frames, self._workplace = list(frames), workplace
+        self._room = [KEPT_BYTES] if room is None else room
+
+    @classmethod
+    def of(cls, maker: FrameMaker, workplace: Workplace) -> LazyFrames:
+        """All frames of a maker."""
+        return cls((LazyFrame(maker, index) for index in range(len(maker.times))), workplace)
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def __getitem__(self, index: int | slice) -> PIL.Image.Image | LazyFrames:
+        """The frame of an index, or the frames of a slice, which are made when they are asked for."""
+        if isinstance(index, slice):
+            return self.arranged(range(len(self))[index])
+        with self._pairs_forgotten():
+            return self._kept(self._frames[index])
+
+    def __iter__(self) -> Iterator[PIL.Image.Image]:
+        """Make the frames one at a time."""
+        with self._workplace.stages("Decoding", len(self)) as step, self._pairs_forgotten():
+            before = None
+            for frame, shown in groupby(self._frames):
+                if before is not None and before is not frame.maker:
+                    before.forget_pair()
+                before = frame.maker
+                picture = self._kept(frame)
+                for _ in shown:
+                    yield picture
+                    step()
+
+    def __add__(self, other: LazyFrames) -> LazyFrames:
+        """These frames and then others."""
+        return LazyFrames([*self._frames, *other._frames], self._workplace)
+
+    def arranged(self, order: Iterable[int]) -> LazyFrames:
+        """The frames of these indices in their order, in which one may be there several times."""
+        return LazyFrames((self._frames[index] for index in order), self._workplace, self._room)
+
+    @property
+    def flags(self) -> LazyFlags:
+        """Which frames the safety checker has flagged and blacked out."""
+        return LazyFlags(self._frames)
+
+    def _kept(self, frame: LazyFrame) -> PIL.Image.Image:
+        """The picture of a frame, which is kept if there is room."""
+        picture = frame.picture(self._workplace)
+        size = 3 * picture.width * picture.height
+        if frame.kept is None and size <= self._room[0]:
+            frame.kept = picture
+            self._room[0] -= size
+        return picture
+
+    @contextmanager
+    def _pairs_forgotten(self) -> Iterator[None]:
+        """Give memory back when the context ends."""
+        try:
+            yield
+        finally:
+            for maker in {frame.maker for frame in self._frames}:
+                maker.forget_pair()
+            self._workplace.finish()
+
+
+class LazyFlags(Sequence):
+    """Which of lazy frames the safety checker has flagged so far; frames that are not made yet are not flagged.
+
+    Args:
+        frames: The frames.
+    """
+
+    def __init__(self, frames: Sequence[LazyFrame]):
+        self._frames = frames
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def __getitem__(self, index: int | slice) -> bool | list[bool]:
+        """Whether the frame of an index is flagged, or which frames of a slice are."""
+        if isinstance(index, slice):
+            return [frame.flagged for frame in self._frames[index]]
+        return self._frames[index].flagged
+
+
+def lazy_output(maker: FrameMaker, workplace: Workplace, checked: bool) -> DreamMoverPipelineOutput:
+    """The output of a pair whose frames are made when they are asked for.
+
+    Args:
+        maker: Makes them.
+        workplace: Where they are made.
+        checked: Whether a safety checker looks at them.
+    """
+    frames = LazyFrames.of(maker, workplace)
+    return DreamMoverPipelineOutput([frames], [maker.frames.flow], [frames.flags] if checked else None, [maker.times])

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frames that are made when they are asked for."""
+
+import numpy as np
+import pytest
+import torch
+from support.sequences import FEW_STEPS, three_photos
+
+import dreammover_pipeline.finishing as finishing
+from dreammover_pipeline.finishing import LazyFrames
+from dreammover_pipeline.turns import Turn
+
+
+@pytest.fixture
+def fast(fast):
+    return {**fast, **FEW_STEPS, "lora_steps": 0, "include_inputs": True}
+
+
+@pytest.fixture
+def decodes(pipe, monkeypatch):
+    """How many latents the VAE has decoded so far."""
+    counted, decode = [], pipe.vae.decode
+    monkeypatch.setattr(pipe.vae, "decode", lambda z, **rest: counted.extend(z) or decode(z, **rest))
+    return counted
+
+
+def same(made, expected):
+    return all(np.array_equal(*both) for both in zip(made, expected, strict=True))
+
+
+@pytest.mark.parametrize("detail", ["photos", "upsampled"])
+@pytest.mark.parametrize("endpoints", ["original", "reconstructed"])
+def test_they_are_the_frames_of_an_ordinary_call(pipe, photos, fast, detail, endpoints):
+    settings = {**fast, "detail": detail, "endpoints": endpoints}
+    whole = pipe(*photos, **{**settings, "output_type": "pil"})
+    lazy = pipe(*photos, **{**settings, "output_type": "lazy"})
+    (frames,) = lazy.frames
+    assert isinstance(frames, LazyFrames)
+    assert len(frames) == len(whole.frames[0])
+    assert lazy.times == whole.times
+    assert lazy.nsfw_content_detected is None
+    assert same([frames[2]], [whole.frames[0][2]])
+    assert same(frames, whole.frames[0])
+    assert same(frames[1:-1], whole.frames[0][1:-1])
+    assert same(frames.arranged([3, 3, 0, 3]), [whole.frames[0][index] for index in (3, 3, 0, 3)])
+
+
+@pytest.mark.parametrize(("kept", "made_twice"), [(3, 0), (1, 2)])
+def test_what_does_not_fit_is_made_again(pipe, photos, fast, decodes, monkeypatch, kept, made_twice):
+    monkeypatch.setattr(finishing, "KEPT_BYTES", kept * 3 * 64 * 64)
+    frames = pipe(*photos, **{**fast, "include_inputs": False, "output_type": "lazy"}).frames[0]
+    assert not decodes
+    first = list(frames)
+    assert len(decodes) == 3
+    assert same(frames, first)
+    assert len(decodes) == 3 + made_twice
+    assert same(frames.arranged([2, 2, 2, 0]), [first[2]] * 3 + [first[0]])
+    assert len(decodes) == 3 + made_twice + (kept < 3)
+
+
+def test_no_frame_is_held_once_it_has_been_handed_over(pipe, photos, fast, monkeypatch):
+    monkeypatch.setattr(finishing, "KEPT_BYTES", 0)
+    frames = pipe(*photos, **{**fast, "detail": "photos", "output_type": "lazy"}).frames[0]
+    for _ in frames:
+        pass
+    assert all(frame.kept is None and frame.maker._pair is None for frame in frames._frames)
+
+
+def test_those_of_a_sequence_follow_each_other(pipe, photos, fast):
+    album = three_photos(photos)
+    whole = pipe.interpolate_sequence(album, **{**fast, "output_type": "pil"})
+    lazy = pipe.interpolate_sequence(album, **{**fast, "output_type": "lazy"})
+    assert lazy.times == whole.times
+    assert same(lazy.frames[0], whole.frames[0])
+
+
+def test_a_batch_has_lazy_frames_of_each_pair(pipe, photos, fast):
+    first, last = photos
+    output = pipe([first, last.resize((48, 72))], [last, first], **{**fast, "output_type": "lazy"})
+    assert [frames[1].size for frames in output.frames] == [(64, 64), (48, 72)]
+
+
+def test_which_photo_they_come_from_is_told_once(pipe, photos, fast):
+    with pipe.keeping_sources() as sources:
+        frames = pipe(*photos, **{**fast, "detail": "photos", "output_type": "lazy"}).frames[0]
+    assert not sources
+    for _ in range(2):
+        for _ in frames[:]:
+            pass
+    assert [told.time for told in sources] == [0.25, 0.5, 0.75]
+
+
+def test_others_can_use_the_models_between_two_frames(pipe, photos, fast):
+    frames = pipe(*photos, **{**fast, "output_type": "lazy"}).frames[0]
+    for _ in frames:
+        with Turn([pipe.unet, pipe.vae], pipe.unet):
+            pass
+
+
+def test_a_listener_is_told_of_every_frame_and_can_stop_the_work(pipe, photos, fast):
+    told = []
+
+    def listener(stage, done, total):
+        told.append((stage, done, total))
+        if done == 3:
+            raise InterruptedError
+
+    frames = pipe(*photos, **{**fast, "output_type": "lazy"}).frames[0]
+    with pipe.listening(listener), pytest.raises(InterruptedError):
+        list(frames)
+    assert told == [("Decoding", done, 5) for done in range(4)]
+
+
+def test_memory_that_does_not_suffice_leaves_the_latents(pipe, photos, fast, monkeypatch):
+    frames = pipe(*photos, **{**fast, "output_type": "lazy"}).frames[0]
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(pipe.vae, "decode", full)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        list(frames)
+    assert caught.value.latents.shape == (3, 4, 8, 8)
