@@ -67,10 +67,21 @@ def in_a_process(bench: Bench, points: Points) -> list[float]:
 
     Each point must need more memory than the one before it, since a process only knows its peak so far.
     """
-    command = [sys.executable, "-m", "benchmarks.footprint", bench.name, json.dumps(points)]
+    return told_by_a_process("benchmarks.footprint", bench.name, points)
+
+
+def told_by_a_process(module: str, *arguments: object) -> list[float]:
+    """The JSON that a module of this package prints when it is run in a process of its own with JSON arguments."""
+    command = [sys.executable, "-m", module, *map(json.dumps, arguments)]
     environment = {**os.environ, **RETURN_FREED}
     done = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)
+
+
+def peak_resident() -> float:
+    """This process's peak resident set so far, in MiB."""
+    unit = MIB if sys.platform == "darwin" else 1024  # number of ru_maxrss units in a MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def render_points(name: str, points: Points) -> list[float]:
@@ -78,11 +89,10 @@ def render_points(name: str, points: Points) -> list[float]:
     bench = Bench(name)
     torch.set_num_threads(1)
     pair = bench.prepare(steps=STEPS, side=bench.profile.memory_side)
-    unit = MIB if sys.platform == "darwin" else 1024  # number of ru_maxrss units in a MiB
     peaks = []
     for frames, chunk, output in points:
         bench.render(pair, frames, chunk, output_type=output)
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+        peaks.append(peak_resident())
     return peaks
 
 
@@ -133,4 +143,4 @@ def counted(profile: Profile) -> Table:
 
 
 if __name__ == "__main__":
-    print(json.dumps(render_points(sys.argv[1], json.loads(sys.argv[2]))))
+    print(json.dumps(render_points(*map(json.loads, sys.argv[1:]))))

@@ -47,6 +47,7 @@ class Profile:
     memory_side: int  # side in pixels of the row "memory"
     loop_cells: int  # number of cells that the row "matching" times in a Python loop
     matching: tuple[int, int, int]  # row "matching": number of channels, side of the features, side of the grid
+    photo_points: tuple[tuple[int, int], ...]  # row "photos": (side in pixels, number of frames), from small to large
     compiler: str  # backend of torch.compile in the row "compile"
 
 
@@ -60,6 +61,7 @@ ROWS = (
     "memory",
     "scaling",
     "shares",
+    "photos",
     "compile",
 )
 ON_CPU = tuple(name for name in ROWS if name not in ("stages", "precision"))
@@ -89,6 +91,7 @@ PROFILES = {
         memory_side=256,
         loop_cells=64,
         matching=(1280, 32, 64),
+        photo_points=((1024, 2), (2048, 2), (2048, 8), (4096, 2), (4096, 4), (8192, 2), (8192, 4)),
         compiler="eager",
     ),
     "gpu": Profile(
@@ -114,6 +117,7 @@ PROFILES = {
         memory_side=512,
         loop_cells=64,
         matching=(1280, 32, 64),
+        photo_points=((1024, 2), (2048, 2), (2048, 8), (4096, 2), (4096, 8)),
         compiler="inductor",
     ),
     "smoke": Profile(
@@ -139,6 +143,7 @@ PROFILES = {
         memory_side=64,
         loop_cells=4,
         matching=(16, 4, 8),
+        photo_points=((64, 1), (128, 2)),
         compiler="eager",
     ),
 }

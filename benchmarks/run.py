@@ -12,7 +12,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks import compiling, counts, footprint, machine, matching, overhead, released, scaling, shares, stages
+from benchmarks import (
+    compiling,
+    counts,
+    footprint,
+    large_photos,
+    machine,
+    matching,
+    overhead,
+    released,
+    scaling,
+    shares,
+    stages,
+)
 from benchmarks.profiles import PROFILES, ROWS, Bench
 from benchmarks.report import write_json
 
@@ -26,6 +38,7 @@ SECTIONS = {
     "memory": footprint.tables,
     "scaling": scaling.tables,
     "shares": shares.tables,
+    "photos": large_photos.tables,
     "compile": compiling.tables,
 }
 

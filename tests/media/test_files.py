@@ -372,6 +372,6 @@ def test_an_error_of_the_frames_themselves_is_passed_on(tmp_path):
             yield from list.__iter__(self)
             raise RuntimeError("the VAE overflowed")
 
-    with pytest.raises(RuntimeError, match="^the VAE overflowed$"):
+    with pytest.raises(RuntimeError, match=r"^the VAE overflowed$"):
         write_video_or_keep(Unmade(make_frames()), tmp_path / "a.gif", fps=16)
     assert not list(tmp_path.iterdir())
