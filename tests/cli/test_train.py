@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from dreammover_pipeline.cli.main import main
-from dreammover_pipeline.tiny.examples import SCENES
+from dreammover_pipeline.tiny.examples import PHOTOS, SCENES
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_the_help_needs_no_torch():
     subprocess.run([sys.executable, "-c", check], check=True, stdout=subprocess.DEVNULL)
 
 
-def test_the_examples_are_drawn(tmp_path):
+def test_the_examples_are_written(tmp_path):
     assert main(["draw-examples", str(tmp_path / "pairs")]) == 0
-    assert {path.name for path in (tmp_path / "pairs").iterdir()} == set(SCENES)
+    assert {path.name for path in (tmp_path / "pairs").iterdir()} == {*SCENES, *PHOTOS}
     assert (tmp_path / "pairs" / "fish" / "0.500.png").is_file()

@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.cli.loading import MODELS
 from dreammover_pipeline.timing import CURVES, EVEN
-from dreammover_pipeline.tiny.examples import SCENES
+from dreammover_pipeline.tiny.examples import PHOTOS, SCENES
 
 ROOT = Path(__file__).parents[2]
 FIELD = re.compile(r"^(\w+) = (\S+)  # @param (\[.*?\]|\{.*?\})( \{.*\})?$", re.MULTILINE)
@@ -48,7 +48,7 @@ def test_it_is_valid_and_stored_without_outputs(notebook):
 
 def test_its_fields_offer_what_there_is(fields):
     assert set(fields["model"][1]) == set(MODELS)
-    assert set(fields["sample"][1]) == set(SCENES)
+    assert set(fields["sample"][1]) == {*SCENES, *PHOTOS}
     assert set(fields["easing"][1]) == {*CURVES, EVEN}
     for value, kind in fields.values():
         if isinstance(kind, list):

@@ -31,8 +31,7 @@ def test_it_comes_up_whole_in_one_precision_in_diffusers_own_pipeline():
     assert torch.equal(loaded, stored)
 
 
-def test_the_examples_are_scenes_of_its_world(tmp_path):
-    """The committed pictures are what the program that made them makes."""
+def test_the_examples_are_what_the_program_writes(tmp_path):
     write_examples(tmp_path)
     made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*"))
     assert made == sorted(path.relative_to(EXAMPLES) for path in EXAMPLES.glob("*/*") if path.parent.name != "space")
@@ -41,7 +40,7 @@ def test_the_examples_are_scenes_of_its_world(tmp_path):
             assert (tmp_path / path).read_text() == (EXAMPLES / path).read_text()
         else:
             there, here = (np.array(Image.open(root / path)).astype(int) for root in (EXAMPLES, tmp_path))
-            assert np.abs(there - here).max() <= 1  # rounding differs between machines
+            assert np.abs(there - here).max() <= (1 if path.suffix == ".png" else 8)  # machines round differently
 
 
 def test_prompts_mean_something_to_it(tiny_pipe):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from support.drawn import SEED, eroded
 
+from dreammover_pipeline.cli.evaluate import SIDES
 from dreammover_pipeline.flow import backward_warp
 from dreammover_pipeline.tiny.sprites import KINDS
 from dreammover_pipeline.tiny.world import DIFFICULTIES, World
@@ -73,6 +74,15 @@ def test_a_scene_is_the_same_at_every_size():
     assert (large.frame(0)[middle] - small.frame(0)).abs().masked_select(ground).max() < 1e-5
     difference = (large.flow(0, 1)[middle] / 3 - small.flow(0, 1)).abs()
     assert (difference < 1e-3).float().mean() > 0.999
+
+
+def test_the_largest_scene_is_the_smallest_drawn_finer():
+    """At the two ends of what `dreammover evaluate --size` takes."""
+    small, large = (World(size=side).sample(1, SEED) for side in SIDES)
+    finer = SIDES[1] // SIDES[0]
+    assert (F.avg_pool2d(large.frame(0.5), finer) - small.frame(0.5)).abs().mean() < 0.006
+    moved = F.avg_pool2d(large.flow(0, 1), finer) / finer
+    assert ((moved - small.flow(0, 1)).abs() < 0.02).float().mean() > 0.9  # the rest has an edge of a part in it
 
 
 def test_the_frame_has_about_a_quarter_of_sprite():

@@ -103,7 +103,7 @@ def test_a_second_sprite_hides_and_is_hidden():
     "arguments",
     [
         {"size": 63},
-        {"size": 513},
+        {"size": 1025},
         {"kinds": ()},
         {"kinds": ("fish", "dog")},
         {"kinds": ("fish", "fish")},

@@ -101,7 +101,8 @@ def test_names_that_no_file_can_have_are_not_looked_for(visitor, path):
 
 def test_examples_are_everyones(visitor):
     (mine,) = upload(visitor, png()).json()
-    assert visitor.get(f"{FILE}{root_of(mine)}/examples/robot/0.png").status_code == 200
+    for example in ("robot/0.png", "box/0.jpg"):
+        assert visitor.get(f"{FILE}{root_of(mine)}/examples/{example}").status_code == 200
 
 
 @pytest.mark.parametrize(

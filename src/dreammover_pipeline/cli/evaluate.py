@@ -21,6 +21,7 @@ FULL = {"pairs": 32, "frames": 7}  # sizes of a suite without --quick
 # Sizes of a suite with --quick, which takes about six minutes on two cores with the embedded checkpoint.
 QUICK = {"pairs": 2, "frames": 1}
 DIFFICULTIES = ("same", "relit", "recast")
+SIDES = (64, 1024)  # smallest and largest side of the scenes that the world can draw, in pixels
 # Settings of the method that a line of text can hold; which frames are made is decided by the suites.
 SETTINGS = {
     name
@@ -69,7 +70,8 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         metavar="NAME",
         help="default: all whose weights are there; the error for an unknown name lists all names",
     )
-    add("--size", type=int, metavar="N", help="side of drawn scenes in pixels, 64 to 512 (default: the native size)")
+    sides = "side of drawn scenes in pixels, {} to {} (default: the native size)".format(*SIDES)
+    add("--size", type=int, metavar="N", help=sides)
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="set a parameter of the pipeline; repeatable")
     add("--flow", default="dis", metavar="NAME", help="dis (the default) or raft, for warping errors without truth")
     add("--seed", type=int, default=0, metavar="N", help="decides drawn scenes and LoRAs (default: %(default)s)")
@@ -130,7 +132,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     check_integer("--frames", frames, 1)
     check_integer("--seed", args.seed, 0)
     if args.size is not None:
-        check_integer("--size", args.size, 64, 512)
+        check_integer("--size", args.size, *SIDES)
     pipeline_class()  # first, since it hushes third parties before they are imported
     from ..evaluation.methods import METHODS, methods_without_weights
 
@@ -190,10 +192,11 @@ def _correspondence(args: argparse.Namespace) -> None:
 
 
 def native_size(pipe) -> int:
-    """Side in pixels of the images that a model was trained for, within the 64 to 512 that the world can draw."""
+    """Side in pixels of the images that a model was trained for, within what the world can draw."""
     sample = pipe.unet.config.sample_size
     side = sample if isinstance(sample, int) else min(sample)
-    return min(512, max(64, side * pipe.vae_scale_factor))
+    smallest, largest = SIDES
+    return min(largest, max(smallest, side * pipe.vae_scale_factor))
 
 
 def _compare(args: argparse.Namespace) -> None:

@@ -36,8 +36,11 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     add("--threads", type=int, metavar="N", help="number of CPU threads; default: what torch takes")
     add("--export", type=Path, metavar="FOLDER", help="at the end, write the best models so far in diffusers' layout")
 
-    text = "Draw the example pairs of the repository's folder examples, with their true in-between frames."
-    parser = commands.add_parser("draw-examples", help="draw the example pairs", description=text)
+    text = (
+        "Write the example pairs of the repository's folder examples: drawn ones with their true in-between frames, "
+        "and photos."
+    )
+    parser = commands.add_parser("draw-examples", help="write the example pairs", description=text)
     parser.set_defaults(run=_draw_examples)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="each pair becomes a folder in it")
 

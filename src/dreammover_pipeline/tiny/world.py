@@ -40,7 +40,7 @@ GREY = 0.62  # brightness of the grey that a colour is mixed with to become a ba
 class World:
     """What scenes are made of and how far their sprites move."""
 
-    size: int = 128  # side of the images in pixels, 64 to 512; the same seed gives the same scene at every size
+    size: int = 128  # side of the images in pixels, 64 to 1024; the same seed gives the same scene at every size
     kinds: tuple[str, ...] = tuple(KINDS)
     textures: tuple[str, ...] = TEXTURES
     colours: tuple[str, ...] = tuple(COLOURS)  # at least 4, so that "recast" finds colours that the first image lacks
@@ -52,8 +52,7 @@ class World:
     swing: float = 0.55  # largest angle that a joint turns by between time 0 and time 1, in radians
 
     def __post_init__(self):
-        check_integer("size", self.size, 64)
-        check_at_most("size", self.size, 512)
+        check_integer("size", self.size, 64, 1024)
         for name, known in (
             ("kinds", KINDS),
             ("textures", TEXTURES),

@@ -94,7 +94,8 @@ def build_components(examples: Path, defaults: Mapping[str, object]) -> PageComp
     """Build everything that is on the page.
 
     Args:
-        examples: a folder of example pairs, `name/0.png`, `name/1.png` and `name/prompt.txt`.
+        examples: a folder of example pairs, each a folder with `0.png` and `1.png`, or `0.jpg` and `1.jpg`, and with
+            `prompt.txt`.
         defaults: what the pipeline's arguments are until a visitor changes them.
     """
     gr.Markdown(INTRO)
@@ -121,7 +122,10 @@ def _photos(examples: Path) -> dict[str, Component]:
     pairs = sorted(examples.iterdir())
     gr.Examples(
         [
-            [str(pair / "0.png"), str(pair / "1.png"), (pair / "prompt.txt").read_text(encoding="utf-8").strip()]
+            [
+                *(str(next(pair.glob(f"{end}.[jp]*"))) for end in (0, 1)),  # not 0.250.png, which is a frame between
+                (pair / "prompt.txt").read_text(encoding="utf-8").strip(),
+            ]
             for pair in pairs
         ],
         [first, last, prompt],

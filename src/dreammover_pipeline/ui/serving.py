@@ -31,7 +31,8 @@ def build_page(studio: Studio, examples: Path, defaults: Mapping[str, object]) -
 
     Args:
         studio: does the work.
-        examples: a folder of example pairs, `name/0.png`, `name/1.png` and `name/prompt.txt`.
+        examples: a folder of example pairs, each a folder with `0.png` and `1.png`, or `0.jpg` and `1.jpg`, and with
+            `prompt.txt`.
         defaults: values for arguments of the pipeline that the page begins with; an argument that is not among them
             begins with the pipeline's own default.
     """
