@@ -49,6 +49,7 @@ TRUSTED_ERROR = 0.02  # mean error of the VAE, in colours of 1, at which its fra
 TAKEN = 0.15  # difference in colour between photos and frame at which the photos are taken to 1/e …
 TAKEN_FOR_ERROR = 6.0  # … and what is added to it for each unit of the VAE's error there
 LIGHT_BLUR = 2.0  # places; sigma of the Gaussian mean that is the light of a difference
+LIGHT_TRUSTED_ERROR = 0.01  # mean error of the VAE, in colours of 1, at which its light is trusted half as much
 LIGHT_OUTLIER = 0.04  # difference in colour that is more likely one of content than of light
 FAINT = 1e-4  # share of a photo that is not meant to be seen, so that a place is never without any
 CELLS_AT_ONCE_NEARBY = 2048  # for which candidates are looked for together, so that the workspace stays bounded
@@ -349,6 +350,7 @@ def plan_detail(pair: PairDetail, frame: torch.Tensor, time: float) -> FrameDeta
     error = _seen_mean(one[0], on_one, other[0], on_other)
     rest = frame - mixed
     added = blurred(rest / (1 + (blurred(rest.abs().mean(0), 1.0) / LIGHT_OUTLIER).square()), LIGHT_BLUR)
+    added = added / (1 + (error / LIGHT_TRUSTED_ERROR).square())
     off = blurred((rest - added).abs().mean(0), SECOND_BLUR)
     taken = (-(off / (TAKEN + TAKEN_FOR_ERROR * error)).square()).exp() * (on_one | on_other)
     return FrameDetail(sources, candidates, taken[None], added, torch.stack([one[1:], other[1:]]))
