@@ -152,7 +152,11 @@ def test_every_pixel_is_that_of_the_equation():
         gx = (source[0] + 0.5) * 2 * canvas.width / w / canvas.content_width - 1
         gy = (source[1] + 0.5) * 2 * canvas.height / h / canvas.content_height - 1
         value = F.grid_sample(
-            photo[None], torch.stack([gx, gy]).reshape(1, 1, 1, 2), padding_mode="border", align_corners=False
+            photo[None],
+            torch.stack([gx, gy]).reshape(1, 1, 1, 2),
+            mode="bicubic",
+            padding_mode="border",
+            align_corners=False,
         )
         return value.reshape(3), float(abs(gx) < 1 and abs(gy) < 1)
 
