@@ -17,12 +17,12 @@ import numpy as np
 import PIL.Image
 import torch
 
-from .autoencoder import Autoencoder
 from .detail import PairDetail, frame_sources, plan_detail, with_detail
 from .framing import fit, unfit
 from .images import rgb
 from .outputs import DreamMoverPipelineOutput, as_output
 from .paths import motion_paths
+from .preparing import Models
 from .progress import Stages
 from .records import Canvas, FrameSources
 from .rendering import DenoisedFrames
@@ -44,7 +44,7 @@ class FrameMaker:
     """Makes the pictures of one pair's video, each by itself, with the photos at the ends where they are wanted.
 
     Args:
-        autoencoder: Decodes.
+        models: What to do it with.
         frames: What `render_latents` returned.
         settings: What detail frames have, whether the photos are wanted, and in what form.
         dtype: float32, or uint8, which takes a quarter of the memory, for pictures with the photos' detail.
@@ -55,14 +55,14 @@ class FrameMaker:
 
     def __init__(
         self,
-        autoencoder: Autoencoder,
+        models: Models,
         frames: DenoisedFrames,
         settings: RenderSettings,
         dtype: torch.dtype,
         check_safety: SafetyCheck,
         on_sources: SourcesListener | None = None,
     ):
-        self.autoencoder, self.frames, self.settings, self.dtype = autoencoder, frames, settings, dtype
+        self.models, self.frames, self.settings, self.dtype = models, frames, settings, dtype
         self.times = (0.0, *frames.times, 1.0) if settings.include_inputs else frames.times
         self._check_safety, self._on_sources = check_safety, on_sources
         self._told: set[int] = set()
@@ -185,7 +185,7 @@ def _detailed(
 
 
 def finish_frames(
-    autoencoder: Autoencoder,
+    models: Models,
     frames: DenoisedFrames,
     settings: RenderSettings,
     output_type: str,
@@ -196,7 +196,7 @@ def finish_frames(
     """Decode frames one by one into the form asked for, with the photos at the ends where they are wanted.
 
     Args:
-        autoencoder: Decodes.
+        models: What to do it with.
         frames: What `render_latents` returned.
         settings: What detail frames have, whether the photos are wanted, and in what form.
         output_type: "pil", "np", "pt" or "latent".
@@ -210,13 +210,13 @@ def finish_frames(
     Raises:
         torch.OutOfMemoryError: Memory does not suffice for a single frame; the error's `latents` are the frames'.
     """
-    maker = FrameMaker(autoencoder, frames, settings, picture_dtype(output_type), check_safety, on_sources)
+    maker = FrameMaker(models, frames, settings, picture_dtype(output_type), check_safety, on_sources)
     if output_type == "latent":
         ends = frames.clean_ends
         latents = torch.cat([ends[:1], frames.latents, ends[1:]]) if settings.include_inputs else frames.latents
         return DreamMoverPipelineOutput(latents[None], [frames.flow], None, [maker.times])
     pictures, flags = [], []
-    with stages("Decoding", maker.decodes) as step, autoencoder.decoder() as decode:
+    with stages("Decoding", maker.decodes) as step, models.autoencoder.decoder() as decode:
 
         def decode_and_step(latents: torch.Tensor) -> torch.Tensor:
             picture = decode(latents)
@@ -272,7 +272,7 @@ class LazyFrame:
         """The frame as it was kept, or made now."""
         if self.kept is not None:
             return self.kept
-        with workplace.turn(), self.maker.autoencoder.decoder() as decode:
+        with workplace.turn(), self.maker.models.autoencoder.decoder() as decode:
             picture, flag = self.maker.make(self.index, decode)
         self.flagged = bool(flag)
         (picture,) = as_output(picture, "pil")

@@ -487,10 +487,10 @@ class DreamMoverPipeline(
     ) -> DreamMoverPipelineOutput:
         kept = self._sources.get(threading.get_ident())
         on_sources = None if kept is None else kept.append
-        autoencoder, output_type, check = self._models().autoencoder, delivery.output_type, self.run_safety_checker
+        models, output_type, check = self._models(), delivery.output_type, self.run_safety_checker
         if output_type != "lazy":
-            return finish_frames(autoencoder, frames, settings, output_type, check, self._stage, on_sources)
-        maker = FrameMaker(autoencoder, frames, settings, picture_dtype(output_type), check, on_sources)
+            return finish_frames(models, frames, settings, output_type, check, self._stage, on_sources)
+        maker = FrameMaker(models, frames, settings, picture_dtype(output_type), check, on_sources)
         workplace = Workplace(self._step_turn, self._stage, self.maybe_free_model_hooks)
         return lazy_output(maker, workplace, checked=self.safety_checker is not None)
 
