@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frames larger than the model's own size, made finer by the model itself, tile by tile.
+
+Where the photos' detail cannot be trusted, `detail.py` leaves a frame enlarged and blurred. Here the model goes over
+it, at twice its own size first, then at four times, and so on up to the output size. At every level the frame gets a
+little noise, which is taken out again in overlapping tiles of the size that the UNet was trained on:
+
+    frame = D + R,   R = R↑ + (1 − M) · (decode(denoised) − decode(encoded))
+
+D is the frame with the photos' detail at the level's size, R what diffusion adds, R↑ that of the level before made as
+large, and M how far the photos are taken. So what comes from the photos stays as it is, and what the VAE alone would
+blur is not blurred. The tiles' predictions of noise are averaged at every step, so that no seams arise. Tiles in which
+the photos are taken throughout are left out. Pictures are encoded and decoded in the same tiles, so that beside the
+frame itself memory does not grow with its size.
+
+Source: the averaged predictions are those of MultiDiffusion (arXiv 2302.08113), the rest is ours. With reference
+attention to the two photos, at the tiles that a tile comes from, frames were no better for three times the work: the
+model is asked only where the photos do not fit. Noise of the photos' inversion, moved along, was no better either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from .ddim import recompose
+from .detail import SAMPLES, Axis, FrameDetail, PairDetail, with_detail
+from .fields import cell_grid
+from .framing import fit_to_output
+from .images import Size
+from .memory import Batches, affordable_frames
+from .preparing import Models, require_finite
+from .prompts import NegativeText
+from .records import Canvas, PreparedPair, Schedule
+from .sampling import denoise, invert
+from .turns import interruptible
+
+CASCADE_SIGNAL = 0.94  # ᾱ that noise is put in to, about: that of step 4 of 50 of Stable Diffusion's schedule
+TILES_APART = 0.75  # of a tile's side; how far apart neighbouring tiles begin, at most
+UNSEEN_SHARE = 0.02  # of what diffusion adds that may be left out, since it is hardly a step of 8-bit colours
+
+
+# ── Tiles ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """Overlapping spans of one length that cover one side of a picture.
+
+    `starts` are where they begin. `weights` (k, length) is how much each of the k spans counts at each of its places:
+    less towards its ends, and at every place of the side the spans that cover it sum to 1.
+    """
+
+    starts: tuple[int, ...]
+    weights: torch.Tensor
+
+    @classmethod
+    def of(cls, count: int, longest: int, parts: int = 1) -> Spans:
+        """Spans of at most `longest` cells along `count` cells, in units of which a cell has `parts`."""
+        length = min(longest, count)
+        steps = math.ceil((count - length) / max(1, int(TILES_APART * length)))
+        starts = tuple(parts * round(i * (count - length) / max(1, steps)) for i in range(steps + 1))
+        length *= parts
+        middles = torch.arange(length, dtype=torch.float32, device="cpu") + 0.5
+        ramp = torch.minimum(middles, length - middles)
+        total = torch.zeros(parts * count, device="cpu")
+        for start in starts:
+            total[start : start + length] += ramp
+        return cls(starts, torch.stack([ramp / total[start : start + length] for start in starts]))
+
+    @property
+    def length(self) -> int:
+        """How long each span is."""
+        return self.weights.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """Overlapping tiles that cover a picture: every span of `rows` with every span of `columns`, row by row."""
+
+    rows: Spans
+    columns: Spans
+
+    @classmethod
+    def of(cls, size: Size, largest: Size, parts: int = 1) -> Tiles:
+        """Tiles of at most `largest` cells on a grid of `size` cells, in units of which a cell's side has `parts`."""
+        return cls(*(Spans.of(count, longest, parts) for count, longest in zip(size, largest, strict=True)))
+
+    def __len__(self) -> int:
+        return len(self.rows.starts) * len(self.columns.starts)
+
+    def corner(self, tile: int) -> tuple[int, int]:
+        """Where a tile begins, (top, left)."""
+        row, column = divmod(tile, len(self.columns.starts))
+        return self.rows.starts[row], self.columns.starts[column]
+
+    def cut(self, picture: torch.Tensor, tile: int) -> torch.Tensor:
+        """What of a picture (…, H, W) is in a tile; beyond the picture, its edge."""
+        row, column = (
+            torch.arange(start, start + spans.length, device=picture.device).clamp(max=side - 1)
+            for start, spans, side in zip(
+                self.corner(tile), (self.rows, self.columns), picture.shape[-2:], strict=True
+            )
+        )
+        return picture[..., row[:, None], column]
+
+    def add(self, picture: torch.Tensor, tile: int, values: torch.Tensor) -> None:
+        """Add values (…, th, tw) of a tile to a picture (…, H, W) by their weights; what lies beyond it is dropped."""
+        row, column = divmod(tile, len(self.columns.starts))
+        top, left = self.corner(tile)
+        part = picture[..., top : top + self.rows.length, left : left + self.columns.length]
+        h, w = part.shape[-2:]
+        weights = self.rows.weights[row, :h, None] * self.columns.weights[column, :w]
+        part += weights.to(picture) * values[..., :h, :w].to(picture)
+
+
+# ── What is asked of the UNet, and how often ─────────────────────────────────────────────────────────────────────────
+
+
+def cascade_steps(schedule: Schedule) -> int:
+    """How many of the lowest steps of a schedule a level takes: those up to the one whose ᾱ is `CASCADE_SIGNAL`."""
+    return min(range(1, len(schedule.timesteps) + 1), key=lambda step: abs(schedule.alpha_bars[step] - CASCADE_SIGNAL))
+
+
+def level_sizes(canvas: Canvas) -> list[Size]:
+    """The sizes of the levels in pixels, from twice the picture's on the canvas up to the output's; none if that is
+    not larger.
+    """
+    height, width = canvas.content_height, canvas.content_width
+    scale = max(canvas.output_height / height, canvas.output_width / width)
+    if scale <= 1:
+        return []
+    doublings = math.ceil(math.log2(scale)) - 1
+    sizes = [(2**level * height, 2**level * width) for level in range(1, doublings + 1)]
+    return [*sizes, (canvas.output_height, canvas.output_width)]
+
+
+def cascade_calls(
+    canvas: Canvas, cell: int, largest: Size, steps: int, plan: FrameDetail | None = None
+) -> tuple[int, int]:
+    """How many tiles go through the UNet, once for a pair and then for a frame.
+
+    Args:
+        canvas: Where the photos sit.
+        cell: Pixels a side of a latent cell.
+        largest: Size of a tile in latent cells.
+        steps: Steps that every level takes.
+        plan: What `plan_detail` decided for the frame; without it, the number for a frame that takes nothing from the
+            photos, which no other exceeds.
+    """
+    if not steps:
+        return 0, 0
+    levels = [Level.of(size, canvas, cell, largest) for size in level_sizes(canvas)]
+    tiles = sum(len(level.cells) for level in levels)
+    needed = tiles if plan is None else sum(len(level.needed(plan)) for level in levels)
+    return 2 * (steps + 1) * tiles, steps * needed
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """One size that frames are refined at: `canvas` returns frames at it; `cells` and `pixels` are the same tiles."""
+
+    canvas: Canvas
+    grid: Size
+    cells: Tiles
+    pixels: Tiles
+
+    @classmethod
+    def of(cls, size: Size, canvas: Canvas, cell: int, largest: Size) -> Level:
+        """The level of a size in pixels, for what sits on a canvas.
+
+        Args:
+            size: The level's.
+            canvas: Where the photos sit.
+            cell: Pixels a side of a latent cell.
+            largest: Size of a tile in latent cells.
+        """
+        grid = tuple(math.ceil(side / cell) for side in size)
+        canvas = replace(canvas, output_height=size[0], output_width=size[1])
+        return cls(canvas, grid, Tiles.of(grid, largest), Tiles.of(grid, largest, cell))
+
+    def mean(self, chosen: Sequence[int], tiles: Iterable[torch.Tensor]) -> torch.Tensor:
+        """The weighted mean (1, C, h, w) of the latents (1, C, th, tw) of some tiles; 0 where none of them is.
+
+        Args:
+            chosen: Which tiles they are, one at least.
+            tiles: Their latents.
+        """
+        total = None
+        for tile, values in zip(chosen, tiles, strict=True):
+            if total is None:
+                total = values.new_zeros(1, values.shape[1] + 1, *self.grid)
+            self.cells.add(total, tile, torch.cat([values, torch.ones_like(values[:, :1])], 1))
+        return total[:, :-1] / total[:, -1:].clamp(min=torch.finfo(total.dtype).tiny)
+
+    def needed(self, plan: FrameDetail) -> list[int]:
+        """The tiles in which a frame does not take everything from the photos."""
+        return [tile for tile in range(len(self.pixels)) if self.free(plan, tile).max() > UNSEEN_SHARE]
+
+    def free(self, plan: FrameDetail, tile: int) -> torch.Tensor:
+        """How far the pixels of a tile, as far as it is on the frame, are not taken from the photos, (1, th, tw)."""
+        free = 1 - plan.taken
+        h, w = free.shape[-2:]
+        across, down = self.canvas.content_on(h, w)
+        (top, left), height, width = self.pixels.corner(tile), self.canvas.output_height, self.canvas.output_width
+        rows = Axis.of(height, down, h, free).part(top, top + self.pixels.rows.length)
+        columns = Axis.of(width, across, w, free).part(left, left + self.pixels.columns.length)
+        return columns.spread(rows.spread(free, -2), -1)
+
+
+# ── A pair's frames ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, eq=False)
+class PairLevel:
+    """A pair at a level: what frames take from the photos at its size, and the noise (2, C, h, w) of both photos."""
+
+    level: Level
+    detail: PairDetail
+    noise: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PairCascade:
+    """What refines the frames of a pair.
+
+    `detail` is what they take from the photos at the output size, and `levels` are those that they go through; `steps`
+    are taken at every level; `batches` are those that tiles go through the UNet in.
+    """
+
+    models: Models
+    pair: PreparedPair
+    detail: PairDetail
+    levels: tuple[PairLevel, ...]
+    steps: int
+    batches: Batches
+
+    @classmethod
+    def of(
+        cls,
+        models: Models,
+        pair: PreparedPair,
+        detail: PairDetail,
+        steps: int | None = None,
+        largest_batch: int | None = None,
+    ) -> PairCascade:
+        """What can be known once for all frames of a pair.
+
+        Args:
+            models: What to do it with.
+            pair: What `prepare_pair` returned.
+            detail: What its frames take their detail from.
+            steps: Steps of the pair's schedule that every level takes, 0 for none; None for those of `cascade_steps`.
+            largest_batch: Tiles that go through the UNet at once, at most; None for what fits the free memory.
+        """
+        denoiser, schedule = models.denoiser, pair.inversion.schedule
+        largest = tile_size(denoiser.unet)
+        if steps is None:
+            steps = cascade_steps(schedule)
+        if largest_batch is None:
+            tile = pair.inversion.path.new_empty(0, *largest)
+            largest_batch = affordable_frames(*denoiser.footprint(tile))
+        cascade = cls(models, pair, detail, (), steps, Batches(largest_batch))
+        if not steps:
+            return cascade
+        cell, levels = pair.canvas.height // pair.flow.forward.shape[-2], []
+        with denoiser.with_lora(pair.lora, pair.lora_scale):
+            for size in level_sizes(pair.canvas):
+                level = Level.of(size, pair.canvas, cell, largest)
+                photos = tuple(fit_to_output(photo, level.canvas) for photo in detail.photos)
+                noise = cascade._noise_of(photos, level)
+                levels.append(PairLevel(level, replace(detail, canvas=level.canvas, photos=photos), noise))
+        return replace(cascade, levels=tuple(levels))
+
+    def _noise_of(self, photos: Sequence[torch.Tensor], level: Level) -> torch.Tensor:
+        """The noise (2, C, h, w) that inverting photos (3, H, W) of a level's size ends with."""
+        everywhere, embeds = range(len(level.cells)), self.pair.prompt_embeds
+        encode = self.models.autoencoder.encode
+        latents = torch.cat(
+            [
+                level.mean(everywhere, (encode(level.pixels.cut(photo, tile)[None]) for tile in everywhere))
+                for photo in photos
+            ]
+        )
+
+        def predict_noise(noisy: torch.Tensor, timestep: int) -> torch.Tensor:
+            return torch.cat(
+                [
+                    self._predict_noise(level, everywhere, one[None], timestep, text[None])
+                    for one, text in zip(noisy, embeds, strict=True)
+                ]
+            )
+
+        return invert(latents, predict_noise, self.pair.inversion.schedule, self.steps).eps
+
+    def _predict_noise(
+        self, level: Level, chosen: Sequence[int], noisy: torch.Tensor, timestep: int, embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """ε of latents (1, C, h, w) from that of some tiles."""
+        ask = self.models.denoiser.predict_noise
+        tiles = torch.cat([level.cells.cut(noisy, tile) for tile in chosen])
+        eps = self.batches.map(lambda some: ask(some, timestep, embeds.expand(len(some), -1, -1)), tiles)
+        return level.mean(chosen, eps.split(1))
+
+    def refined(self, frame: torch.Tensor, plan: FrameDetail, time: float) -> torch.Tensor:
+        """A frame at the output size with the detail of the photos, refined where it takes none from them.
+
+        Args:
+            frame: The frame as diffusion made it, on the canvas, (3, canvas.height, canvas.width) in [0, 1].
+            plan: What `plan_detail` decided for it.
+            time: Its δ in [0, 1].
+
+        Returns:
+            (3, H, W) in [0, 1], float32, on the CPU.
+        """
+        base, change = self._base(self.detail, frame, plan, time) if not self.levels else None, None
+        with self.models.denoiser.with_lora(self.pair.lora, self.pair.lora_scale):
+            for at in self.levels:
+                base = self._base(at.detail, frame, plan, time)
+                if change is None:
+                    change = torch.zeros_like(base)
+                else:
+                    change = F.interpolate(change[None], base.shape[-2:], mode="bicubic")[0]
+                self._refine(at, base, change, plan, time)
+        return base if change is None else base.add_(change).clamp_(0, 1)
+
+    def _base(self, detail: PairDetail, frame: torch.Tensor, plan: FrameDetail, time: float) -> torch.Tensor:
+        with interruptible():
+            return with_detail(detail, frame, time, plan=plan)
+
+    def _refine(self, at: PairLevel, base: torch.Tensor, change: torch.Tensor, plan: FrameDetail, time: float) -> None:
+        """Add to `change`, which holds what diffusion added at the levels before, what it adds at this one."""
+        autoencoder, schedule, level = self.models.autoencoder, self.pair.inversion.schedule, at.level
+        cells, pixels, chosen = level.cells, level.pixels, level.needed(plan)
+        if not chosen:
+            return
+
+        def encoded(tile: int) -> torch.Tensor:
+            picture = pixels.cut(base, tile) + pixels.cut(change, tile)
+            return autoencoder.encode(picture.clamp(0, 1)[None])
+
+        latents = level.mean(chosen, map(encoded, chosen))
+        noise = moved_noise(at.noise, level, plan, time)
+        when = torch.tensor([time], dtype=torch.float32, device="cpu")
+        embeds = self.models.conditioner.frames(self.pair.prompt_embeds, when, False, NegativeText()).prompt_embeds
+        clean = denoise(
+            recompose(latents, noise, schedule.alpha_bars[self.steps]),
+            lambda noisy, timestep: self._predict_noise(level, chosen, noisy, timestep, embeds),
+            schedule,
+            self.steps,
+        )
+        require_finite(clean, self.models.denoiser.unet.dtype)
+        with autoencoder.decoder() as decode:
+            for tile in chosen:
+                gained = (decode(cells.cut(clean, tile)) - decode(cells.cut(latents, tile)))[0].to(change)
+                free = level.free(plan, tile).to(change)
+                pixels.add(change, tile, free * gained[:, : free.shape[-2], : free.shape[-1]])
+
+
+def moved_noise(noise: torch.Tensor, level: Level, plan: FrameDetail, time: float) -> torch.Tensor:
+    """The noise of a frame at a level: every cell has that of the place in a photo that it comes from.
+
+    Args:
+        noise: That of the two photos, (2, C, h, w).
+        level: Whose cells they are.
+        plan: What `plan_detail` decided for the frame.
+        time: Its δ.
+
+    Returns:
+        (1, C, h, w). No value is interpolated, so it is as much noise as that of the photos.
+    """
+    canvas = level.canvas
+    larger = plan.added.new_tensor(
+        [canvas.output_width / canvas.content_width, canvas.output_height / canvas.content_height]
+    ).reshape(2, 1, 1)
+    z = (cell_grid(*level.grid, plan.added)[0] + 0.5) / larger - 0.5
+    place = _nearest(SAMPLES * (z + 0.5) - 0.5, plan.taken)
+    index = plan.sources.index[0][place]
+    first, last = (share[0][place] for share in plan.sources.shares(time))
+    moved = [
+        one[(..., *_nearest(((source + 0.5) * larger - 0.5).to(one), one))]
+        for one, source in zip(noise, plan.candidates.sources(index, z), strict=True)
+    ]
+    return torch.where((first >= last).to(noise.device), *moved)[None]
+
+
+def _nearest(z: torch.Tensor, field: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The row and the column of the value of a field (…, h, w) that is nearest to each place z (2, …) on its grid."""
+    h, w = field.shape[-2:]
+    column, row = z.round().long()
+    return row.clamp(0, h - 1), column.clamp(0, w - 1)
+
+
+def tile_size(unet: torch.nn.Module) -> Size:
+    """The size in latent cells that a UNet was trained on."""
+    side = unet.config.sample_size
+    return (side, side) if isinstance(side, int) else tuple(side)

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frames larger than the model's own size, refined tile by tile: its algebra, and what it leaves as it was."""
+
+import copy
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dreammover_pipeline import DreamMoverPipeline
+from dreammover_pipeline.cascade import (
+    Level,
+    PairCascade,
+    Spans,
+    cascade_calls,
+    cascade_steps,
+    level_sizes,
+    moved_noise,
+    tile_size,
+)
+from dreammover_pipeline.ddim import recompose
+from dreammover_pipeline.denoiser import Denoiser
+from dreammover_pipeline.detail import PairDetail, plan_detail, with_detail
+from dreammover_pipeline.framing import fit, fit_to_output
+from dreammover_pipeline.paths import rigid_paths
+from dreammover_pipeline.records import Canvas, Schedule
+from dreammover_pipeline.sampling import denoise, invert
+
+CELL, STEPS, TIME = 8, 2, 0.4
+
+
+@pytest.fixture(scope="module")
+def prepared(session_components, photos):
+    """The models, and a pair that sits on 64×64 pixels and is returned at 136×136, for which there are two levels."""
+    pipe = DreamMoverPipeline(**copy.deepcopy(session_components), requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pair = pipe.prepare(
+        *photos, "a fish", num_inference_steps=6, inversion_steps=1, feature_step=1, lora_steps=1, lora_rank=1
+    )
+    images = tuple(torch.rand(2, 3, 136, 136, generator=torch.Generator().manual_seed(0)))
+    return pipe._models(), replace(pair, images=images, canvas=Canvas(64, 64, 64, 64, 136, 136))
+
+
+@pytest.fixture
+def parts(prepared):
+    """The models, a pair, its detail, a frame on the canvas and its plan."""
+    models, pair = prepared
+    detail = detail_of(pair)
+    frame = detail.small[:, :3].mean(0).flip(-1).repeat_interleave(2, -1).repeat_interleave(2, -2)
+    with torch.no_grad():
+        yield models, pair, detail, frame, plan_detail(detail, frame, TIME)
+
+
+def detail_of(pair):
+    working = torch.stack([fit(image, pair.canvas) for image in pair.images])
+    return PairDetail.of(pair.images, working, working, pair.canvas, pair.flow, rigid_paths(pair.flow))
+
+
+def returned_at(pair, side):
+    """A pair with frames and photos of another size."""
+    canvas = replace(pair.canvas, output_height=side, output_width=side)
+    return replace(pair, canvas=canvas, images=tuple(fit_to_output(image, canvas) for image in pair.images))
+
+
+def trusting(plan, taken):
+    return replace(plan, taken=torch.full_like(plan.taken, taken))
+
+
+@contextmanager
+def counted(unet):
+    """A list that gets the number of latents of every forward of a UNet."""
+    batches = []
+    handle = unet.register_forward_hook(lambda module, inputs, output: batches.append(len(inputs[0])))
+    try:
+        yield batches
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("parts", [1, 8])
+@pytest.mark.parametrize(("count", "longest"), [(8, 8), (5, 8), (9, 8), (61, 8), (64, 64), (200, 64), (3, 1)])
+def test_tiles_cover_every_place_once_in_all(count, longest, parts):
+    spans = Spans.of(count, longest, parts)
+    total = torch.zeros(count * parts)
+    for start, weights in zip(spans.starts, spans.weights, strict=True):
+        total[start : start + spans.length] += weights
+        assert (weights > 0).all()
+    torch.testing.assert_close(total, torch.ones(count * parts))
+    assert spans.length == parts * min(count, longest)
+    assert all(start % parts == 0 for start in spans.starts)
+
+
+@pytest.mark.parametrize(
+    ("output", "sizes"),
+    [
+        ((60, 45), []),
+        ((66, 50), [(66, 50)]),
+        ((120, 90), [(120, 90)]),
+        ((125, 94), [(120, 90), (125, 94)]),
+        ((480, 360), [(120, 90), (240, 180), (480, 360)]),
+    ],
+)
+def test_levels_double_up_to_the_output(output, sizes):
+    assert level_sizes(Canvas(64, 48, 60, 45, *output)) == sizes
+
+
+def test_the_noise_is_about_the_same_in_every_schedule():
+    alpha_bars = torch.linspace(1, 0.1, 41).tolist()
+    fine = Schedule(tuple(range(1, 41)), tuple(alpha_bars))
+    coarse = Schedule(tuple(range(2, 41, 2)), tuple(alpha_bars[::2]))
+    assert abs(cascade_steps(fine) - 2 * cascade_steps(coarse)) <= 1
+
+
+def test_without_steps_the_frame_stays(parts):
+    models, pair, detail, frame, plan = parts
+    refined = PairCascade.of(models, pair, detail, steps=0).refined(frame, plan, TIME)
+    assert torch.equal(refined, with_detail(detail, frame, TIME, plan=plan))
+    assert cascade_calls(pair.canvas, CELL, (8, 8), 0) == (0, 0)
+
+
+def test_where_the_output_is_no_larger_the_frame_stays(parts):
+    models, pair, detail, frame, plan = parts
+    pair = returned_at(pair, 64)
+    detail = detail_of(pair)
+    refined = PairCascade.of(models, pair, detail, STEPS).refined(frame, plan, TIME)
+    assert torch.equal(refined, with_detail(detail, frame, TIME, plan=plan))
+
+
+def test_what_is_taken_from_the_photos_stays(parts):
+    models, pair, detail, frame, plan = parts
+    pair = returned_at(pair, 112)
+    detail = detail_of(pair)
+    cascade = PairCascade.of(models, pair, detail, STEPS)
+    all_taken, half_taken = trusting(plan, 1.0), trusting(plan, 1.0)
+    half_taken.taken[..., :16] = 0
+    with counted(models.denoiser.unet) as batches:
+        refined = cascade.refined(frame, all_taken, TIME)
+    assert torch.equal(refined, with_detail(detail, frame, TIME, plan=all_taken))
+    assert batches == []
+    change = cascade.refined(frame, half_taken, TIME) - with_detail(detail, frame, TIME, plan=half_taken)
+    changed = change.abs().amax((0, 1)) > 0
+    assert changed[:56].all()
+    assert not changed[60:].any()  # half a place more
+
+
+def test_the_unet_is_called_as_often_as_is_said(parts):
+    models, pair, detail, frame, plan = parts
+    corner = trusting(plan, 1.0)
+    corner.taken[..., :4, :4] = 0
+    plans = trusting(plan, 0.0), corner, trusting(plan, 1.0)
+    largest = tile_size(models.denoiser.unet)
+    said = [cascade_calls(pair.canvas, CELL, largest, STEPS, plan) for plan in plans]
+    with counted(models.denoiser.unet) as batches:
+        cascade = PairCascade.of(models, pair, detail, STEPS, largest_batch=5)
+    assert {once for once, _ in said} == {sum(batches)}
+    assert max(batches) == 5
+    for plan, (_, each) in zip(plans, said, strict=True):
+        with counted(models.denoiser.unet) as batches:
+            cascade.refined(frame, plan, TIME)
+        assert sum(batches) == each
+    assert said[0] == cascade_calls(pair.canvas, CELL, largest, STEPS)
+    assert said[0][1] > said[1][1] > said[2][1] == 0
+
+
+def test_one_tile_is_the_whole(parts):
+    """The equation at the head of the module, without tiles."""
+    models, pair, _, frame, plan = parts
+    unet = copy.deepcopy(models.denoiser.unet)
+    unet.register_to_config(sample_size=(24, 24))
+    models = replace(models, denoiser=Denoiser(unet, models.denoiser.ddim, models.denoiser.device))
+    pair, plan = returned_at(pair, 96), trusting(plan, 0.0)
+    detail = detail_of(pair)
+    refined = PairCascade.of(models, pair, detail, STEPS).refined(frame, plan, TIME)
+
+    def predict_noise(latents, timestep):
+        return models.denoiser.predict_noise(latents, timestep, pair.prompt_embeds[: len(latents)])
+
+    schedule, base = pair.inversion.schedule, with_detail(detail, frame, TIME, plan=plan)
+    encode, decode = models.autoencoder.encode, models.autoencoder.decode
+    with models.denoiser.with_lora(pair.lora, pair.lora_scale):
+        inversion = invert(encode(torch.stack(pair.images)), predict_noise, schedule, STEPS)
+        latents = encode(base[None])
+        noise = moved_noise(inversion.eps, Level.of((96, 96), pair.canvas, CELL, (24, 24)), plan, TIME)
+        noisy = recompose(latents, noise, schedule.alpha_bars[STEPS])
+        clean = denoise(noisy, predict_noise, schedule, STEPS)
+    expected = (base + (decode(clean) - decode(latents))[0]).clamp(0, 1)
+    assert not torch.equal(refined, base)
+    torch.testing.assert_close(refined, expected, atol=1e-4, rtol=0)
+
+
+def test_noise_moves_with_what_it_belongs_to(parts):
+    _, pair, detail, frame, _ = parts
+    ways = torch.zeros(2, 2, 8, 8)
+    ways[0, 0], ways[1, 0] = 2, -2
+    flow = type(pair.flow).of(ways)
+    detail = replace(detail, flow=flow, paths=rigid_paths(flow), sure=torch.ones(2, 1, 8, 8))
+    level = Level.of((128, 128), pair.canvas, CELL, (8, 8))
+    noise = torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(0))
+    noise = torch.stack([noise, noise.roll(4, -1)])
+    plan = plan_detail(detail, frame, 0.5)
+    moved = moved_noise(noise, level, plan, 0.5)
+    torch.testing.assert_close(moved[0, :, 2:-2, 6:-6], noise[0].roll(2, -1)[:, 2:-2, 6:-6], atol=0, rtol=0)
+
+
+def test_all_is_put_back_when_the_unet_fails(parts):
+    models, pair, detail, frame, plan = parts
+    unet, cascade = models.denoiser.unet, PairCascade.of(models, pair, detail, STEPS)
+    weights = {name: weight.clone() for name, weight in unet.state_dict().items()}
+
+    def fail(module, inputs):
+        assert any(not torch.equal(weight, weights[name]) for name, weight in module.state_dict().items())
+        raise RuntimeError("no")
+
+    handle = unet.register_forward_pre_hook(fail)
+    for call in (
+        lambda: cascade.refined(frame, trusting(plan, 0.0), TIME),
+        lambda: PairCascade.of(models, pair, detail, STEPS),
+    ):
+        with pytest.raises(RuntimeError, match="no"):
+            call()
+        assert all(torch.equal(weight, weights[name]) for name, weight in unet.state_dict().items())
+    handle.remove()
+    assert torch.isfinite(cascade.refined(frame, plan, TIME)).all()
