@@ -45,6 +45,34 @@ def test_they_are_the_frames_of_an_ordinary_call(pipe, photos, fast, detail, end
     assert same(frames.arranged([3, 3, 0, 3]), [whole.frames[0][index] for index in (3, 3, 0, 3)])
 
 
+@pytest.fixture
+def large(photos):
+    """Photos half as large again as the model's own size."""
+    return [photo.resize((96, 96)) for photo in photos]
+
+
+def test_refined_by_diffusion_they_leave_the_unet_as_it_was(pipe, large, fast):
+    settings = {**fast, "lora_steps": 1, "detail": "diffusion", "generator": torch.Generator().manual_seed(0)}
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    whole = pipe(*large, **{**settings, "output_type": "pil"}).frames[0]
+    photos_alone = pipe(*large, **{**settings, "detail": "photos", "output_type": "pil"}).frames[0]
+    settings["generator"].manual_seed(0)
+    lazy = pipe(*large, **{**settings, "output_type": "lazy"}).frames[0]
+    assert same(lazy, whole)
+    assert not same(whole[1:-1], photos_alone[1:-1])
+    assert before.keys() == pipe.unet.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
+
+
+def test_kept_gaps_are_refined_by_diffusion_as_new_ones_are(pipe, large, fast, tmp_path):
+    settings = {**fast, "lora_steps": 1, "detail": "diffusion", "output_type": "pil", "keep": tmp_path / "kept"}
+    made = [
+        pipe.interpolate_sequence(large, **settings, generator=torch.Generator().manual_seed(0)).frames[0]
+        for _ in range(2)
+    ]
+    assert same(*made)
+
+
 @pytest.mark.parametrize(("kept", "made_twice"), [(3, 0), (1, 2)])
 def test_what_does_not_fit_is_made_again(pipe, photos, fast, decodes, monkeypatch, kept, made_twice):
     monkeypatch.setattr(finishing, "KEPT_BYTES", kept * 3 * 64 * 64)

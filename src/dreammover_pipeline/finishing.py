@@ -17,7 +17,8 @@ import numpy as np
 import PIL.Image
 import torch
 
-from .detail import PairDetail, frame_sources, plan_detail, with_detail
+from .cascade import PairCascade
+from .detail import FrameDetail, PairDetail, frame_sources, plan_detail, with_detail
 from .framing import fit, unfit
 from .images import rgb
 from .outputs import DreamMoverPipelineOutput, as_output
@@ -75,7 +76,7 @@ class FrameMaker:
 
     @property
     def _needs_photos(self) -> bool:
-        return self.settings.detail == "photos" or self.settings.include_inputs
+        return self.settings.detail != "upsampled" or self.settings.include_inputs
 
     def make(self, index: int, decode: Decode) -> tuple[torch.Tensor, bool | None]:
         """Make the picture of an index among `times`.
@@ -101,10 +102,8 @@ class FrameMaker:
             pair = self._pair = self._pair or self._finished_pair(decode)
             if at_an_end:
                 return pair.finish(pair.copies[end], [], time, None), None
-            decoded = decode(frames.latents[between][None]).cpu()
-            with interruptible():
-                on_sources = None if index in self._told else self._on_sources
-                picture = pair.finish(decoded, pair.tones, time, on_sources)
+            on_sources = None if index in self._told else self._on_sources
+            picture = pair.finish(decode(frames.latents[between][None]).cpu(), pair.tones, time, on_sources)
             self._told.add(index)
             picture, flags = self._check_safety(picture)
         except torch.OutOfMemoryError as error:
@@ -126,11 +125,14 @@ class FrameMaker:
         photos = [rgb(image) for image in frames.images]
         working = torch.stack([fit(photo, canvas) for photo in photos])
         copies = tuple(decode(latent).cpu() for latent in frames.clean_ends.split(1))
-        if self.settings.detail == "photos":
+        if self.settings.detail != "upsampled":
             with interruptible():
                 paths = frames.paths or motion_paths(frames.flow, self.settings.motion)
                 pair = PairDetail.of(photos, working, torch.cat(copies), canvas, frames.flow, paths)
             finish = partial(_detailed, pair, self.dtype)
+        if self.settings.detail == "diffusion":
+            cascade = PairCascade.of(self.models, frames.pair, pair, largest_batch=self.settings.frame_batch_size)
+            finish = partial(_refined, cascade)
         tones = []
         if self.settings.include_inputs and self.settings.endpoints == "original":
             tones = [
@@ -164,7 +166,8 @@ def _upsampled(
 
     It has no sources to tell of.
     """
-    return with_tone(unfit(decoded, canvas), tones, time)
+    with interruptible():
+        return with_tone(unfit(decoded, canvas), tones, time)
 
 
 def _detailed(
@@ -176,12 +179,38 @@ def _detailed(
     on_sources: SourcesListener | None,
 ) -> torch.Tensor:
     """What `_upsampled` gives, with the detail of the photos."""
+    with interruptible():
+        frame, plan = _planned(pair, decoded, tones, time, on_sources)
+        return with_detail(pair, frame, time, dtype, plan=plan)[None]
+
+
+def _refined(
+    cascade: PairCascade,
+    decoded: torch.Tensor,
+    tones: list[torch.Tensor],
+    time: float,
+    on_sources: SourcesListener | None,
+) -> torch.Tensor:
+    """What `_detailed` gives, refined by diffusion where nothing is taken from the photos."""
+    with interruptible():
+        frame, plan = _planned(cascade.detail, decoded, tones, time, on_sources)
+    return cascade.refined(frame, plan, time)[None]
+
+
+def _planned(
+    pair: PairDetail,
+    decoded: torch.Tensor,
+    tones: list[torch.Tensor],
+    time: float,
+    on_sources: SourcesListener | None,
+) -> tuple[torch.Tensor, FrameDetail]:
+    """A decoded frame with the photos' tones, (3, height, width), and what is decided of its detail."""
     content, frame = pair.canvas.content, decoded.clone()
     frame[content] = with_tone(decoded[content], tones, time)
     plan = plan_detail(pair, frame[0], time)
     if on_sources is not None:
         on_sources(frame_sources(pair, plan, time))
-    return with_detail(pair, frame[0], time, dtype, plan=plan)[None]
+    return frame[0], plan
 
 
 def finish_frames(

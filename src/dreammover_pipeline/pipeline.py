@@ -289,7 +289,8 @@ class DreamMoverPipeline(
                 lets deep inversion redraw what was right.
             detail: What is finer than diffusion makes it: "photos" brings the photos' own detail to every frame, at
                 the size of the output, wherever it agrees with the frame; "upsampled", the paper's, enlarges what
-                diffusion made.
+                diffusion made; "diffusion" is "photos" and then goes over what does not come from them with the UNet,
+                tile by tile, which takes hundreds of calls of the UNet a frame.
             guidance_scale: Classifier-free guidance of the frames. Above 1 they follow the prompt more, at twice the
                 cost; the paper uses none.
             negative_prompt: What guidance leads away from; it acts where `guidance_scale` is above 1.
@@ -488,11 +489,13 @@ class DreamMoverPipeline(
     ) -> DreamMoverPipelineOutput:
         kept = self._sources.get(threading.get_ident())
         on_sources = None if kept is None else kept.append
-        models, output_type, check = self._models(), delivery.output_type, self.run_safety_checker
+        models = self._models(settings.cross_attention_kwargs)
+        output_type, check = delivery.output_type, self.run_safety_checker
         if output_type != "lazy":
             return finish_frames(models, frames, settings, output_type, check, self._stage, on_sources)
         maker = FrameMaker(models, frames, settings, picture_dtype(output_type), check, on_sources)
-        workplace = Workplace(self._step_turn, self._stage, self.maybe_free_model_hooks)
+        turn = self._turn if settings.detail == "diffusion" else self._step_turn  # only that changes the UNet
+        workplace = Workplace(turn, self._stage, self.maybe_free_model_hooks)
         return lazy_output(maker, workplace, checked=self.safety_checker is not None)
 
     def interpolate_sequence(
@@ -562,6 +565,7 @@ class DreamMoverPipeline(
                 lambda gap, own: self._prepare(gap, preparing, own),
                 lambda k, pair: self._render_latents(pair, rendering[k], gaps[k].negative, delivery),
                 lambda k, frames: self._finish(frames, rendering[k], delivery),
+                finish_needs_pair=rendering[0].detail == "diffusion",
             )
             output = make_gaps(gaps, stages, kept, lambda: self.interrupt, include_inputs)
             self.maybe_free_model_hooks()

@@ -43,7 +43,8 @@ class DenoisedFrames:
 
     `latents` (F, C, h, w) are clean, `times` the δ of each; `clean_ends` (2, C, h, w) are the clean latents of the two
     photos and `images` the photos at the output size, as `fit_to_output` gives them. `paths` are the ways of the cells
-    that the frames were made along, None if the frames were kept in a file, which holds no paths.
+    that the frames were made along, and `pair` is what they lie between; both None if the frames were kept in a file,
+    which holds neither.
     """
 
     latents: torch.Tensor
@@ -53,6 +54,7 @@ class DenoisedFrames:
     canvas: Canvas
     flow: BidirectionalFlow
     paths: MotionPaths | None = None
+    pair: PreparedPair | None = None
 
 
 def render_latents(
@@ -103,7 +105,7 @@ def render_latents(
         held = holding_layout(predict_noise, fused, inversion.schedule, settings.layout_hold)
         latents = denoise(fused.latents, held, inversion.schedule, inversion.steps, on_step, interrupted)
     require_finite(latents, denoiser.unet.dtype)
-    return DenoisedFrames(latents, times, inversion.path[0], pair.images, pair.canvas, pair.flow, paths)
+    return DenoisedFrames(latents, times, inversion.path[0], pair.images, pair.canvas, pair.flow, paths, pair)
 
 
 def _replaced(replaced: dict, latents: torch.Tensor, conditions: Conditions) -> torch.Tensor:

@@ -7,7 +7,7 @@ n photos have n − 1 gaps; gap k lies between photos k and k + 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -32,13 +32,15 @@ OWN_ARGUMENTS = ("prompt", "n_frames", "include_inputs", "return_dict")  # named
 class GapStages:
     """What the pipeline does with gaps: it fits one LoRA for all, and makes of each a prepared pair, latents, frames.
 
-    `fit_shared` is None where every gap has a LoRA of its own, or none has any.
+    `fit_shared` is None where every gap has a LoRA of its own, or none has any. `finish_needs_pair` says whether a
+    prepared pair is needed to make frames of latents, too.
     """
 
     fit_shared: Callable[[], dict[str, torch.Tensor]] | None
     prepare: Callable[[PairInput, dict[str, torch.Tensor] | None], PreparedPair]
     render: Callable[[int, PreparedPair], DenoisedFrames]
     finish: Callable[[int, DenoisedFrames], DreamMoverPipelineOutput]
+    finish_needs_pair: bool
 
 
 def make_gaps(
@@ -65,14 +67,17 @@ def make_gaps(
     try:
         for k, gap in enumerate(gaps):
             frames = kept.frames(k, gap)
-            if frames is None:
+            if frames is None or stages.finish_needs_pair:
                 lora = kept.lora(k) if shared is None else shared
                 pair = stages.prepare(gap, lora)
                 if lora is None:
                     kept.keep_lora(k, pair.lora)
+            if frames is None:
                 frames = stages.render(k, pair)
                 if not interrupted():
                     kept.keep_frames(k, frames)
+            elif stages.finish_needs_pair:
+                frames = replace(frames, pair=pair)
             outputs.append(stages.finish(k, frames))
             if interrupted():
                 break

@@ -46,7 +46,7 @@ IMPORTANCES = ("agreement", "photometric")
 FLOWS = ("features+photos", "features")
 FLOW_FITS = ("similarity", "mean")
 MOTIONS = ("rigid", "straight")
-DETAILS = ("photos", "upsampled")
+DETAILS = ("photos", "upsampled", "diffusion")
 ENDPOINTS = ("original", "reconstructed")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent", "lazy")
 
@@ -302,7 +302,9 @@ class RenderSettings(VideoSettings):
         "photos",
         Choice(DETAILS),
         'What is finer than diffusion makes it: "photos" brings the photos\' own detail to every frame, at the size '
-        'of the output, wherever it agrees with the frame; "upsampled", the paper\'s, enlarges what diffusion made.',
+        'of the output, wherever it agrees with the frame; "upsampled", the paper\'s, enlarges what diffusion made; '
+        '"diffusion" is "photos" and then goes over what does not come from them with the UNet, tile by tile, which '
+        "takes hundreds of calls of the UNet a frame.",
         paper="upsampled",
     )
     guidance_scale: float = argument(

@@ -163,7 +163,7 @@ def check_sources(args: argparse.Namespace, call: Mapping[str, object]) -> None:
         ValueError: The picture is refused.
     """
     detail = RenderSettings.of(call).detail
-    if args.sources and detail != "photos":
+    if args.sources and detail == "upsampled":
         raise ValueError(
             f"--sources shows which photo the frames' detail comes from, but with '{detail}' detail it comes from no "
             "photo; leave --sources out, or choose --detail photos"

@@ -61,6 +61,11 @@ def upsampled(case: EvaluationCase) -> Result:
     return case.render(case.prepared(), detail="upsampled")
 
 
+def refined_by_diffusion(case: EvaluationCase) -> Result:
+    """Ours, and what does not come from the photos gone over with the UNet at the frames' size."""
+    return case.render(case.prepared(), detail="diffusion")
+
+
 def no_hold(case: EvaluationCase) -> Result:
     """Ours without holding the layout while noise is high."""
     return case.render(case.prepared(), layout_hold=0)
@@ -221,6 +226,7 @@ METHODS = {
     "no_rest": Method(no_rest),
     "no_refinement": Method(no_refinement),
     "upsampled": Method(upsampled),
+    "diffusion": Method(refined_by_diffusion),
     "no_hold": Method(no_hold),
     "no_smoothing": Method(no_smoothing),
     "mean_flow": Method(mean_flow),
