@@ -127,11 +127,12 @@ def cascade_steps(schedule: Schedule) -> int:
 
 
 def level_sizes(canvas: Canvas) -> list[Size]:
-    """The sizes of the levels in pixels, from twice the picture's on the canvas up to the output's; none if that is
-    not larger.
+    """The sizes of the levels in pixels: twice the picture's on the canvas, and so on up to the output's.
+
+    There are none where the output is no larger than the picture on the canvas.
     """
     height, width = canvas.content_height, canvas.content_width
-    scale = max(canvas.output_height / height, canvas.output_width / width)
+    scale = min(canvas.output_height / height, canvas.output_width / width)
     if scale <= 1:
         return []
     doublings = math.ceil(math.log2(scale)) - 1
