@@ -29,14 +29,14 @@ CELL, STEPS, TIME = 8, 2, 0.4
 
 @pytest.fixture(scope="module")
 def prepared(session_components, photos):
-    """The models, and a pair that sits on 64×64 pixels and is returned at 136×136, for which there are two levels."""
+    """The models, and a pair that sits on 64×64 pixels and is returned at 133×133, for which there are two levels."""
     pipe = DreamMoverPipeline(**copy.deepcopy(session_components), requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     pair = pipe.prepare(
         *photos, "a fish", num_inference_steps=6, inversion_steps=1, feature_step=1, lora_steps=1, lora_rank=1
     )
-    images = tuple(torch.rand(2, 3, 136, 136, generator=torch.Generator().manual_seed(0)))
-    return pipe._models(), replace(pair, images=images, canvas=Canvas(64, 64, 64, 64, 136, 136))
+    images = tuple(torch.rand(2, 3, 133, 133, generator=torch.Generator().manual_seed(0)))
+    return pipe._models(), replace(pair, images=images, canvas=Canvas(64, 64, 64, 64, 133, 133))
 
 
 @pytest.fixture
