@@ -2,8 +2,9 @@
 """Frames larger than the model's own size, made finer by the model itself, tile by tile.
 
 Where the photos' detail cannot be trusted, `detail.py` leaves a frame enlarged and blurred. Here the model goes over
-it, at twice its own size first, then at four times, and so on up to the output size. At every level the frame gets a
-little noise, which is taken out again in overlapping tiles of the size that the UNet was trained on:
+it, at twice its own size first, then at four times, and so on up to the output size. At every level the latents of the
+frame are taken for those of one of the lowest steps of the schedule, and denoised from there, in overlapping tiles of
+the size that the UNet was trained on:
 
     frame = D + R,   R = R↑ + (1 − M) · (decode(denoised) − decode(encoded))
 
@@ -13,9 +14,10 @@ blur is not blurred. The tiles' predictions of noise are averaged at every step,
 the photos are taken throughout are left out. Pictures are encoded and decoded in the same tiles, so that beside the
 frame itself memory does not grow with its size.
 
-Source: the averaged predictions are those of MultiDiffusion (arXiv 2302.08113), the rest is ours. With reference
-attention to the two photos, at the tiles that a tile comes from, frames were no better for three times the work: the
-model is asked only where the photos do not fit. Noise of the photos' inversion, moved along, was no better either.
+Source: the averaged predictions are those of MultiDiffusion (arXiv 2302.08113), the rest is ours. No noise is put in:
+blur itself is what the model takes for noise. Noise, random or that of the photos' inversion moved along, stayed in
+part as speckles; reference attention to the tiles of the photos that a tile comes from took three times the work and
+made frames worse, as the model is only asked where the photos do not fit.
 """
 
 from __future__ import annotations
@@ -27,19 +29,17 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from .ddim import recompose
-from .detail import SAMPLES, Axis, FrameDetail, PairDetail, with_detail
-from .fields import cell_grid
+from .detail import Axis, FrameDetail, PairDetail, with_detail
 from .framing import fit_to_output
 from .images import Size
 from .memory import Batches, affordable_frames
 from .preparing import Models, require_finite
 from .prompts import NegativeText
 from .records import Canvas, PreparedPair, Schedule
-from .sampling import denoise, invert
+from .sampling import denoise
 from .turns import interruptible
 
-CASCADE_SIGNAL = 0.94  # ᾱ that noise is put in to, about: that of step 4 of 50 of Stable Diffusion's schedule
+CASCADE_SIGNAL = 0.94  # ᾱ of the step that latents are taken for, about: step 4 of 50 of Stable Diffusion's schedule
 TILES_APART = 0.75  # of a tile's side; how far apart neighbouring tiles begin, at most
 UNSEEN_SHARE = 0.02  # of what diffusion adds that may be left out, since it is hardly a step of 8-bit colours
 
@@ -122,16 +122,17 @@ class Tiles:
 
 
 def cascade_steps(schedule: Schedule) -> int:
-    """How many of the lowest steps of a schedule a level takes: those up to the one whose ᾱ is `CASCADE_SIGNAL`."""
+    """How many of a schedule's lowest steps a level takes: up to the one whose ᾱ is nearest to `CASCADE_SIGNAL`."""
     return min(range(1, len(schedule.timesteps) + 1), key=lambda step: abs(schedule.alpha_bars[step] - CASCADE_SIGNAL))
 
 
 def level_sizes(canvas: Canvas) -> list[Size]:
-    """The sizes of the levels in pixels, from twice the picture's on the canvas up to the output's; none if that is
-    not larger.
+    """The sizes of the levels in pixels: twice the picture's on the canvas, and so on up to the output's.
+
+    There are none where the output is no larger than the picture on the canvas.
     """
     height, width = canvas.content_height, canvas.content_width
-    scale = max(canvas.output_height / height, canvas.output_width / width)
+    scale = min(canvas.output_height / height, canvas.output_width / width)
     if scale <= 1:
         return []
     doublings = math.ceil(math.log2(scale)) - 1
@@ -139,10 +140,8 @@ def level_sizes(canvas: Canvas) -> list[Size]:
     return [*sizes, (canvas.output_height, canvas.output_width)]
 
 
-def cascade_calls(
-    canvas: Canvas, cell: int, largest: Size, steps: int, plan: FrameDetail | None = None
-) -> tuple[int, int]:
-    """How many tiles go through the UNet, once for a pair and then for a frame.
+def cascade_calls(canvas: Canvas, cell: int, largest: Size, steps: int, plan: FrameDetail | None = None) -> int:
+    """How many tiles go through the UNet for a frame.
 
     Args:
         canvas: Where the photos sit.
@@ -152,12 +151,8 @@ def cascade_calls(
         plan: What `plan_detail` decided for the frame; without it, the number for a frame that takes nothing from the
             photos, which no other exceeds.
     """
-    if not steps:
-        return 0, 0
     levels = [Level.of(size, canvas, cell, largest) for size in level_sizes(canvas)]
-    tiles = sum(len(level.cells) for level in levels)
-    needed = tiles if plan is None else sum(len(level.needed(plan)) for level in levels)
-    return 2 * (steps + 1) * tiles, steps * needed
+    return steps * sum(len(level.cells if plan is None else level.needed(plan)) for level in levels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,26 +211,18 @@ class Level:
 
 
 @dataclass(frozen=True, eq=False)
-class PairLevel:
-    """A pair at a level: what frames take from the photos at its size, and the noise (2, C, h, w) of both photos."""
-
-    level: Level
-    detail: PairDetail
-    noise: torch.Tensor
-
-
-@dataclass(frozen=True, eq=False)
 class PairCascade:
     """What refines the frames of a pair.
 
-    `detail` is what they take from the photos at the output size, and `levels` are those that they go through; `steps`
-    are taken at every level; `batches` are those that tiles go through the UNet in.
+    `detail` is what they take from the photos at the output size; `levels` are those that they go through, each with
+    what they take from the photos there; `steps` are taken at every level; `batches` are those that tiles go through
+    the UNet in.
     """
 
     models: Models
     pair: PreparedPair
     detail: PairDetail
-    levels: tuple[PairLevel, ...]
+    levels: tuple[tuple[Level, PairDetail], ...]
     steps: int
     batches: Batches
 
@@ -248,7 +235,7 @@ class PairCascade:
         steps: int | None = None,
         largest_batch: int | None = None,
     ) -> PairCascade:
-        """What can be known once for all frames of a pair.
+        """What can be known once for all frames of a pair; no model runs.
 
         Args:
             models: What to do it with.
@@ -257,54 +244,21 @@ class PairCascade:
             steps: Steps of the pair's schedule that every level takes, 0 for none; None for those of `cascade_steps`.
             largest_batch: Tiles that go through the UNet at once, at most; None for what fits the free memory.
         """
-        denoiser, schedule = models.denoiser, pair.inversion.schedule
-        largest = tile_size(denoiser.unet)
+        denoiser, canvas = models.denoiser, detail.canvas
         if steps is None:
-            steps = cascade_steps(schedule)
-        if largest_batch is None:
-            tile = pair.inversion.path.new_empty(0, *largest)
-            largest_batch = affordable_frames(*denoiser.footprint(tile))
-        cascade = cls(models, pair, detail, (), steps, Batches(largest_batch))
-        if not steps:
-            return cascade
-        cell, levels = pair.canvas.height // pair.flow.forward.shape[-2], []
-        with denoiser.with_lora(pair.lora, pair.lora_scale):
-            for size in level_sizes(pair.canvas):
-                level = Level.of(size, pair.canvas, cell, largest)
+            steps = cascade_steps(pair.inversion.schedule)
+        largest, cell = tile_size(denoiser.unet), canvas.height // pair.flow.forward.shape[-2]
+        levels = []
+        for size in level_sizes(canvas) if steps else []:
+            level, there = Level.of(size, canvas, cell, largest), detail
+            if level.canvas != canvas:
                 photos = tuple(fit_to_output(photo, level.canvas) for photo in detail.photos)
-                noise = cascade._noise_of(photos, level)
-                levels.append(PairLevel(level, replace(detail, canvas=level.canvas, photos=photos), noise))
-        return replace(cascade, levels=tuple(levels))
-
-    def _noise_of(self, photos: Sequence[torch.Tensor], level: Level) -> torch.Tensor:
-        """The noise (2, C, h, w) that inverting photos (3, H, W) of a level's size ends with."""
-        everywhere, embeds = range(len(level.cells)), self.pair.prompt_embeds
-        encode = self.models.autoencoder.encode
-        latents = torch.cat(
-            [
-                level.mean(everywhere, (encode(level.pixels.cut(photo, tile)[None]) for tile in everywhere))
-                for photo in photos
-            ]
-        )
-
-        def predict_noise(noisy: torch.Tensor, timestep: int) -> torch.Tensor:
-            return torch.cat(
-                [
-                    self._predict_noise(level, everywhere, one[None], timestep, text[None])
-                    for one, text in zip(noisy, embeds, strict=True)
-                ]
-            )
-
-        return invert(latents, predict_noise, self.pair.inversion.schedule, self.steps).eps
-
-    def _predict_noise(
-        self, level: Level, chosen: Sequence[int], noisy: torch.Tensor, timestep: int, embeds: torch.Tensor
-    ) -> torch.Tensor:
-        """ε of latents (1, C, h, w) from that of some tiles."""
-        ask = self.models.denoiser.predict_noise
-        tiles = torch.cat([level.cells.cut(noisy, tile) for tile in chosen])
-        eps = self.batches.map(lambda some: ask(some, timestep, embeds.expand(len(some), -1, -1)), tiles)
-        return level.mean(chosen, eps.split(1))
+                there = replace(detail, canvas=level.canvas, photos=photos)
+            levels.append((level, there))
+        if largest_batch is None:
+            tile = torch.empty(0, *largest, device="cpu")
+            largest_batch = affordable_frames(*denoiser.footprint(tile))
+        return cls(models, pair, detail, tuple(levels), steps, Batches(largest_batch))
 
     def refined(self, frame: torch.Tensor, plan: FrameDetail, time: float) -> torch.Tensor:
         """A frame at the output size with the detail of the photos, refined where it takes none from them.
@@ -317,82 +271,53 @@ class PairCascade:
         Returns:
             (3, H, W) in [0, 1], float32, on the CPU.
         """
-        base, change = self._base(self.detail, frame, plan, time) if not self.levels else None, None
+        if not self.levels:
+            return self._base(self.detail, frame, plan, time)
+        change = None
         with self.models.denoiser.with_lora(self.pair.lora, self.pair.lora_scale):
-            for at in self.levels:
-                base = self._base(at.detail, frame, plan, time)
+            for level, detail in self.levels:
+                base = self._base(detail, frame, plan, time)
                 if change is None:
                     change = torch.zeros_like(base)
                 else:
                     change = F.interpolate(change[None], base.shape[-2:], mode="bicubic")[0]
-                self._refine(at, base, change, plan, time)
-        return base if change is None else base.add_(change).clamp_(0, 1)
+                self._refine(level, base, change, plan, time)
+        return base.add_(change).clamp_(0, 1)
 
     def _base(self, detail: PairDetail, frame: torch.Tensor, plan: FrameDetail, time: float) -> torch.Tensor:
         with interruptible():
             return with_detail(detail, frame, time, plan=plan)
 
-    def _refine(self, at: PairLevel, base: torch.Tensor, change: torch.Tensor, plan: FrameDetail, time: float) -> None:
+    def _refine(self, level: Level, base: torch.Tensor, change: torch.Tensor, plan: FrameDetail, time: float) -> None:
         """Add to `change`, which holds what diffusion added at the levels before, what it adds at this one."""
-        autoencoder, schedule, level = self.models.autoencoder, self.pair.inversion.schedule, at.level
+        models, schedule = self.models, self.pair.inversion.schedule
         cells, pixels, chosen = level.cells, level.pixels, level.needed(plan)
         if not chosen:
             return
 
         def encoded(tile: int) -> torch.Tensor:
             picture = pixels.cut(base, tile) + pixels.cut(change, tile)
-            return autoencoder.encode(picture.clamp(0, 1)[None])
+            return models.autoencoder.encode(picture.clamp(0, 1)[None])
 
         latents = level.mean(chosen, map(encoded, chosen))
-        noise = moved_noise(at.noise, level, plan, time)
         when = torch.tensor([time], dtype=torch.float32, device="cpu")
-        embeds = self.models.conditioner.frames(self.pair.prompt_embeds, when, False, NegativeText()).prompt_embeds
-        clean = denoise(
-            recompose(latents, noise, schedule.alpha_bars[self.steps]),
-            lambda noisy, timestep: self._predict_noise(level, chosen, noisy, timestep, embeds),
-            schedule,
-            self.steps,
-        )
-        require_finite(clean, self.models.denoiser.unet.dtype)
-        with autoencoder.decoder() as decode:
+        embeds = models.conditioner.frames(self.pair.prompt_embeds, when, False, NegativeText()).prompt_embeds
+
+        def predict_noise(noisy: torch.Tensor, timestep: int) -> torch.Tensor:
+            eps = self.batches.map(
+                lambda tiles: models.denoiser.predict_noise(tiles, timestep, embeds.expand(len(tiles), -1, -1)),
+                torch.cat([cells.cut(noisy, tile) for tile in chosen]),
+            )
+            return level.mean(chosen, eps.split(1))
+
+        start = schedule.alpha_bars[self.steps] ** 0.5 * latents
+        clean = denoise(start, predict_noise, schedule, self.steps)
+        require_finite(clean, models.denoiser.unet.dtype)
+        with models.autoencoder.decoder() as decode:
             for tile in chosen:
                 gained = (decode(cells.cut(clean, tile)) - decode(cells.cut(latents, tile)))[0].to(change)
                 free = level.free(plan, tile).to(change)
                 pixels.add(change, tile, free * gained[:, : free.shape[-2], : free.shape[-1]])
-
-
-def moved_noise(noise: torch.Tensor, level: Level, plan: FrameDetail, time: float) -> torch.Tensor:
-    """The noise of a frame at a level: every cell has that of the place in a photo that it comes from.
-
-    Args:
-        noise: That of the two photos, (2, C, h, w).
-        level: Whose cells they are.
-        plan: What `plan_detail` decided for the frame.
-        time: Its δ.
-
-    Returns:
-        (1, C, h, w). No value is interpolated, so it is as much noise as that of the photos.
-    """
-    canvas = level.canvas
-    larger = plan.added.new_tensor(
-        [canvas.output_width / canvas.content_width, canvas.output_height / canvas.content_height]
-    ).reshape(2, 1, 1)
-    z = (cell_grid(*level.grid, plan.added)[0] + 0.5) / larger - 0.5
-    place = _nearest(SAMPLES * (z + 0.5) - 0.5, plan.taken)
-    index = plan.sources.index[0][place]
-    first, last = (share[0][place] for share in plan.sources.shares(time))
-    moved = [
-        one[(..., *_nearest(((source + 0.5) * larger - 0.5).to(one), one))]
-        for one, source in zip(noise, plan.candidates.sources(index, z), strict=True)
-    ]
-    return torch.where((first >= last).to(noise.device), *moved)[None]
-
-
-def _nearest(z: torch.Tensor, field: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The row and the column of the value of a field (…, h, w) that is nearest to each place z (2, …) on its grid."""
-    h, w = field.shape[-2:]
-    column, row = z.round().long()
-    return row.clamp(0, h - 1), column.clamp(0, w - 1)
 
 
 def tile_size(unet: torch.nn.Module) -> Size:
