@@ -411,7 +411,8 @@ def with_detail(
     rows, columns = Axis.of(height, down, h, wide), Axis.of(width, across, w, wide)
     lines = _Lines.of(pair, plan, time)
     fields = torch.cat([1 - plan.taken, plan.taken * plan.added, (plan.taken * plan.light).flatten(0, 1)])
-    result = torch.empty(3, height, width, dtype=dtype, device="cpu")
+    # In the layout of image files, so that a picture is made of it without a copy.
+    result = torch.empty(height, width, 3, dtype=dtype, device="cpu").movedim(-1, 0)
     step = max(1, strip_pixels // width)
     for top in range(0, height, step):
         strip = rows.part(top, min(height, top + step))

@@ -31,7 +31,7 @@ from .settings import RenderSettings
 from .tone import tone_difference, with_tone
 from .turns import interruptible
 
-KEPT_BYTES = 2**28  # of finished pictures that `LazyFrames` keep, so that small videos are never made twice
+KEPT_BYTES = 2**28  # up to which the finished pictures of a video are kept, so that none is made twice
 
 # From pictures (B, 3, H, W) to the same with what was flagged blacked out, and which were; None without a checker.
 SafetyCheck = Callable[[torch.Tensor], tuple[torch.Tensor, list[bool] | None]]
@@ -297,6 +297,12 @@ class LazyFrame:
         self.maker, self.index, self.flagged = maker, index, False
         self.kept: PIL.Image.Image | None = None
 
+    @property
+    def size(self) -> int:
+        """How many bytes its picture takes; Pillow holds every pixel in four."""
+        canvas = self.maker.frames.canvas
+        return 4 * canvas.output_height * canvas.output_width
+
     def picture(self, workplace: Workplace) -> PIL.Image.Image:
         """The frame as it was kept, or made now."""
         if self.kept is not None:
@@ -311,19 +317,19 @@ class LazyFrame:
 class LazyFrames(Sequence):
     """The frames of a video as a sequence of PIL images, each of which is made when it is asked for.
 
-    Looped over, they are made one at a time, with progress shown. About 256 MiB of them are kept, so that frames of
-    small videos are made once; of larger videos those beyond are made again whenever they are asked for. So memory
-    does not grow with the number of frames. The pipeline must be as it was when the latents were made.
+    Looped over, they are made one at a time, with progress shown. If all of them together take at most 256 MiB, each
+    is kept once it is made. Of a larger video none is kept, and a frame is made again whenever it is asked for, so
+    that memory does not grow with the number of frames. The pipeline must be as it was when the latents were made.
 
     Args:
         frames: The frames in their order; one may be there several times.
         workplace: Where they are made.
-        room: How many bytes of pictures may still be kept, in a list of one; by default `KEPT_BYTES`.
+        keep: Whether each is kept once it is made; by default that is so if all of them take at most `KEPT_BYTES`.
     """
 
-    def __init__(self, frames: Iterable[LazyFrame], workplace: Workplace, room: list[int] | None = None):
+    def __init__(self, frames: Iterable[LazyFrame], workplace: Workplace, keep: bool | None = None):
         self._frames, self._workplace = list(frames), workplace
-        self._room = [KEPT_BYTES] if room is None else room
+        self._keep = sum(frame.size for frame in set(self._frames)) <= KEPT_BYTES if keep is None else keep
 
     @classmethod
     def of(cls, maker: FrameMaker, workplace: Workplace) -> LazyFrames:
@@ -352,6 +358,7 @@ class LazyFrames(Sequence):
                 for _ in shown:
                     yield picture
                     step()
+                del picture  # before the next one is made, since both may be large
 
     def __add__(self, other: LazyFrames) -> LazyFrames:
         """These frames and then others."""
@@ -359,7 +366,7 @@ class LazyFrames(Sequence):
 
     def arranged(self, order: Iterable[int]) -> LazyFrames:
         """The frames of these indices in their order, in which one may be there several times."""
-        return LazyFrames((self._frames[index] for index in order), self._workplace, self._room)
+        return LazyFrames((self._frames[index] for index in order), self._workplace, self._keep)
 
     @property
     def flags(self) -> LazyFlags:
@@ -367,12 +374,10 @@ class LazyFrames(Sequence):
         return LazyFlags(self._frames)
 
     def _kept(self, frame: LazyFrame) -> PIL.Image.Image:
-        """The picture of a frame, which is kept if there is room."""
+        """The picture of a frame, which is kept if all of them are."""
         picture = frame.picture(self._workplace)
-        size = 3 * picture.width * picture.height
-        if frame.kept is None and size <= self._room[0]:
+        if self._keep:
             frame.kept = picture
-            self._room[0] -= size
         return picture
 
     @contextmanager
