@@ -46,14 +46,14 @@ REGULAR_SIGMA = 1.5  # cells of the unit grid, as of `rigid.WINDOW_SIGMA`
 REGULAR_TOLERANCES = (2.0, 1.0, 0.7, 0.5)  # cells of the unit grid, as `rigid.TOLERANCES`
 WINDOWS_AT_ONCE = 2048  # that are worked on together, so that memory does not grow with the grid
 SEARCHED_PLACES = 2048  # of a photo at most, each of which is compared with each of the other photo's
-SEARCHED_TURNS = (-60, -40, -20, 0, 20, 40, 60)  # degrees; by which a window may have turned where it is found
+SEARCHED_TURNS = range(-60, 61, 15)  # degrees; by which a window may have turned where it is found
 SEARCH_SAMPLES = 7  # places along a side of a window that is looked for; …
 SEARCH_BLUR = 0.5  # … cells; sigma of the Gaussian mean that is taken first, so that they see all of the window
 SEARCH_RETURN = 1.5  # cells; how far from its start the way to what is found and back may end
 DISTINCT = 0.7  # squared difference of what is found, at most, as a share of that of the best place elsewhere, …
 ELSEWHERE = 2.5  # … which is farther away than so many cells
 LOST = 0.05  # difference in colour of a cell's window, more than which makes it worth looking elsewhere
-FOUND_GAIN = 0.02  # difference in colour by which what is found must be better in both photos
+FOUND_GAIN = 0.015  # difference in colour by which what is found must be better in both photos
 
 
 def refined_flow(flow: BidirectionalFlow, photos: torch.Tensor, tolerance: float) -> BidirectionalFlow:
@@ -228,7 +228,7 @@ def _most_alike(windows: Windows) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
         colours, _ = sampled(photos[image, None], around, windows.size)
         return (weight * colours)[0].movedim(0, 1).flatten(1)
 
-    angles = photos.new_tensor(SEARCHED_TURNS).deg2rad()
+    angles = photos.new_tensor(list(SEARCHED_TURNS)).deg2rad()
     turns = torch.stack([angles.cos(), angles.sin()], 1)  # (turns, 2)
     n = places[0, 0].numel()
     difference = photos.new_full((n, n), torch.inf)
