@@ -81,7 +81,7 @@ def refined_flow(flow: BidirectionalFlow, photos: torch.Tensor, tolerance: float
         turn = fit_similarities(ways, agreement(flow), False, PATH_SIGMA, PATH_TOLERANCES, PATH_STIFFNESS).turn
         best = _found_anywhere(windows, _rest(windows, windows.compared(ways, turn)))
         for _ in range(REFINEMENT_ROUNDS):
-            best = _steps(windows, _neighbours(windows, _rest(windows, best)))
+            best = _steps(windows, _of_neighbours(windows, _rest(windows, best)))
         found = best.residual <= tolerance
         ways = torch.where(found, best.shift, ways)
         sure = agreement(BidirectionalFlow.of(ways)) * found.to(ways.dtype).clamp(min=UNFOUND_WEIGHT)
@@ -274,7 +274,7 @@ def _rest(windows: Windows, fit: Similarity) -> Similarity:
     return nearer_fit(fit, windows.compared(still, still), -REST_GAIN)
 
 
-def _neighbours(windows: Windows, fit: Similarity) -> Similarity:
+def _of_neighbours(windows: Windows, fit: Similarity) -> Similarity:
     """Let every cell take over a neighbour's similarity that fits better."""
     best = fit
     for radius, (dy, dx) in product(NEIGHBOURS, product((-1, 0, 1), repeat=2)):
