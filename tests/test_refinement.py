@@ -11,7 +11,7 @@ from support import naive
 from dreammover_pipeline import refinement
 from dreammover_pipeline.fields import cell_grid
 from dreammover_pipeline.records import BidirectionalFlow
-from dreammover_pipeline.refinement import Windows, refined_flow
+from dreammover_pipeline.refinement import Windows, _most_alike, refined_flow
 
 TOLERANCE = 0.06
 
@@ -28,7 +28,7 @@ def texture(places, seed=0):
     return 0.5 + 0.4 * angles.sin().mean(1)
 
 
-def moved_pair(h, w, degrees, scale, shift, cell=4):
+def moved_pair(h, w, degrees, scale, shift, cell=4, seed=0):
     """Two photos of one texture that moves by a similarity about the middle, and the flow between them in cells."""
     turn = scale * torch.tensor([math.cos(math.radians(degrees)), math.sin(math.radians(degrees))]).double()
     shift = torch.tensor(shift, dtype=torch.float64)
@@ -42,7 +42,7 @@ def moved_pair(h, w, degrees, scale, shift, cell=4):
 
     pixels = cell_grid(h * cell, w * cell, shift)[0]
     middle = torch.tensor([w * cell - 1, h * cell - 1]).double() / 2
-    photos = torch.stack([texture(pixels), texture(carried(pixels, middle, cell, back=True))])
+    photos = torch.stack([texture(pixels, seed), texture(carried(pixels, middle, cell, back=True), seed)])
     cells = cell_grid(h, w, shift)[0]
     middle = torch.tensor([w - 1, h - 1]).double() / 2
     ways = torch.stack([carried(cells, middle, 1), carried(cells, middle, 1, back=True)]) - cells
@@ -66,6 +66,46 @@ def test_the_photos_tell_the_motion_to_a_fraction_of_a_cell(degrees, scale):
     assert before.mean() > 0.5
     assert after.mean() < 0.1
     assert after.quantile(0.95) < 0.25
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_what_has_gone_far_and_turned_is_found_wherever_it_is(seed):
+    """By 60° and a third of the picture, from a flow that says that all rests."""
+    photos, truth = moved_pair(24, 24, 60, 1.0, (8, 0), seed=seed)
+    made = refined_flow(BidirectionalFlow.of(torch.zeros_like(truth)), photos, TOLERANCE).stacked()
+    seen = inside(truth, 2.5)
+    after = (made - truth).norm(dim=1)[seen]
+    assert truth.norm(dim=1)[seen].mean() > 8
+    assert after.quantile(0.9) < 0.25
+
+
+def test_smooth_ground_hidden_in_either_photo_goes_nowhere():
+    """What a thing has left and what it has come to look alike and are both lost, which is no reason to swap them."""
+    ground = torch.full((3, 96, 96), 0.5, dtype=torch.float64)
+    thing = texture(cell_grid(32, 32, ground)[0])
+    photos = ground.repeat(2, 1, 1, 1)
+    photos[0, :, 8:40, 8:40], photos[1, :, 56:88, 56:88] = thing, thing
+    made = refined_flow(BidirectionalFlow.of(torch.zeros(2, 2, 24, 24).double()), photos, TOLERANCE).stacked()
+    way = torch.tensor([12.0, 12.0]).double().reshape(2, 1, 1).expand(2, 4, 4)
+    torch.testing.assert_close(made[0, :, 4:8, 4:8], way, atol=0.1, rtol=0)
+    torch.testing.assert_close(made[1, :, 16:20, 16:20], -way, atol=0.1, rtol=0)
+    assert made[0, :, 16:20, 16:20].norm(dim=0).max() < 3
+    assert made[1, :, 4:8, 4:8].norm(dim=0).max() < 3
+
+
+def test_places_that_look_alike_are_not_told_apart():
+    """A chequered photo looks the same wherever it has gone by two fields, so a wrong flow finds nothing elsewhere."""
+    x, y = cell_grid(96, 96, torch.zeros(1).double())[0]
+    photo = 0.5 + 0.3 * (x * torch.pi / 8).sin() * (y * torch.pi / 8).sin()
+    windows = Windows.of(photo.expand(2, 3, -1, -1), (24, 24))
+    assert not _most_alike(windows)[2][..., 6:18, 6:18].any()
+
+
+def test_a_search_among_fewer_places_finds_the_same_motion(monkeypatch):
+    photos, truth = moved_pair(24, 24, 0, 1.0, (8, 2))
+    monkeypatch.setattr(refinement, "SEARCHED_PLACES", 24 * 24 // 4)
+    made = refined_flow(BidirectionalFlow.of(torch.zeros_like(truth)), photos, TOLERANCE).stacked()
+    assert (made - truth).norm(dim=1)[inside(truth, 5)].quantile(0.9) < 0.25
 
 
 def test_light_that_changes_between_the_photos_makes_no_difference():

@@ -3,15 +3,16 @@
 
 Features know what a thing is and find it again wherever it has gone, but no closer than to a cell. The photos' own
 colours know the place to a fraction of a cell, once it is known roughly. Around every cell a window of one photo is
-compared with the place in the other photo to which the cell's similarity carries it. Lengths are in cells, whatever
-the number of pixels in a cell.
+compared with the place in the other photo to which the cell's similarity carries it. A cell that features have led
+astray is looked for anywhere in the other photo first. Lengths are in cells, whatever the number of pixels in a cell.
 
-Source of all of it: ours; the steps are Gauss–Newton's, as in Lucas and Kanade 1981, and neighbours pass on what fits,
-as in PatchMatch (Barnes et al. 2009).
+Source of all of it: ours; the steps are Gauss–Newton's, as in Lucas and Kanade 1981, neighbours pass on what fits, as
+in PatchMatch (Barnes et al. 2009), and what is found anywhere must be unlike all other places, as in Lowe 2004.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -19,7 +20,7 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 
-from .fields import cell_grid, sampled
+from .fields import blurred, cell_grid, sampled
 from .flow import agreement, exact_matmul
 from .light import in_one_light
 from .paths import PATH_SIGMA, PATH_STIFFNESS, PATH_TOLERANCES
@@ -44,6 +45,15 @@ UNFOUND_WEIGHT = 0.3  # weight of a cell whose colours were not found, when the 
 REGULAR_SIGMA = 1.5  # cells of the unit grid, as of `rigid.WINDOW_SIGMA`
 REGULAR_TOLERANCES = (2.0, 1.0, 0.7, 0.5)  # cells of the unit grid, as `rigid.TOLERANCES`
 WINDOWS_AT_ONCE = 2048  # that are worked on together, so that memory does not grow with the grid
+SEARCHED_PLACES = 2048  # of a photo at most, each of which is compared with each of the other photo's
+SEARCHED_TURNS = range(-60, 61, 15)  # degrees; by which a window may have turned where it is found
+SEARCH_SAMPLES = 7  # places along a side of a window that is looked for; …
+SEARCH_BLUR = 0.5  # … cells; sigma of the Gaussian mean that is taken first, so that they see all of the window
+SEARCH_RETURN = 1.5  # cells; how far from its start the way to what is found and back may end
+DISTINCT = 0.7  # squared difference of what is found, at most, as a share of that of the best place elsewhere, …
+ELSEWHERE = 2.5  # … which is farther away than so many cells
+LOST = 0.05  # difference in colour of a cell's window, more than which makes it worth looking elsewhere
+FOUND_GAIN = 0.015  # difference in colour by which what is found must be better in both photos
 
 
 def refined_flow(flow: BidirectionalFlow, photos: torch.Tensor, tolerance: float) -> BidirectionalFlow:
@@ -55,7 +65,8 @@ def refined_flow(flow: BidirectionalFlow, photos: torch.Tensor, tolerance: float
     carried off fall into line.
 
     Args:
-        flow: Right to within a few cells, on a grid of cells that covers the same picture as the photos.
+        flow: On a grid of cells that covers the same picture as the photos. Where it is off by more than a few cells,
+            only what looks like nothing else is found.
         photos: The two photos, (2, 3, H, W) in [0, 1]; they are brought into one light here.
         tolerance: Mean difference in colour, of 1, up to which the window of a cell counts as found.
 
@@ -68,10 +79,9 @@ def refined_flow(flow: BidirectionalFlow, photos: torch.Tensor, tolerance: float
         photos = F.interpolate(photos.to(ways), (PIXELS * h, PIXELS * w), mode="area")
         windows = Windows.of(in_one_light(photos, flow), (h, w))
         turn = fit_similarities(ways, agreement(flow), False, PATH_SIGMA, PATH_TOLERANCES, PATH_STIFFNESS).turn
-        best = windows.compared(ways, turn)
+        best = _found_anywhere(windows, _rest(windows, windows.compared(ways, turn)))
         for _ in range(REFINEMENT_ROUNDS):
-            best = _rest_or_neighbours(windows, best)
-            best = _steps(windows, best)
+            best = _steps(windows, _of_neighbours(windows, _rest(windows, best)))
         found = best.residual <= tolerance
         ways = torch.where(found, best.shift, ways)
         sure = agreement(BidirectionalFlow.of(ways)) * found.to(ways.dtype).clamp(min=UNFOUND_WEIGHT)
@@ -130,6 +140,13 @@ class Windows:
             costs.append((torch.where(inside, off, WORST) * weight).sum(3) / weight.sum(3))
         return Similarity(shift, turn, torch.cat(costs, 2).unflatten(2, self.size))
 
+    def contrast(self) -> torch.Tensor:
+        """How far the colours of every cell's window are from their mean, on average, (2, 1, h, w)."""
+        weight = self.weight * self.inside
+        weight = weight / weight.sum(3, keepdim=True)
+        mean = (weight * self.own).sum(3, keepdim=True)
+        return (weight * (self.own - mean).abs().mean(1, keepdim=True)).sum(3).unflatten(2, self.size)
+
     def stepped(self, shift: torch.Tensor, turn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Shift and turn (2, 2, h, w) after a Gauss–Newton step towards colours that differ less."""
         unit = WINDOW_HALF / 2  # turns are counted by how far they move a sample that lies this far from the middle
@@ -170,14 +187,99 @@ class Windows:
             yield block, middle[:, :, block] + offsets + complex_product(turn[:, :, block], offsets)
 
 
-def _rest_or_neighbours(windows: Windows, fit: Similarity) -> Similarity:
-    """Let every cell rest that fits nearly as well so, and take over a neighbour's similarity that fits better."""
-    best, still = fit, torch.zeros_like(fit.shift)
-    best = nearer_fit(best, windows.compared(still, still), -REST_GAIN)
-    asked = best
+def _found_anywhere(windows: Windows, fit: Similarity) -> Similarity:
+    """Where the colours of a cell differ, look all over the other photo for a place that is like its window.
+
+    It is believed only if the place found finds the cell, too, and both are better off by it. A window without texture
+    is like many places, and what it could gain counts as no more than its contrast: ground that is hidden in the one
+    photo would else be carried to ground that is hidden in the other.
+    """
+    shift, turn, matched = _most_alike(windows)
+    made = _steps(windows, windows.compared(shift, turn))
+    could = torch.minimum(fit.residual, windows.contrast()).where(fit.residual > LOST, 0)
+    gain = could - made.residual.where(matched, 1)
+    there, seen = sampled(gain.flip(0), (windows.cells + made.shift).flatten(2)[..., None], windows.size)
+    both = torch.minimum(gain, there.where(seen, -1).reshape(gain.shape))
+    return nearer_fit(fit, Similarity(made.shift, made.turn, made.residual.where(both > FOUND_GAIN, torch.inf)))
+
+
+def _most_alike(windows: Windows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For every cell the place of the other photo whose surroundings are most like its own, of all places and turns.
+
+    On a grid of more than `SEARCHED_PLACES` cells every second or third is looked for, in windows as much larger, and
+    stands for those around it.
+
+    Returns:
+        Shift and turn (2, 2, h, w), and (2, 1, h, w) bool: whether the other photo finds the cell from there, and no
+        other place is nearly as much alike.
+    """
+    h, w = windows.size
+    stride = math.ceil(math.sqrt(h * w / SEARCHED_PLACES))
+    rows, columns = (torch.arange(min(stride // 2, n - 1), n, stride, device=windows.cells.device) for n in (h, w))
+    places = windows.cells[..., rows[:, None], columns]  # (1, 2, r, c)
+    photos = blurred(windows.other.flip(0), SEARCH_BLUR * stride * windows.other.shape[-1] / w)
+    side = stride * torch.linspace(-WINDOW_HALF, WINDOW_HALF, SEARCH_SAMPLES).to(photos)
+    offsets = torch.stack(torch.meshgrid(side, side, indexing="xy")).reshape(1, 2, 1, -1)
+    weight = (-offsets.square().sum(1, keepdim=True) / (stride * WINDOW_HALF) ** 2).exp()
+
+    def seen_around(image: int, turn: torch.Tensor) -> torch.Tensor:
+        """The colours (n, 3·s) of the windows around the places of a photo, turned."""
+        around = places.flatten(2)[..., None] + complex_product(turn, offsets)
+        colours, _ = sampled(photos[image, None], around, windows.size)
+        return (weight * colours)[0].movedim(0, 1).flatten(1)
+
+    angles = photos.new_tensor(list(SEARCHED_TURNS)).deg2rad()
+    turns = torch.stack([angles.cos(), angles.sin()], 1)  # (turns, 2)
+    n = places[0, 0].numel()
+    difference = photos.new_full((n, n), torch.inf)
+    turned = torch.zeros(n, n, dtype=torch.long, device=photos.device)
+    for number, half in enumerate(angles / 2):  # each photo turns half the way, so that both are treated alike
+        first, second = (
+            seen_around(image, torch.stack([angle.cos(), angle.sin()]).reshape(1, 2, 1, 1))
+            for image, angle in enumerate((-half, half))
+        )
+        made = first.square().sum(1, keepdim=True) + second.square().sum(1) - 2 * first @ second.T
+        turned = torch.where(made < difference, number, turned)
+        difference = torch.minimum(difference, made.clamp(min=0))
+    points = places[0].flatten(1).T  # (n, 2)
+    near = torch.cdist(points, points) <= ELSEWHERE * stride
+    index = [difference.argmin(1), difference.argmin(0)]
+    shifts, factors, matched = [], [], []
+    for image, way in enumerate((difference, difference.T)):
+        there, back = index[image], index[1 - image]
+        elsewhere = way.masked_fill(near[there], torch.inf).amin(1)
+        returned = (points[back[there]] - points).norm(dim=1) <= SEARCH_RETURN * stride
+        matched.append(returned & (way.amin(1) < DISTINCT * elsewhere))
+        shifts.append(points[there] - points)
+        of = turned if image == 0 else turned.T
+        factor = turns[of.gather(1, there[:, None])[:, 0]]
+        factors.append(factor * factor.new_tensor([1, 1 if image == 0 else -1]) - factor.new_tensor([1, 0]))
+    # Every cell moves as one with the place that stands for it.
+    row, column = (
+        (torch.arange(n, device=rows.device) // stride).clamp(max=len(some) - 1)
+        for n, some in ((h, rows), (w, columns))
+    )
+
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        return values.unflatten(2, (len(rows), len(columns)))[..., row[:, None], column]
+
+    turn = spread(torch.stack(factors).mT)
+    shift = spread(torch.stack(shifts).mT) + complex_product(turn, windows.cells - spread(places.flatten(2)))
+    return shift, turn, spread(torch.stack(matched)[:, None])
+
+
+def _rest(windows: Windows, fit: Similarity) -> Similarity:
+    """Let every cell rest that fits nearly as well so."""
+    still = torch.zeros_like(fit.shift)
+    return nearer_fit(fit, windows.compared(still, still), -REST_GAIN)
+
+
+def _of_neighbours(windows: Windows, fit: Similarity) -> Similarity:
+    """Let every cell take over a neighbour's similarity that fits better."""
+    best = fit
     for radius, (dy, dx) in product(NEIGHBOURS, product((-1, 0, 1), repeat=2)):
         if dy or dx:
-            shift, turn = similarities_of(asked, dy * radius, dx * radius)
+            shift, turn = similarities_of(fit, dy * radius, dx * radius)
             best = nearer_fit(best, windows.compared(shift, turn), NEIGHBOUR_GAIN)
     return best
 
