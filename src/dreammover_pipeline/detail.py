@@ -27,11 +27,14 @@ import torch.nn.functional as F
 
 from .fields import blurred, cell_grid, sampled, values_beside
 from .flow import agreement
+from .framing import fit
 from .light import gain_maps, light_gains
 from .paths import MotionPaths
 from .records import BidirectionalFlow, Canvas, FrameSources
+from .refinement import aligned_flow
 from .rigid import complex_product
 
+ALIGNED_PIXELS = (8, 16)  # a cell, at which the flow is aligned with the photos, where they have as many
 SAMPLES = 4  # places along a side of a cell at which it is chosen where a frame comes from
 CANDIDATES = 8  # cells whose motion is tried at every place: those that land nearest to it
 CANDIDATES_KEPT = 4  # of them that are mixed at full size
@@ -108,6 +111,23 @@ class PairDetail:
     def content(self) -> tuple[float, float]:
         """Width and height in cells of the part of the canvas that the picture fills."""
         return self.canvas.content_on(*self.flow.forward.shape[-2:])
+
+
+def lookup_flow(flow: BidirectionalFlow, photos: Sequence[torch.Tensor], canvas: Canvas) -> BidirectionalFlow:
+    """The flow by which detail is looked up: that of a pair, aligned with what of the photos is finer than cells.
+
+    Args:
+        flow: Between the two photos, in cells.
+        photos: The two at the output size, (3, H, W) each, float32 in [0, 1].
+        canvas: Where the photos sit.
+    """
+    cell = canvas.height // flow.forward.shape[-2]
+    larger = []
+    for scale in (pixels // cell for pixels in ALIGNED_PIXELS if pixels % cell == 0):
+        content = scale * canvas.content_height, scale * canvas.content_width
+        if content[0] <= canvas.output_height:  # the photos have as many pixels
+            larger.append(Canvas(scale * canvas.height, scale * canvas.width, *content, *content))
+    return aligned_flow(flow, (torch.stack([fit(photo, there) for photo in photos]) for there in larger))
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ import PIL.Image
 import torch
 
 from .cascade import PairCascade
-from .detail import FrameDetail, PairDetail, frame_sources, plan_detail, with_detail
+from .detail import FrameDetail, PairDetail, frame_sources, lookup_flow, plan_detail, with_detail
 from .framing import fit, unfit
 from .images import rgb
 from .outputs import DreamMoverPipelineOutput, as_output
@@ -127,8 +127,11 @@ class FrameMaker:
         copies = tuple(decode(latent).cpu() for latent in frames.clean_ends.split(1))
         if self.settings.detail != "upsampled":
             with interruptible():
-                paths = frames.paths or motion_paths(frames.flow, self.settings.motion)
-                pair = PairDetail.of(photos, working, torch.cat(copies), canvas, frames.flow, paths)
+                flow, paths = frames.flow, frames.paths
+                if paths is None:
+                    flow = lookup_flow(flow, photos, canvas)
+                    paths = motion_paths(flow, self.settings.motion)
+                pair = PairDetail.of(photos, working, torch.cat(copies), canvas, flow, paths)
             finish = partial(_detailed, pair, self.dtype)
         if self.settings.detail == "diffusion":
             cascade = PairCascade.of(self.models, frames.pair, pair, largest_batch=self.settings.frame_batch_size)

@@ -13,7 +13,7 @@ in PatchMatch (Barnes et al. 2009), and what is found anywhere must be unlike al
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -28,15 +28,10 @@ from .records import BidirectionalFlow
 from .rigid import Similarity, complex_product, fit_similarities, nearer_fit, similarities_of
 
 PIXELS = 4  # the photos are compared at this many pixels a cell; in finer ones every other pixel would go unseen
-WINDOW_HALF = 2.5  # cells; from the middle of a window to its edge
 WINDOW_SAMPLES = 11  # places along a side of the window at which the photos are compared
 REFINEMENT_ROUNDS = 2  # how often neighbours are asked and steps are taken
-NEIGHBOURS = (1, 2, 4)  # cells; how far away the eight neighbours are that are asked, from near to far
 NEIGHBOUR_GAIN = 0.004  # difference in colour by which a neighbour's similarity must be better to be taken over
 REST_GAIN = 0.01  # difference in colour by which a cell's similarity must be better than rest to be kept
-STEPS = 6  # Gauss–Newton steps of a round
-LONGEST_STEP = 0.5  # cells
-FURTHEST = 2.0  # cells; how far the steps of a round may lead
 SCALES = (0.6, 1.6)  # between which a similarity may shrink and grow what it carries
 DAMPING = 0.03  # what is added to the normal equations' diagonal, so that a window without texture stays
 OUTLIER = 0.12  # difference in colour that counts a quarter as much as it would without the robust weight
@@ -54,6 +49,27 @@ DISTINCT = 0.7  # squared difference of what is found, at most, as a share of th
 ELSEWHERE = 2.5  # … which is farther away than so many cells
 LOST = 0.05  # difference in colour of a cell's window, more than which makes it worth looking elsewhere
 FOUND_GAIN = 0.015  # difference in colour by which what is found must be better in both photos
+ALIGNED_TOLERANCE = 0.1  # difference in colour up to which a window counts as found in the photos' finer detail
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How much of a photo a window covers, and how far it may be moved; all but `steps` in cells.
+
+    `half` leads from the middle of the window to its edge; `neighbours` are how far away the eight neighbours are that
+    are asked, from near to far; a round takes as many Gauss–Newton `steps`, none of them longer than `longest`, and
+    may lead as far as `furthest`.
+    """
+
+    half: float
+    neighbours: tuple[int, ...]
+    steps: int
+    longest: float
+    furthest: float
+
+
+FROM_FEATURES = Reach(half=2.5, neighbours=(1, 2, 4), steps=6, longest=0.5, furthest=2.0)
+WITHIN_A_CELL = Reach(half=1.6, neighbours=(1,), steps=3, longest=0.25, furthest=0.5)
 
 
 def refined_flow(flow: BidirectionalFlow, photos: torch.Tensor, tolerance: float) -> BidirectionalFlow:
@@ -77,15 +93,46 @@ def refined_flow(flow: BidirectionalFlow, photos: torch.Tensor, tolerance: float
         ways = flow.stacked()
         h, w = ways.shape[-2:]
         photos = F.interpolate(photos.to(ways), (PIXELS * h, PIXELS * w), mode="area")
-        windows = Windows.of(in_one_light(photos, flow), (h, w))
-        turn = fit_similarities(ways, agreement(flow), False, PATH_SIGMA, PATH_TOLERANCES, PATH_STIFFNESS).turn
-        best = _found_anywhere(windows, _rest(windows, windows.compared(ways, turn)))
+        windows = Windows.of(in_one_light(photos, flow), (h, w), FROM_FEATURES)
+        best = _found_anywhere(windows, _rest(windows, windows.compared(ways, _turn(flow))))
         for _ in range(REFINEMENT_ROUNDS):
             best = _steps(windows, _of_neighbours(windows, _rest(windows, best)))
         found = best.residual <= tolerance
         ways = torch.where(found, best.shift, ways)
         sure = agreement(BidirectionalFlow.of(ways)) * found.to(ways.dtype).clamp(min=UNFOUND_WEIGHT)
         return BidirectionalFlow.of(fit_similarities(ways, sure, True, REGULAR_SIGMA, REGULAR_TOLERANCES).shift)
+
+
+def aligned_flow(flow: BidirectionalFlow, levels: Iterable[torch.Tensor]) -> BidirectionalFlow:
+    """The flow aligned with the photos' finer detail.
+
+    At each level a cell may come to rest, take over the similarity of a cell beside it, and then move by half a cell,
+    where colours differ less for it. This is for looking up pixels and not for moving cells: parts of a cell may move
+    differently, and what is found is the flow of its middle.
+
+    Args:
+        flow: Right to within a cell.
+        levels: The two photos, (2, 3, H, W) in [0, 1], finer from level to level. Windows have as many samples at all
+            levels, so none costs more than another.
+
+    Returns:
+        The flow in both directions, in fractions of cells.
+    """
+    with exact_matmul(flow.forward.device.type):
+        size = tuple(flow.forward.shape[-2:])
+        for photos in levels:
+            ways = flow.stacked()
+            windows = Windows.of(in_one_light(photos.to(ways), flow), size, WITHIN_A_CELL)
+            best = _rest(windows, windows.compared(ways, _turn(flow)))
+            best = _steps(windows, _of_neighbours(windows, best))
+            flow = BidirectionalFlow.of(torch.where(best.residual <= ALIGNED_TOLERANCE, best.shift, ways))
+    return flow
+
+
+def _turn(flow: BidirectionalFlow) -> torch.Tensor:
+    """How what is around every cell turns and grows along a flow, (2, 2, h, w), as `Similarity` has it."""
+    ways = flow.stacked()
+    return fit_similarities(ways, agreement(flow), False, PATH_SIGMA, PATH_TOLERANCES, PATH_STIFFNESS).turn
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +142,8 @@ class Windows:
     `own` (2, 3, n, s) are the colours of the samples and `inside` (2, 1, n, s) says which of them lie on the picture;
     `offsets` (1, 2, 1, s) are their places from the middle, and `weight` (1, 1, 1, s) how much they count. `other`
     (2, 3, H, W) is for each photo the other one, and `slopes` (2, 6, H, W) its change per cell to the right in three
-    colours and downwards in three. `cells` (1, 2, h, w) are the cells' places.
+    colours and downwards in three. `cells` (1, 2, h, w) are the cells' places,
+    and `reach` says how large windows are.
     """
 
     own: torch.Tensor
@@ -105,21 +153,23 @@ class Windows:
     other: torch.Tensor
     slopes: torch.Tensor
     cells: torch.Tensor
+    reach: Reach
 
     @classmethod
-    def of(cls, photos: torch.Tensor, size: tuple[int, int]) -> Windows:
+    def of(cls, photos: torch.Tensor, size: tuple[int, int], reach: Reach) -> Windows:
         """The windows of two photos (2, 3, H, W) around the cells of a grid (h, w)."""
-        side = torch.linspace(-WINDOW_HALF, WINDOW_HALF, WINDOW_SAMPLES, dtype=photos.dtype, device=photos.device)
+        half = reach.half
+        side = torch.linspace(-half, half, WINDOW_SAMPLES, dtype=photos.dtype, device=photos.device)
         y, x = torch.meshgrid(side, side, indexing="ij")
         offsets = torch.stack([x.flatten(), y.flatten()]).reshape(1, 2, 1, -1)
-        weight = (-2 * offsets.square().sum(1, keepdim=True) / WINDOW_HALF**2).exp()
+        weight = (-2 * offsets.square().sum(1, keepdim=True) / half**2).exp()
         cells = cell_grid(*size, photos)
         own, inside = sampled(photos, (cells.flatten(2)[..., None] + offsets).expand(2, -1, -1, -1), size)
         other = photos.flip(0)
         padded = F.pad(other, (1, 1, 1, 1), mode="replicate")
         right = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2 * (photos.shape[-1] / size[1])
         down = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2 * (photos.shape[-2] / size[0])
-        return cls(own, inside, offsets, weight, other, torch.cat([right, down], 1), cells)
+        return cls(own, inside, offsets, weight, other, torch.cat([right, down], 1), cells, reach)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -149,7 +199,7 @@ class Windows:
 
     def stepped(self, shift: torch.Tensor, turn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Shift and turn (2, 2, h, w) after a Gauss–Newton step towards colours that differ less."""
-        unit = WINDOW_HALF / 2  # turns are counted by how far they move a sample that lies this far from the middle
+        unit = self.reach.half / 2  # turns are counted by how far they move a sample so far from the middle
         x, y = self.offsets[0, :, 0] / unit
         one, zero = torch.ones_like(x), torch.zeros_like(x)
         # How far each of the four numbers moves a sample to the right and downwards, (s, 4, 2).
@@ -174,7 +224,8 @@ class Windows:
         square = torch.cat(products, 1).unflatten(2, (4, 4)).cpu().double()
         square = square + DAMPING * torch.eye(4, dtype=square.dtype, device=square.device)
         step = torch.linalg.solve(square, torch.cat(rights, 1).cpu().double()[..., None])[..., 0].to(shift)
-        step = step.clamp(-LONGEST_STEP, LONGEST_STEP).movedim(2, 1).unflatten(2, self.size)
+        longest = self.reach.longest
+        step = step.clamp(-longest, longest).movedim(2, 1).unflatten(2, self.size)
         return shift + step[:, :2], _held_to_scale(turn + step[:, 2:] / unit)
 
     def _targets(self, shift: torch.Tensor, turn: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -218,9 +269,10 @@ def _most_alike(windows: Windows) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     rows, columns = (torch.arange(min(stride // 2, n - 1), n, stride, device=windows.cells.device) for n in (h, w))
     places = windows.cells[..., rows[:, None], columns]  # (1, 2, r, c)
     photos = blurred(windows.other.flip(0), SEARCH_BLUR * stride * windows.other.shape[-1] / w)
-    side = stride * torch.linspace(-WINDOW_HALF, WINDOW_HALF, SEARCH_SAMPLES).to(photos)
+    half = stride * windows.reach.half
+    side = torch.linspace(-half, half, SEARCH_SAMPLES, dtype=photos.dtype, device=photos.device)
     offsets = torch.stack(torch.meshgrid(side, side, indexing="xy")).reshape(1, 2, 1, -1)
-    weight = (-offsets.square().sum(1, keepdim=True) / (stride * WINDOW_HALF) ** 2).exp()
+    weight = (-offsets.square().sum(1, keepdim=True) / half**2).exp()
 
     def seen_around(image: int, turn: torch.Tensor) -> torch.Tensor:
         """The colours (n, 3·s) of the windows around the places of a photo, turned."""
@@ -277,7 +329,7 @@ def _rest(windows: Windows, fit: Similarity) -> Similarity:
 def _of_neighbours(windows: Windows, fit: Similarity) -> Similarity:
     """Let every cell take over a neighbour's similarity that fits better."""
     best = fit
-    for radius, (dy, dx) in product(NEIGHBOURS, product((-1, 0, 1), repeat=2)):
+    for radius, (dy, dx) in product(windows.reach.neighbours, product((-1, 0, 1), repeat=2)):
         if dy or dx:
             shift, turn = similarities_of(fit, dy * radius, dx * radius)
             best = nearer_fit(best, windows.compared(shift, turn), NEIGHBOUR_GAIN)
@@ -287,10 +339,10 @@ def _of_neighbours(windows: Windows, fit: Similarity) -> Similarity:
 def _steps(windows: Windows, fit: Similarity) -> Similarity:
     """Gauss–Newton steps; of all places on the way, the one where the colours differ least is kept."""
     best, shift, turn = fit, fit.shift, fit.turn
-    for _ in range(STEPS):
+    for _ in range(windows.reach.steps):
         shift, turn = windows.stepped(shift, turn)
         made = windows.compared(shift, turn)
-        far = (shift - fit.shift).norm(dim=1, keepdim=True) > FURTHEST
+        far = (shift - fit.shift).norm(dim=1, keepdim=True) > windows.reach.furthest
         best = nearer_fit(best, Similarity(shift, turn, torch.where(far, torch.inf, made.residual)))
     return best
 

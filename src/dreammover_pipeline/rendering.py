@@ -42,9 +42,9 @@ class DenoisedFrames:
     """Frames of a pair that are made and not decoded yet.
 
     `latents` (F, C, h, w) are clean, `times` the δ of each; `clean_ends` (2, C, h, w) are the clean latents of the two
-    photos and `images` the photos at the output size, as `fit_to_output` gives them. `paths` are the ways of the cells
-    that the frames were made along, and `pair` is what they lie between; both None if the frames were kept in a file,
-    which holds neither.
+    photos and `images` the photos at the output size, as `fit_to_output` gives them. `pair` is what the frames lie
+    between, None if they were kept in a file, which does not hold it; `paths` are the ways of the cells by which
+    detail is looked up, None for those that follow from the flow.
     """
 
     latents: torch.Tensor
@@ -53,8 +53,8 @@ class DenoisedFrames:
     images: tuple[torch.Tensor, torch.Tensor]
     canvas: Canvas
     flow: BidirectionalFlow
-    paths: MotionPaths | None = None
     pair: PreparedPair | None = None
+    paths: MotionPaths | None = None
 
 
 def render_latents(
@@ -105,7 +105,7 @@ def render_latents(
         held = holding_layout(predict_noise, fused, inversion.schedule, settings.layout_hold)
         latents = denoise(fused.latents, held, inversion.schedule, inversion.steps, on_step, interrupted)
     require_finite(latents, denoiser.unet.dtype)
-    return DenoisedFrames(latents, times, inversion.path[0], pair.images, pair.canvas, pair.flow, paths, pair)
+    return DenoisedFrames(latents, times, inversion.path[0], pair.images, pair.canvas, pair.flow, pair)
 
 
 def _replaced(replaced: dict, latents: torch.Tensor, conditions: Conditions) -> torch.Tensor:

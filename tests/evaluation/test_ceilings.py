@@ -14,7 +14,8 @@ from dreammover_pipeline.evaluation.metrics import psnr
 from dreammover_pipeline.evaluation.suites import Pair, world_suite
 from dreammover_pipeline.paths import motion_paths
 
-SHORT = {"num_inference_steps": 6, "inversion_steps": 2, "feature_step": 2, "lora_steps": 0}
+# Frames are upsampled, since detail is looked up along given paths as they are, but along those of a flow aligned.
+SHORT = {"num_inference_steps": 6, "inversion_steps": 2, "feature_step": 2, "lora_steps": 0, "detail": "upsampled"}
 
 
 class Shift:

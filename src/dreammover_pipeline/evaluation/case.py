@@ -111,6 +111,7 @@ class EvaluationCase:
         settings = RenderSettings.of({**self.settings, "times": self.pair.times})
         negative = NegativeText(self.setting("negative_prompt"), self.setting("negative_prompt_embeds"))
         frames = render_latents(models, prepared, settings, paths, negative, UNREPORTED)
+        frames = replace(frames, paths=paths)
         made = finish_frames(models, frames, settings, "pt", self.pipe.run_safety_checker, UNREPORTED)
         return made.frames[0].float(), prepared.flow
 
