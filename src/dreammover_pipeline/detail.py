@@ -132,11 +132,13 @@ def lookup_flow(flow: BidirectionalFlow, photos: Sequence[torch.Tensor], canvas:
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """Where the surroundings of every cell of both photos would be at one time, N = 2·h·w candidates.
+    """Where the surroundings of every cell of both photos would be at one time, N = 3·h·w candidates.
 
     A candidate is a similarity that has moved on the way: what is u away from `landing` in the frame comes from
     `places`[i] + `factors`[i]·u in photo i, with complex products. All are (2, N) in cells, of which `places` and
-    `factors` hold one for each photo; `doubt` (N,) is 0 where the flow agrees both ways and 1 where it does not.
+    `factors` hold one for each photo; `doubt` (N,) is 0 where the flow agrees both ways and 1 where it does not. The
+    cells of the first photo are followed by those of the last one and by cells at rest, whose flow nobody has found:
+    ground that is hidden in one photo has no flow of its own, and mostly rests.
     """
 
     landing: torch.Tensor
@@ -157,6 +159,10 @@ class Candidates:
             places[1 - image].append(cells + ways[image])
             factors[image].append(pair.paths.factors(image, -gone)[0])
             factors[1 - image].append(pair.paths.factors(image, 1 - gone)[0])
+        landing.append(cells)
+        for image in (0, 1):
+            places[image].append(cells)
+            factors[image].append(torch.ones_like(cells) * cells.new_tensor([1, 0]).reshape(2, 1, 1))
 
         def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
             return torch.cat([part.flatten(1) for part in parts], 1)
@@ -165,7 +171,7 @@ class Candidates:
             joined(landing),
             (joined(places[0]), joined(places[1])),
             (joined(factors[0]), joined(factors[1])),
-            1 - pair.sure.flatten(),
+            torch.cat([1 - pair.sure.flatten(), torch.ones_like(pair.sure[0].flatten())]),
         )
 
     def sources(self, index: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,16 +184,18 @@ class Candidates:
         return first, second
 
     def nearest(self, cells: torch.Tensor) -> torch.Tensor:
-        """The indices (n, `CANDIDATES`) of the candidates that land nearest to cells (2, n)."""
-        landing, bonus = self.landing.T, SURE_BONUS * (1 - self.doubt)
-        return torch.cat(
+        """The indices (n, `CANDIDATES` + 1) of those that land nearest to the n cells (2, n), and of rest there."""
+        moving = self.landing.shape[1] - cells.shape[1]
+        landing, bonus = self.landing[:, :moving].T, SURE_BONUS * (1 - self.doubt[:moving])
+        nearest = torch.cat(
             [
                 (torch.cdist(some, landing, compute_mode=EXACT_DISTANCES) - bonus)
-                .topk(min(CANDIDATES, len(landing)), largest=False)
+                .topk(min(CANDIDATES, moving), largest=False)
                 .indices
                 for some in cells.T.split(CELLS_AT_ONCE_NEARBY)
             ]
         )
+        return torch.cat([nearest, torch.arange(moving, self.landing.shape[1], device=nearest.device)[:, None]], 1)
 
 
 # ── What is decided on the grid of places ────────────────────────────────────────────────────────────────────────────
