@@ -282,3 +282,17 @@ def test_both_ends_are_made_as_frames_are(pipe, photos, fast):
     enlarged = pipe(*photos, **made | {"detail": "upsampled"}, endpoints="reconstructed").frames[0]
     for end in (0, -1):  # this VAE is untrained and cannot be trusted, so that the photos are
         assert (rebuilt[end] - original[end]).abs().mean() < (enlarged[end] - original[end]).abs().mean()
+
+
+def test_ground_that_is_hidden_in_one_photo_comes_from_the_other_whatever_its_flow():
+    """A dark patch hides ground in the first photo only; the flow of both, there, is a wrong one."""
+    canvas = canvas_of(64, 64)
+    last = 0.3 + 0.7 * picture(256, 256)
+    first = last.clone()
+    first[:, 80:176, 80:176] = 0
+    flow = 3 * torch.randn(2, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    inside = torch.zeros(16, 16, dtype=torch.bool)
+    inside[4:12, 4:12] = True
+    flow = BidirectionalFlow.of(flow * inside)
+    made = with_detail(pair_of(first, last, canvas, flow, straight_paths), fit(last, canvas), 0.5)
+    assert (made - last)[:, 96:160, 96:160].abs().mean() < 0.01
