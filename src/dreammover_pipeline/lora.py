@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from .adapters import (
     without_group_offloading,
 )
 from .attention import separate_projections
+from .captured import TrainingStep, replayed
 from .ddim import recompose, v_from_eps
 from .inputs import check_integer, check_number
 from .turns import interruptible
@@ -106,18 +108,20 @@ def fit_pair_lora(
     ):
         clean, prompt_embeds = clean.clone(), prompt_embeds.to(dtype).clone()
         parameters = _initialise(layers, generator)
+        recorded = device.type == "cuda" and not _runs_more_than_kernels(unet, gradient_checkpointing)
         # Fused AdamW skips a step that overflowed without the CPU waiting for the GPU to report the overflow.
-        optimizer = torch.optim.AdamW(parameters, lr=fit.learning_rate, fused=True)
+        optimizer = torch.optim.AdamW(parameters, lr=fit.learning_rate, fused=True, capturable=recorded)
         # Without a scaled loss, float16 gradients underflow.
         scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=dtype == torch.float16)
+        inputs = StepInputs.like(clean, prompt_embeds)
+        loss = partial(_prediction_loss, unet, inputs, alphas_cumprod, prediction_type)
+        step = TrainingStep(loss, parameters, optimizer, scaler)
         with interruptible():
-            for _ in range(fit.steps):
-                images, texts = _draw_two(clean, prompt_embeds, generator)
-                loss = _prediction_loss(unet, images, texts, alphas_cumprod, prediction_type, generator)
-                optimizer.zero_grad()
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
+            for number in range(fit.steps):
+                inputs.draw(clean, prompt_embeds, len(alphas_cumprod), generator)
+                if recorded and number == 0:
+                    step = replayed(step, dtype)
+                step()
                 on_step()
         weights = {name: parameter.detach().clone() for name, parameter in adapter_weights(layers).items()}
     _check_converged(weights, dtype, fit.learning_rate)
@@ -133,39 +137,57 @@ def _check_converged(weights: dict[str, torch.Tensor], dtype: torch.dtype, learn
         raise RuntimeError(f"the LoRA fit diverged in {dtype} at learning rate {learning_rate}; {remedy}")
 
 
-def _draw_two(
-    clean: torch.Tensor, prompt_embeds: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The latents and embedded prompts of the two images that a step uses.
+def _runs_more_than_kernels(unet: torch.nn.Module, gradient_checkpointing: bool) -> bool:
+    """Whether the host has to do something in the middle of a step, which no record of the GPU's work would repeat."""
+    model = unwrapped(unet)
+    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())  # by diffusers' offloading
+    return gradient_checkpointing or model.is_gradient_checkpointing or hooked
 
-    Of more than two images, every step draws two different ones, so that k steps use each of n images about 2k/n
-    times.
+
+@dataclass(frozen=True, eq=False)
+class StepInputs:
+    """What a step is taken on: two images (2, C, h, w), their texts (2, L, D), timesteps (2,) and noise (2, C, h, w).
+
+    The tensors keep their places, and every step fills them anew.
     """
-    if len(clean) == 2:
-        return clean, prompt_embeds
-    drawn = _placed(torch.randperm(len(clean), generator=generator, device="cpu")[:2], clean.device)
-    return clean[drawn], prompt_embeds[drawn]
+
+    images: torch.Tensor
+    texts: torch.Tensor
+    timesteps: torch.Tensor
+    noise: torch.Tensor
+
+    @classmethod
+    def like(cls, clean: torch.Tensor, prompt_embeds: torch.Tensor) -> StepInputs:
+        """Places for two of the images."""
+        timesteps = torch.zeros(2, dtype=torch.long, device=clean.device)
+        return cls(clean[:2].clone(), prompt_embeds[:2].clone(), timesteps, torch.empty_like(clean[:2]))
+
+    def draw(
+        self, clean: torch.Tensor, prompt_embeds: torch.Tensor, trained_steps: int, generator: torch.Generator
+    ) -> None:
+        """Draw what the next step is taken on.
+
+        Of more than two images, every step draws two different ones, so that k steps use each of n images about 2k/n
+        times.
+        """
+        device = self.images.device
+        if len(clean) > 2:
+            drawn = _placed(torch.randperm(len(clean), generator=generator, device="cpu")[:2], device)
+            self.images.copy_(clean[drawn])
+            self.texts.copy_(prompt_embeds[drawn])
+        self.timesteps.copy_(_placed(torch.randint(trained_steps, (2,), generator=generator, device="cpu"), device))
+        self.noise.copy_(_placed(_drawn(self.noise.shape, generator), device))
 
 
 def _prediction_loss(
-    unet: torch.nn.Module,
-    images: torch.Tensor,
-    texts: torch.Tensor,
-    alphas_cumprod: torch.Tensor,
-    prediction_type: str,
-    generator: torch.Generator,
+    unet: torch.nn.Module, inputs: StepInputs, alphas_cumprod: torch.Tensor, prediction_type: str
 ) -> torch.Tensor:
-    """The mean squared error of the UNet's prediction for two images, at drawn timesteps and with drawn noise.
-
-    The UNet is run in the precision of `texts`, the embedded prompts of the two images.
-    """
-    timesteps = torch.randint(len(alphas_cumprod), (2,), generator=generator, device="cpu")
-    timesteps = _placed(timesteps, images.device)
-    noise = _placed(_drawn(images.shape, generator), images.device).to(images.dtype)
-    alpha_bar = alphas_cumprod[timesteps]
+    """The mean squared error of the UNet's prediction, which is run in the precision of the texts."""
+    images, noise = inputs.images, inputs.noise
+    alpha_bar = alphas_cumprod[inputs.timesteps]
     target = v_from_eps(images, noise, alpha_bar) if prediction_type == "v_prediction" else noise
     noisy = recompose(images, noise, alpha_bar)
-    predicted = unet(noisy.to(texts.dtype), timesteps, texts, return_dict=False)[0]
+    predicted = unet(noisy.to(inputs.texts.dtype), inputs.timesteps, inputs.texts, return_dict=False)[0]
     return F.mse_loss(predicted.to(target.dtype), target)
 
 

@@ -30,6 +30,7 @@ from .adapters import check_new_adapter_name, load_beside
 from .arguments import Settings
 from .attention import reference_attention  # noqa: F401, named for the loader
 from .autoencoder import Autoencoder
+from .captured import replayed  # noqa: F401, named for the loader
 from .cascade import PairCascade  # noqa: F401, named for the loader
 from .conditioning import Conditioner
 from .ddim import recompose  # noqa: F401, named for the loader

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps of the fit that are recorded and replayed. Only what a record relies on can be tested without a GPU."""
+
+import pytest
+import torch
+
+from dreammover_pipeline import lora
+from dreammover_pipeline.captured import TrainingStep, repeats
+from dreammover_pipeline.lora import LoraFit, StepInputs, fit_pair_lora
+
+FIT = LoraFit(4, 4, 1e-3)
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture(params=[torch.float32, torch.float16])
+def step(request):
+    """A step of a small model on inputs of its own."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(3, 5, generator=generator))
+    inputs = torch.randn(7, 5, generator=generator)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=request.param == torch.float16)
+    optimizer = torch.optim.AdamW([weight], lr=1e-2, fused=True)
+    return TrainingStep(lambda: (inputs @ weight.T).square().mean(), [weight], optimizer, scaler)
+
+
+def test_a_step_that_was_taken_back_leaves_nothing(step):
+    def three():
+        for _ in range(3):
+            step()
+        return step.moved()
+
+    first = three()
+    step.reset()
+    assert not step.moved().any()
+    assert torch.equal(three(), first)
+
+
+def test_a_replay_is_compared_with_the_step(step):
+    assert repeats(step, step)
+    assert not step.moved().any()
+    assert not repeats(step, lambda: None)
+    assert not repeats(step, lambda: (step(), step()))
+
+
+def test_inputs_keep_their_places(pair):
+    clean, texts = pair
+    three = torch.cat([clean, clean[:1] + 1])
+    inputs = StepInputs.like(three, torch.cat([texts, texts[:1]]))
+    places = [tensor.data_ptr() for tensor in vars(inputs).values()]
+    generator, seen = torch.Generator().manual_seed(0), set()
+    for _ in range(12):
+        inputs.draw(three, torch.cat([texts, texts[:1]]), 1000, generator)
+        seen |= {k for k in range(3) for image in inputs.images if torch.equal(image, three[k])}
+    assert [tensor.data_ptr() for tensor in vars(inputs).values()] == places
+    assert seen == {0, 1, 2}
+
+
+@ON_GPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_recorded_fit_is_the_fit(unet, pair, alphas_cumprod, dtype, monkeypatch):
+    unet = unet.to("cuda", dtype)
+    pair = [tensor.cuda() for tensor in pair]
+    recorded = fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0)
+    monkeypatch.setattr(lora, "_runs_more_than_kernels", lambda *args: True)
+    stepwise = fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0)
+    for name, weight in stepwise.items():
+        torch.testing.assert_close(recorded[name], weight, rtol=0.02, atol=1e-4)
+
+
+@ON_GPU
+def test_a_model_that_cannot_be_recorded_is_fitted_step_by_step(unet, pair, alphas_cumprod, caplog):
+    unet = unet.to("cuda")
+    unet.conv_in.register_forward_hook(lambda *call: call[-1].sum().item())  # which a record cannot wait for
+    weights = fit_pair_lora(unet, *(tensor.cuda() for tensor in pair), alphas_cumprod, FIT, seed=0)
+    assert all(weight.isfinite().all() for weight in weights.values())
+    assert "not recorded" in caplog.text
