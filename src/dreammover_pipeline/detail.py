@@ -48,9 +48,10 @@ ONE_PHOTO = 0.04  # cost of taking one photo only
 DISTANCE_COST = 0.004  # for each cell between a place and where its candidate lands
 DOUBT_COST = 0.01  # of a candidate whose flow does not agree both ways
 SOFTNESS = 0.01  # difference in cost at which a candidate has 1/e of the weight
+STRANGE_SHARE = 0.9  # quantile of the VAE's errors in a pair; nowhere is a smaller error assumed
 TRUSTED_ERROR = 0.02  # mean error of the VAE, in colours of 1, at which its frames are trusted half as much
 TAKEN = 0.15  # difference in colour between photos and frame at which the photos are taken to 1/e …
-TAKEN_FOR_ERROR = 6.0  # … and what is added to it for each unit of the VAE's error there
+TAKEN_FOR_ERROR = 10.0  # … and what is added to it for each unit of the VAE's error there
 LIGHT_BLUR = 2.0  # places; sigma of the Gaussian mean that is the light of a difference
 LIGHT_TRUSTED_ERROR = 0.01  # mean error of the VAE, in colours of 1, at which its light is trusted half as much
 LIGHT_OUTLIER = 0.04  # difference in colour that is more likely one of content than of light
@@ -103,6 +104,8 @@ class PairDetail:
             F.interpolate(part.to(flow.forward), size, mode="area") for part in (working, reconstructed)
         )
         error = blurred(blurred(colours - copies, SECOND_BLUR).abs().mean(1, keepdim=True), SECOND_BLUR)
+        # A checkpoint that does not know what is in a tenth of the photos may draw anything into the rest.
+        error = error.clamp(min=error.quantile(STRANGE_SHARE))
         photos = tuple(photo.to(flow.forward) for photo in photos)
         gains = light_gains(colours, flow)
         return cls(photos, torch.cat([colours, error], 1), gains, canvas, flow, paths, agreement(flow))
