@@ -37,6 +37,7 @@ def test_they_are_the_frames_of_an_ordinary_call(pipe, photos, fast, detail, end
     (frames,) = lazy.frames
     assert isinstance(frames, LazyFrames)
     assert len(frames) == len(whole.frames[0])
+    assert frames.frame_size == whole.frames[0][0].size
     assert lazy.times == whole.times
     assert lazy.nsfw_content_detected is None
     assert same([frames[2]], [whole.frames[0][2]])

@@ -372,6 +372,12 @@ class LazyFrames(Sequence):
         return LazyFrames((self._frames[index] for index in order), self._workplace, self._keep)
 
     @property
+    def frame_size(self) -> tuple[int, int]:
+        """Width and height of the frames, which are not made for it."""
+        canvas = self._frames[0].maker.frames.canvas
+        return canvas.output_width, canvas.output_height
+
+    @property
     def flags(self) -> LazyFlags:
         """Which frames the safety checker has flagged and blacked out."""
         return LazyFlags(self._frames)

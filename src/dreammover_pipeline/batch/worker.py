@@ -183,10 +183,10 @@ def _recorded_output(job: Job, video: Path, output: DreamMoverPipelineOutput) ->
     Args:
         job: The job, which says what the video is called and how fast it is played.
         video: The file or the folder of frames as it was written.
-        output: The output of the pipeline that was written.
+        output: The output of the pipeline that was written, of lazy frames.
     """
     frames = output.frames[0]
-    width, height = video_size(frames[0].size, video, job.settings["fps"])
+    width, height = video_size(frames.frame_size, video, job.settings["fps"])
     return {
         "name": job.name,
         "sha256": digest(video),
@@ -194,7 +194,7 @@ def _recorded_output(job: Job, video: Path, output: DreamMoverPipelineOutput) ->
         "times": list(output.times[0]),
         "width": width,
         "height": height,
-        "frame_size": list(frames[0].size),
+        "frame_size": list(frames.frame_size),
         "blacked_out": output.blacked_out,
     }
 
