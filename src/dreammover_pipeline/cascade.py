@@ -33,7 +33,7 @@ from .detail import Axis, FrameDetail, PairDetail, with_detail
 from .framing import fit_to_output
 from .images import Size
 from .memory import Batches, affordable_frames
-from .preparing import Models, require_finite
+from .models import Models, require_finite
 from .prompts import NegativeText
 from .records import Canvas, PreparedPair, Schedule
 from .sampling import denoise

@@ -21,9 +21,9 @@ from .cascade import PairCascade
 from .detail import FrameDetail, PairDetail, frame_sources, lookup_flow, plan_detail, with_detail
 from .framing import fit, unfit
 from .images import rgb
+from .models import Models
 from .outputs import DreamMoverPipelineOutput, as_output
 from .paths import motion_paths
-from .preparing import Models
 from .progress import Stages
 from .records import Canvas, FrameSources
 from .rendering import DenoisedFrames

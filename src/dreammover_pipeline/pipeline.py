@@ -51,10 +51,11 @@ from .light import in_one_light  # noqa: F401, named for the loader
 from .lora import check_pair_lora
 from .memory import free_cache  # noqa: F401, named for the loader
 from .model_checks import check_guidance, check_model_fits, check_no_callback, check_texts
+from .models import Models
 from .outputs import DreamMoverPipelineOutput, joined, returned
 from .pairs import ModelSizes, PairInput, check_stackable, checked_pair, checked_pairs
 from .paths import motion_paths
-from .preparing import Models, fit_lora_of_gaps, prepare_pair
+from .preparing import fit_lora_of_gaps, prepare_pair
 from .progress import ProgressListener, reported_stage
 from .prompts import NegativeText, pair_negatives
 from .records import Canvas, FrameSources, PreparedPair

@@ -4,13 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from diffusers.utils import logging
 
-from .autoencoder import Autoencoder
-from .conditioning import Conditioner
 from .denoiser import Denoiser
 from .features import up_block_features
 from .flow import (
@@ -26,6 +23,7 @@ from .given_flow import GivenFlow, called_flow, smoothed_flow
 from .inputs import feature_blocks
 from .lora import LoraFit, fit_pair_lora
 from .memory import advice_on_out_of_memory, affords_fit, free_cache, is_out_of_memory
+from .models import Models, require_finite
 from .pairs import PairInput
 from .progress import Stages
 from .records import BidirectionalFlow, Inversion, PreparedPair
@@ -38,15 +36,6 @@ from .steering import Steering, held_flow, steered_flow
 from .turns import interruptible
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Models:
-    """The three model objects that the stages work with."""
-
-    denoiser: Denoiser
-    autoencoder: Autoencoder
-    conditioner: Conditioner
 
 
 def prepare_pair(
@@ -245,12 +234,3 @@ def match_pair(
 def regulariser_of(settings: PrepareSettings) -> Regulariser:
     """What a pass of smoothing carries the flow on by."""
     return similarity_flow if settings.flow_fit == "similarity" else neighbourhood_mean
-
-
-def require_finite(latents: torch.Tensor, dtype: torch.dtype) -> None:
-    """Raise RuntimeError if the UNet left something behind that is not a finite number."""
-    if not latents.isfinite().all():
-        remedy = "lower `lora_scale`, or any other scale of a LoRA"
-        if dtype == torch.float16:
-            remedy = "load the pipeline in bfloat16 or float32"
-        raise RuntimeError(f"the UNet overflowed in {dtype}; {remedy}")

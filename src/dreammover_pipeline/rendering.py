@@ -20,8 +20,8 @@ from .fusion import (
 )
 from .inputs import frame_times
 from .layout import holding_layout
+from .models import Models, require_finite
 from .paths import MotionPaths
-from .preparing import Models, require_finite
 from .progress import Stages
 from .prompts import NegativeText
 from .records import BidirectionalFlow, Canvas, FusedFrames, PreparedPair

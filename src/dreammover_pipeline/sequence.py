@@ -13,7 +13,6 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from .finishing import LazyFrames
 from .images import Photo, decode_images, is_batch
 from .inputs import check_integer
 from .kept_gaps import KeptGaps
@@ -227,21 +226,18 @@ def in_a_row(outputs: Sequence[DreamMoverPipelineOutput], photos_included: bool)
     def joined(field: str) -> list:
         return [getattr(output, field)[0][int(photos_included and k > 0) :] for k, output in enumerate(outputs)]
 
-    frames = joined("frames")
-    if isinstance(frames[0], LazyFrames):
-        video = sum(frames[1:], frames[0])
-        checked = outputs[0].nsfw_content_detected is not None
-        flow, times = [output.flow[0] for output in outputs], joined("times")
-        return DreamMoverPipelineOutput([video], flow, [video.flags] if checked else None, times)
+    frames, flagged = joined("frames"), None
+    if outputs[0].nsfw_content_detected is not None:
+        flagged = [[flag for gap in joined("nsfw_content_detected") for flag in gap]]
     if isinstance(frames[0], torch.Tensor):
         video = torch.cat(frames)[None]
     elif isinstance(frames[0], np.ndarray):
         video = np.concatenate(frames)[None]
-    else:
+    elif isinstance(frames[0], list):
         video = [[frame for gap in frames for frame in gap]]
-    flagged = None
-    if outputs[0].nsfw_content_detected is not None:
-        flagged = [[flag for gap in joined("nsfw_content_detected") for flag in gap]]
+    else:  # frames that are made when they are asked for, and know then which of them are flagged
+        video = [sum(frames[1:], frames[0])]
+        flagged = flagged and [video[0].flags]
     return DreamMoverPipelineOutput(video, [output.flow[0] for output in outputs], flagged, joined("times"))
 
 
