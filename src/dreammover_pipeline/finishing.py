@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -18,7 +17,7 @@ import PIL.Image
 import torch
 
 from .cascade import PairCascade
-from .detail import FrameDetail, PairDetail, frame_sources, lookup_flow, plan_detail, with_detail
+from .detail import PairDetail, frame_sources, lookup_flow, plan_detail, with_detail
 from .framing import fit, unfit
 from .images import rgb
 from .models import Models
@@ -101,7 +100,7 @@ class FrameMaker:
         try:
             pair = self._pair = self._pair or self._finished_pair(decode)
             if at_an_end:
-                return pair.finish(pair.copies[end], [], time, None), None
+                return pair.finish(pair.copies[end], (), time, None), None
             on_sources = None if index in self._told else self._on_sources
             picture = pair.finish(decode(frames.latents[between][None]).cpu(), pair.tones, time, on_sources)
             self._told.add(index)
@@ -119,101 +118,68 @@ class FrameMaker:
     def _finished_pair(self, decode: Decode) -> _FinishedPair:
         """What can be known once for all pictures."""
         frames, canvas = self.frames, self.frames.canvas
-        finish = partial(_upsampled, canvas)
         if not self._needs_photos:
-            return _FinishedPair((), [], finish)
+            return _FinishedPair(canvas, self.dtype)
         photos = [rgb(image) for image in frames.images]
         working = torch.stack([fit(photo, canvas) for photo in photos])
         copies = tuple(decode(latent).cpu() for latent in frames.clean_ends.split(1))
+        detail = cascade = None
         if self.settings.detail != "upsampled":
             with interruptible():
                 flow, paths = frames.flow, frames.paths
                 if paths is None:
                     flow = lookup_flow(flow, photos, canvas)
                     paths = motion_paths(flow, self.settings.motion)
-                pair = PairDetail.of(photos, working, torch.cat(copies), canvas, flow, paths)
-            finish = partial(_detailed, pair, self.dtype)
+                detail = PairDetail.of(photos, working, torch.cat(copies), canvas, flow, paths)
         if self.settings.detail == "diffusion":
-            cascade = PairCascade.of(self.models, frames.pair, pair, largest_batch=self.settings.frame_batch_size)
-            finish = partial(_refined, cascade)
+            cascade = PairCascade.of(self.models, frames.pair, detail, largest_batch=self.settings.frame_batch_size)
         tones = []
         if self.settings.include_inputs and self.settings.endpoints == "original":
             tones = [
                 tone_difference(photo[canvas.content], copy[canvas.content])
                 for photo, copy in zip(working.split(1), copies, strict=True)
             ]
-        return _FinishedPair(copies, tones, finish)
+        return _FinishedPair(canvas, self.dtype, copies, tones, detail, cascade)
 
 
 @dataclass(frozen=True, eq=False)
 class _FinishedPair:
     """What is known once for all pictures of a pair.
 
-    `copies` are the two photos as the VAE brings them back and `tones` what of their tones is faded out; `finish`
-    makes a picture at the output size of a decoded one, of tones, a time and a listener for its sources.
+    `canvas` is where the photos sit, and `dtype` that of pictures with detail. `copies` are the two photos as the VAE
+    brings them back and `tones` what of their tones is faded out. `detail` is what pictures take from the photos, None
+    where they are upsampled; `cascade` refines what they do not take from them, None where nothing does.
     """
 
-    copies: tuple[torch.Tensor, ...]
-    tones: list[torch.Tensor]
-    finish: Callable[[torch.Tensor, list[torch.Tensor], float, SourcesListener | None], torch.Tensor]
+    canvas: Canvas
+    dtype: torch.dtype
+    copies: tuple[torch.Tensor, ...] = ()
+    tones: Sequence[torch.Tensor] = ()
+    detail: PairDetail | None = None
+    cascade: PairCascade | None = None
 
+    def finish(
+        self, decoded: torch.Tensor, tones: Sequence[torch.Tensor], time: float, on_sources: SourcesListener | None
+    ) -> torch.Tensor:
+        """A picture at the output size, (1, 3, H, W), of a decoded one.
 
-def _upsampled(
-    canvas: Canvas,
-    decoded: torch.Tensor,
-    tones: list[torch.Tensor],
-    time: float,
-    on_sources: SourcesListener | None,
-) -> torch.Tensor:
-    """A decoded frame at the output size, (1, 3, H, W), with as much of the photos' tones as its time calls for.
-
-    It has no sources to tell of.
-    """
-    with interruptible():
-        return with_tone(unfit(decoded, canvas), tones, time)
-
-
-def _detailed(
-    pair: PairDetail,
-    dtype: torch.dtype,
-    decoded: torch.Tensor,
-    tones: list[torch.Tensor],
-    time: float,
-    on_sources: SourcesListener | None,
-) -> torch.Tensor:
-    """What `_upsampled` gives, with the detail of the photos."""
-    with interruptible():
-        frame, plan = _planned(pair, decoded, tones, time, on_sources)
-        return with_detail(pair, frame, time, dtype, plan=plan)[None]
-
-
-def _refined(
-    cascade: PairCascade,
-    decoded: torch.Tensor,
-    tones: list[torch.Tensor],
-    time: float,
-    on_sources: SourcesListener | None,
-) -> torch.Tensor:
-    """What `_detailed` gives, refined by diffusion where nothing is taken from the photos."""
-    with interruptible():
-        frame, plan = _planned(cascade.detail, decoded, tones, time, on_sources)
-    return cascade.refined(frame, plan, time)[None]
-
-
-def _planned(
-    pair: PairDetail,
-    decoded: torch.Tensor,
-    tones: list[torch.Tensor],
-    time: float,
-    on_sources: SourcesListener | None,
-) -> tuple[torch.Tensor, FrameDetail]:
-    """A decoded frame with the photos' tones, (3, height, width), and what is decided of its detail."""
-    content, frame = pair.canvas.content, decoded.clone()
-    frame[content] = with_tone(decoded[content], tones, time)
-    plan = plan_detail(pair, frame[0], time)
-    if on_sources is not None:
-        on_sources(frame_sources(pair, plan, time))
-    return frame[0], plan
+        Args:
+            decoded: On the canvas, (1, 3, height, width) in [0, 1].
+            tones: Those of the photos, of which as much is added as the time calls for; none for no tones.
+            time: Its δ.
+            on_sources: Is told where the detail comes from, if there is any.
+        """
+        with interruptible():
+            if self.detail is None:
+                return with_tone(unfit(decoded, self.canvas), tones, time)
+            content, frame = self.canvas.content, decoded.clone()
+            frame[content] = with_tone(decoded[content], tones, time)
+            plan = plan_detail(self.detail, frame[0], time)
+            if on_sources is not None:
+                on_sources(frame_sources(self.detail, plan, time))
+            if self.cascade is None:
+                return with_detail(self.detail, frame[0], time, self.dtype, plan=plan)[None]
+        return self.cascade.refined(frame[0], plan, time)[None]
 
 
 def finish_frames(
