@@ -127,4 +127,4 @@ def _seconds_table(bench: Bench, seconds: dict[str, list[float]]) -> Table:
 def _calls(bench: Bench, frames: int) -> int:
     """Number of UNet calls that rendering so many frames takes."""
     workload = Workload(frames, STEPS, bench.profile.chunk)
-    return workload.steps * (1 + workload.chunks)
+    return workload.steps * workload.chunks

@@ -41,11 +41,17 @@ class Workload:
 
     @property
     def pair_calls(self) -> int:
-        """Number of UNet calls on the two inputs outside the LoRA fit.
+        """Number of UNet calls on the two inputs alone, outside the LoRA fit.
 
-        They are T for the inversion, one for ε at its end, one for the features, and T for the references.
+        They are T for the inversion, one for ε at its end, and one for the features. At every denoising step the two
+        inputs are once more in a batch, ahead of frames.
         """
-        return self.steps + 1 + 1 + self.steps
+        return self.steps + 1 + 1
+
+    @property
+    def pair_samples(self) -> int:
+        """Number of samples of the two inputs that the UNet processes outside the LoRA fit."""
+        return 2 * (self.pair_calls + self.steps)
 
     @property
     def unet_calls(self) -> int:
@@ -55,7 +61,7 @@ class Workload:
     @property
     def unet_samples(self) -> int:
         """Number of samples that the UNet processes: 2L + 2(T+1) + 2 + 2T + F·T."""
-        return 2 * self.lora_steps + 2 * self.pair_calls + self.frames * self.steps
+        return 2 * self.lora_steps + self.pair_samples + self.frames * self.steps
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class Units:
 
     def inference(self, workload: Workload) -> int:
         """FLOPs of a workload without its LoRA fit."""
-        unet = 2 * workload.pair_calls * self.sample + workload.steps * self.frames(workload.frames, workload.chunks)
+        unet = workload.pair_samples * self.sample + workload.steps * self.frames(workload.frames, workload.chunks)
         return unet + 2 * self.encode + workload.frames * self.decode + self.text
 
     def frames(self, frames: int, calls: int) -> int:
@@ -130,7 +136,7 @@ class BareCalls:
     def referring(self, blocks: tuple[int, ...] = (2, 3)) -> Iterator[None]:
         """While the context lasts, samples of UNet calls attend to two recorded inputs, as in-between frames do."""
         with reference_attention(self.unet, blocks) as references:
-            with references.record():
+            with references.led_by_inputs():
                 self.call_unet(2)
             yield
 

@@ -101,7 +101,7 @@ def recorded_fit(bench: Bench) -> Table:
         return fit_pair_lora(pipe.unet, clean, pair.prompt_embeds, alphas, settings, seed=0)
 
     def stepwise():
-        with mock.patch.object(lora, "_runs_more_than_kernels", return_value=True):
+        with mock.patch.object(lora, "only_kernels", return_value=False):
             return recorded()
 
     arms = {"recorded": recorded, "step by step": stepwise}

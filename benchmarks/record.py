@@ -20,7 +20,7 @@ class Call:
     function: Callable
     args: tuple
     kwargs: dict
-    references: bool  # whether later calls attend to the tokens of this one
+    led_groups: int  # groups of its batch that the two inputs lead, to which other samples attend; else 0
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def recorded(pipe: DreamMoverPipeline) -> Iterator[list[Call]]:
 
     def tap(original: Callable, replayed: Callable) -> Callable:
         def call(*args, **kwargs):
-            calls.append(Call(replayed, args, kwargs, original == forward and _recording_references(unet)))
+            calls.append(Call(replayed, args, kwargs, _led_groups(unet) if original == forward else 0))
             return original(*args, **kwargs)
 
         return call
@@ -47,10 +47,10 @@ def recorded(pipe: DreamMoverPipeline) -> Iterator[list[Call]]:
             delattr(module, name)  # so that the method of the class is visible again
 
 
-def _recording_references(unet: torch.nn.Module) -> bool:
-    """Whether reference attention is recording the tokens of the UNet's current call."""
+def _led_groups(unet: torch.nn.Module) -> int:
+    """How many groups of the UNet's current batch are led by the two inputs of reference attention."""
     shared = [getattr(processor, "references", None) for processor in unet.attn_processors.values()]
-    return any(references is not None and references.recording for references in shared)
+    return max((references.led_groups for references in shared if references is not None), default=0)
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def replay(unet: torch.nn.Module, calls: Sequence[Call], blocks: Sequence[int] =
     """
     with reference_attention(unet, blocks) as references:
         for call in calls:
-            with references.record() if call.references else nullcontext():
+            with references.led_by_inputs(call.led_groups) if call.led_groups else nullcontext():
                 call.function(*call.args, **call.kwargs)
 
 

@@ -137,7 +137,7 @@ def released_schedule(bench: Bench, pair: PreparedPair) -> torch.Tensor:
     with reference_attention(pipe.unet, BLOCKS) as references:
 
         def predict_batches(latents: torch.Tensor, timestep: int) -> torch.Tensor:
-            with references.record():
+            with references.led_by_inputs():
                 parts = [pipe.predict_noise(latents[:2], timestep, text)]
             for frames in latents[2:].chunk(BATCHES):
                 parts.append(pipe.predict_noise(frames, timestep, text[:1].expand(len(frames), -1, -1)))

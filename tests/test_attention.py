@@ -54,7 +54,7 @@ def test_frames_attend_to_both_inputs_and_to_nothing_else(unet, inputs):
         names = [name.removesuffix(".processor") for name in references.layers]
         for name in names:
             unet.get_submodule(name).register_forward_hook(keep(name))
-        with references.record():
+        with references.led_by_inputs():
             run(unet, inputs["pair"], inputs["text"])
         run(unet, inputs["frames"], inputs["text"])
     assert len(names) == 6
@@ -67,13 +67,13 @@ def test_frames_attend_to_both_inputs_and_to_nothing_else(unet, inputs):
 
 def test_inputs_attend_to_themselves_exactly_as_without(unet, inputs):
     plain = run(unet, inputs["pair"], inputs["text"])
-    with reference_attention(unet, (1, 2, 3)) as references, references.record():
+    with reference_attention(unet, (1, 2, 3)) as references, references.led_by_inputs():
         assert torch.equal(run(unet, inputs["pair"], inputs["text"]), plain)
 
 
 def test_frames_do_not_see_each_other(unet, inputs):
     with reference_attention(unet, (2, 3)) as references:
-        with references.record():
+        with references.led_by_inputs():
             run(unet, inputs["pair"], inputs["text"])
         together = run(unet, inputs["frames"], inputs["text"])
         apart = torch.cat([run(unet, frame, inputs["text"]) for frame in inputs["frames"].split(1)])
@@ -86,12 +86,12 @@ def test_guidance_groups_keep_to_themselves(unet, inputs):
 
     def one_group(group):
         with reference_attention(unet, (2, 3)) as references:
-            with references.record():
+            with references.led_by_inputs():
                 run(unet, inputs["pair"], text[[group]])
             return run(unet, inputs["frames"], text[[group]])
 
     with reference_attention(unet, (2, 3)) as references:
-        with references.record(), torch.no_grad():
+        with references.led_by_inputs(groups=2), torch.no_grad():
             unet(inputs["pair"].repeat(2, 1, 1, 1), torch.tensor(101), text.repeat_interleave(2, 0))
         with torch.no_grad():
             both = unet(inputs["frames"].repeat(2, 1, 1, 1), torch.tensor(101), text.repeat_interleave(3, 0)).sample
@@ -102,7 +102,7 @@ def test_a_frame_that_is_an_input_comes_out_as_with_doubled_context(unet, inputs
     """Two equal inputs and a frame equal to them: keys occur twice, which softmax does not notice."""
     same = inputs["pair"][:1].expand(2, -1, -1, -1)
     with reference_attention(unet, (1, 2, 3)) as references:
-        with references.record():
+        with references.led_by_inputs():
             expected = run(unet, same, inputs["text"])[:1]
         assert torch.allclose(run(unet, same[:1], inputs["text"]), expected, atol=1e-12)
 

@@ -7,6 +7,7 @@ import torch
 from support.sequences import FEW_STEPS, three_photos
 
 import dreammover_pipeline.finishing as finishing
+from dreammover_pipeline import memory
 from dreammover_pipeline.finishing import LazyFrames
 from dreammover_pipeline.turns import Turn
 
@@ -18,9 +19,9 @@ def fast(fast):
 
 @pytest.fixture
 def decodes(pipe, monkeypatch):
-    """How many latents the VAE has decoded so far."""
+    """How many latents each call of the VAE has decoded so far."""
     counted, decode = [], pipe.vae.decode
-    monkeypatch.setattr(pipe.vae, "decode", lambda z, **rest: counted.extend(z) or decode(z, **rest))
+    monkeypatch.setattr(pipe.vae, "decode", lambda z, **rest: counted.append(len(z)) or decode(z, **rest))
     return counted
 
 
@@ -80,11 +81,24 @@ def test_what_does_not_fit_is_made_again(pipe, photos, fast, decodes, monkeypatc
     frames = pipe(*photos, **{**fast, "include_inputs": False, "output_type": "lazy"}).frames[0]
     assert not decodes
     first = list(frames)
-    assert len(decodes) == 3
+    assert sum(decodes) == 3
     assert same(frames, first)
-    assert len(decodes) == 3 + made_again
+    assert sum(decodes) == 3 + made_again
     assert same(frames.arranged([2, 2, 2, 0]), [first[2]] * 3 + [first[0]])
-    assert len(decodes) == 3 + made_again + (2 if made_again else 0)
+    assert sum(decodes) == 3 + made_again + (2 if made_again else 0)
+
+
+def test_frames_that_are_decoded_together_are_the_same(pipe, photos, fast, decodes, monkeypatch):
+    settings = {**fast, "n_frames": 5, "detail": "upsampled", "output_type": "pt", "include_inputs": False}
+    expected = pipe(*photos, **settings).frames
+    assert decodes == [1] * 5
+    monkeypatch.setattr(memory, "CPU_DECODES", 2)
+    assert torch.allclose(pipe(*photos, **settings).frames, expected, atol=1e-5)
+    assert decodes[5:] == [2, 2, 1]
+    lazy = pipe(*photos, **{**settings, "output_type": "lazy"}).frames[0]
+    backwards = list(lazy.arranged(range(4, -1, -1)))
+    assert decodes[8:] == [1, 2, 2]
+    assert same(backwards, pipe(*photos, **{**settings, "output_type": "pil"}).frames[0][::-1])
 
 
 def test_no_frame_is_held_once_it_has_been_handed_over(pipe, photos, fast, monkeypatch):

@@ -71,7 +71,8 @@ def test_frames_fit_in_the_free_memory_and_leave_some(gpu, dtype):
     frame = 65 * MIB * dtype.itemsize / 2
     for frames in (2, 10, 40):
         device = gpu(free=int(frames * frame))
-        assert 0.75 * frames - 1 < affordable_frames(device, **SD15, dtype=dtype) <= 0.85 * frames
+        # beside the two photos, which go first
+        assert max(0.75 * frames - 3, 0) < affordable_frames(device, **SD15, dtype=dtype) <= max(0.85 * frames - 2, 1)
 
 
 def test_at_least_one_frame_and_never_too_many(gpu):
@@ -82,7 +83,7 @@ def test_at_least_one_frame_and_never_too_many(gpu):
 def test_twice_the_cells_allow_half_the_frames(gpu):
     device = gpu(free=2000 * MIB)
     single = affordable_frames(device, 64 * 64, 320, torch.float16)
-    assert affordable_frames(device, 2 * 64 * 64, 320, torch.float16) == single // 2
+    assert affordable_frames(device, 2 * 64 * 64, 320, torch.float16) == (single + 2) // 2 - 2
 
 
 def test_weights_that_will_be_moved_in_are_not_free(gpu):

@@ -33,17 +33,24 @@ class References:
     def __init__(self, layers: Sequence[str]):
         self.layers = layers
         self.tokens: dict[str, torch.Tensor] = {}
-        self.recording = False
+        self.led_groups = 0
 
     @contextmanager
-    def record(self) -> Iterator[None]:
-        """Expect the two inputs, not frames, while the context lasts: they attend to themselves and are recorded."""
+    def led_by_inputs(self, groups: int = 1) -> Iterator[None]:
+        """Expect the two inputs at the head of each group of a batch while the context lasts.
+
+        They attend to themselves and are recorded. The frames that follow them in their group, if any, attend to them
+        at once; so the first batch of a step needs no call of the UNet before it.
+
+        Args:
+            groups: G, the number of groups in the batch.
+        """
         self.tokens.clear()  # with tokens left over, torch.compile would compile a second case for later recordings
-        self.recording = True
+        self.led_groups = groups
         try:
             yield
         finally:
-            self.recording = False
+            self.led_groups = 0
 
 
 class ReferenceAttnProcessor:
@@ -61,10 +68,22 @@ class ReferenceAttnProcessor:
         self.references = references
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
-        """Attend from `hidden_states`: the two inputs (G·2, L, C) while they are recorded, else frames (G·F, L, C)."""
-        if self.references.recording:
-            self.references.tokens[self.name] = hidden_states
-            return self.inner(attn, hidden_states, attention_mask=attention_mask)
+        """Attend from `hidden_states`: frames (G·F, L, C), or groups that the inputs lead (G·(2 + F), L, C)."""
+        groups = self.references.led_groups
+        if not groups:
+            return self._attend_to_inputs(attn, hidden_states)
+        of_groups = hidden_states.unflatten(0, (groups, -1))
+        # A copy, since a part of the batch would keep the whole batch in memory until the next step.
+        inputs = self.references.tokens[self.name] = of_groups[:, :2].flatten(0, 1).clone()
+        attended = self.inner(attn, inputs, attention_mask=attention_mask)
+        frames = of_groups[:, 2:].flatten(0, 1)
+        if not len(frames):
+            return attended
+        parts = [attended, self._attend_to_inputs(attn, frames)]
+        return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
+
+    def _attend_to_inputs(self, attn, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Attend from frames (G·F, L, C) to the inputs that were recorded last."""
         tokens = self.references.tokens[self.name]
         groups, (batch, length, channels) = len(tokens) // 2, hidden_states.shape
         # All queries of a group form one long sequence, so that the inputs' K and V are projected once for all frames.
@@ -104,9 +123,9 @@ def separate_projections(unet: torch.nn.Module) -> Iterator[None]:
 def reference_attention(unet: torch.nn.Module, blocks: Sequence[int]) -> Iterator[References]:
     """Install reference attention in the self-attentions of some up blocks, and put everything back afterwards.
 
-    At every step the caller first runs the two inputs through the UNet inside `references.record()`, and then the
-    frames, in any number of pieces. With guidance, the batch of inputs and that of frames are each (unconditional,
-    conditional), concatenated.
+    At every step the caller first runs the two inputs through the UNet, and as many frames behind them as it likes,
+    inside `references.led_by_inputs()`; then the other frames, in any number of pieces. With guidance, every batch
+    is (unconditional, conditional), concatenated, and the inputs lead both groups.
 
     Source: DreamMover §3.4. Official code differs: the last six of nine layers found by counting calls; here the
     blocks are named, `up_blocks.2` and `up_blocks.3` being the same six layers.

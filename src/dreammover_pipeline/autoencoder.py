@@ -10,7 +10,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.utils import logging
 
-from .memory import advice_on_out_of_memory, free_cache, is_out_of_memory
+from .memory import advice_on_out_of_memory, affordable_decodes, free_cache, is_out_of_memory
 from .turns import interruptible
 
 logger = logging.get_logger(__name__)
@@ -64,6 +64,13 @@ class Autoencoder:
         """A function like `decode` for many calls: what one of them falls back to, the later ones begin with."""
         with self._switches_kept():
             yield self._decode
+
+    def decodes_at_once(self, pixels: int) -> int:
+        """How many images of so many pixels are best decoded in one call."""
+        if getattr(self.vae, "use_slicing", False):
+            return 1
+        channels = self.vae.config.block_out_channels[0]
+        return affordable_decodes(self.device, pixels, channels, self.vae.dtype)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         scaled = latents / self.vae.config.scaling_factor

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training steps that a GPU repeats by itself, as it has recorded one.
+"""Steps of the fit and calls of the UNet that a GPU repeats by itself, as it has recorded one.
 
-A step of the LoRA fit is thousands of small kernels, and a GPU waits for the host to launch each of them. As a CUDA
-graph it launches them all at once: the step is recorded with the tensors it works on, which must therefore keep their
-places in memory, and every later step fills them anew and replays the record.
+A step of the LoRA fit is thousands of small kernels, and a GPU waits for the host to launch each of them; so does a
+call of the UNet on a few samples. As a CUDA graph they are launched all at once: what is done is recorded with the
+tensors it works on, which must therefore keep their places in memory, and every later time these are filled anew and
+the record is replayed.
+
+A record lasts as long as the stage that it is for, the fit or the inversion. A longer life would save a fraction of a
+second for each pair, hold as much memory as the stage takes, and need to know of every change to the model.
 """
 
 from __future__ import annotations
@@ -14,14 +18,16 @@ from dataclasses import dataclass, field
 import torch
 from diffusers.utils import logging
 
+from .adapters import unwrapped
 from .memory import free_cache, is_out_of_memory
 
 logger = logging.get_logger(__name__)
 
 WARM_UP_STEPS = 3  # before the record, in which kernels are chosen and buffers made
-REPLAY_TOLERANCE = 0.05  # by how much a replayed step may differ from the step itself, as a share of its length
+REPLAY_TOLERANCE = 0.05  # by how much what is replayed may differ from what was recorded, as a share of its length
 
-_trusted: set[tuple[torch.device, torch.dtype]] = set()  # where a replay has been compared with a step in this process
+# Where a training step has been compared with its replay in this process, which takes as long as two steps.
+_trusted: set[tuple[torch.device, torch.dtype]] = set()
 
 
 @dataclass(eq=False)
@@ -79,7 +85,7 @@ def replayed(step: TrainingStep, dtype: torch.dtype) -> Callable[[], None]:
     """
     device = step.parameters[0].device
     try:
-        replay = _recorded(step, device)
+        replay = _recorded_step(step, device)
         if (device, dtype) not in _trusted:
             if not repeats(step, replay):
                 raise RuntimeError("what was replayed is not what the step does")
@@ -95,26 +101,38 @@ def replayed(step: TrainingStep, dtype: torch.dtype) -> Callable[[], None]:
     return step
 
 
-def _recorded(step: TrainingStep, device: torch.device) -> Callable[[], None]:
+def _recorded_step(step: TrainingStep, device: torch.device) -> Callable[[], None]:
     """The replay of a step that is recorded on a GPU."""
+    _warm_up(lambda: [step() for _ in range(WARM_UP_STEPS)], device)
+    step.optimizer.zero_grad()  # so that gradients are made among the memory of the record
+    replay, _ = _recorded(step)
+    step.reset()
+    return replay
+
+
+def _warm_up(work: Callable[[], object], device: torch.device) -> object:
+    """Do something beside the default stream, as torch asks for, so that nothing of a record hangs on that stream."""
     aside = torch.cuda.Stream(device)
     aside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(aside):  # as torch asks for, so that nothing of the record hangs on the default stream
-        for _ in range(WARM_UP_STEPS):
-            step()
+    with torch.cuda.stream(aside):
+        result = work()
     torch.cuda.current_stream(device).wait_stream(aside)
-    step.optimizer.zero_grad()  # so that gradients are made among the memory of the record
+    return result
+
+
+def _recorded(work: Callable[[], object]) -> tuple[Callable[[], None], object]:
+    """The replay of some work on a GPU, and its result, which every replay fills anew."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    step.reset()
-    return graph.replay
+    # By default a record forbids all threads, such as those of other pipelines, what only this one must not do.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = work()
+    return graph.replay, result
 
 
 def repeats(step: TrainingStep, replay: Callable[[], None]) -> bool:
     """Whether a replay does what the step does; both begin anew, and the step is as new afterwards.
 
-    The difference is measured against the length of the step. It is not zero, since kernels may add in another order.
+    The difference is measured against the length of the step.
     """
     step.reset()
     replay()
@@ -123,4 +141,71 @@ def repeats(step: TrainingStep, replay: Callable[[], None]) -> bool:
     step()
     expected = step.moved()
     step.reset()
+    return same_result(made, expected)
+
+
+class RecordedCall:
+    """A function of tensors that a GPU repeats by itself from its second call on.
+
+    The first call computes the result, and then the record, whose replay is compared with that result. Where the two
+    differ, or where recording fails, the function goes on being called.
+
+    Args:
+        function: From tensors to one tensor, without gradients. It must do nothing but launch kernels, the same ones
+            for all tensors that it is called with.
+    """
+
+    def __init__(self, function: Callable[..., torch.Tensor]):
+        self.function = function
+        self._inputs: list[torch.Tensor] = []
+        self._output: torch.Tensor | None = None
+        self._replay: Callable[[], None] | None = None
+        self._failed = False
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The function's result, a tensor of its own; all calls must have inputs of the same shapes and dtypes."""
+        if self._failed:
+            return self.function(*inputs)
+        if self._replay is None:
+            return self._first_call(inputs)
+        for place, value in zip(self._inputs, inputs, strict=True):
+            place.copy_(value)
+        self._replay()
+        return self._output.clone()
+
+    def _first_call(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        device = inputs[0].device
+        self._inputs = [value.clone() for value in inputs]
+        result = _warm_up(lambda: self.function(*self._inputs), device)
+        try:
+            self._replay, self._output = _recorded(lambda: self.function(*self._inputs))
+            self._replay()
+            if not same_result(self._output, result):
+                raise RuntimeError("what was replayed is not what the call computes")
+            return result
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                logger.warning(f"Calls of the UNet are not recorded as a CUDA graph, and take longer: {error}")
+        self._failed, self._replay, self._output, self._inputs = True, None, None, []
+        free_cache(device)
+        return result
+
+
+def same_result(made: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two results are one but for rounding, since kernels may add in another order; never if not finite."""
+    made, expected = made.float(), expected.float()
     return bool((made - expected).norm() <= REPLAY_TOLERANCE * expected.norm())
+
+
+def only_kernels(model: torch.nn.Module) -> bool:
+    """Whether a model does nothing but launch kernels, so that a record repeats all that it does.
+
+    Hooks, forwards that were put in the place of a module's own (as offloading and caching do it), and attention
+    processors that are not diffusers' may do something on the host too, or something else every time.
+    """
+    model = unwrapped(model)
+    hooked = any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules()
+    )
+    processors = getattr(model, "attn_processors", {}).values()
+    return not hooked and all(type(processor).__module__.startswith("diffusers.") for processor in processors)

@@ -10,7 +10,9 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.utils import logging
 
+from .adapters import unwrapped
 from .attention import reference_attention
+from .captured import RecordedCall, only_kernels
 from .conditioning import Conditions
 from .ddim import eps_from_v
 from .lora import pair_lora
@@ -43,6 +45,7 @@ class Denoiser:
         self.unet, self.ddim, self.device, self.comes_late = unet, ddim, device, comes_late
         self.cross_attention_kwargs = cross_attention_kwargs
         self.guidance_scale = 1.0
+        self._forward: Callable[..., torch.Tensor] = self._call_unet
 
     def predict_noise(
         self,
@@ -70,19 +73,42 @@ class Denoiser:
         stoppable = nullcontext() if "scale" in (self.cross_attention_kwargs or {}) else interruptible()
         with stoppable, advice_on_out_of_memory(f"in the UNet, on latents {tuple(latents.shape)}"):
             # A number for the timestep, or expanded embeddings besides others, would make torch.compile start anew.
-            output = self.unet(
+            output = self._forward(
                 latents.to(self.unet.dtype),
                 torch.tensor(timestep, device=latents.device),
-                encoder_hidden_states=prompt_embeds.contiguous(),
-                cross_attention_kwargs=self.cross_attention_kwargs,
-                return_dict=False,
-            )[0].float()
+                prompt_embeds.contiguous(),
+            ).float()
         if self.ddim.config.prediction_type == "v_prediction":
             output = eps_from_v(output, latents, float(self.ddim.alphas_cumprod[timestep]))
         if not guided:
             return output
         unconditional, conditional = output.chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)
+
+    def _call_unet(self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        return self.unet(
+            latents,
+            timestep,
+            encoder_hidden_states=prompt_embeds,
+            cross_attention_kwargs=self.cross_attention_kwargs,
+            return_dict=False,
+        )[0]
+
+    @contextmanager
+    def repeated_calls(self) -> Iterator[None]:
+        """Have a GPU repeat the UNet's calls by itself while the context lasts, where that can be done.
+
+        All calls inside must be alike: of one shape, with the same weights and without hooks.
+        """
+        compiled = self.unet is not unwrapped(self.unet) or self.unet._compiled_call_impl is not None
+        if self.device.type != "cuda" or compiled or not only_kernels(self.unet):
+            yield
+            return
+        self._forward = RecordedCall(self._call_unet)
+        try:
+            yield
+        finally:
+            self._forward = self._call_unet
 
     def with_lora(self, weights: dict[str, torch.Tensor] | None, scale: float) -> AbstractContextManager[None]:
         """The pair's LoRA in effect while the context lasts; None for no LoRA.
@@ -97,9 +123,9 @@ class Denoiser:
     ) -> Iterator[Callable[[torch.Tensor, int], torch.Tensor]]:
         """A function for ε of in-between frames (F, C, h, w) at a timestep of the pair's path.
 
-        At every step the two photos go first, at their own latents of that step, and leave the tokens that the frames
-        then attend to; so the references are exact and the photos need no denoising of their own. The frames go in
-        batches that fit the memory.
+        At every step the two photos lead the first batch, at their own latents of that step, and leave the tokens that
+        all frames attend to; so the references are exact and the photos need no denoising of their own. The frames go
+        in batches that fit the memory.
 
         Args:
             pair: What the frames lie between.
@@ -112,18 +138,24 @@ class Denoiser:
         with reference_attention(self.unet, attention_blocks) as references:
 
             def predict_noise(latents: torch.Tensor, timestep: int) -> torch.Tensor:
-                negative = conditions.negative_prompt_embeds
-                if references.layers:
-                    with references.record():
-                        unconditional = None if negative is None else negative[:1].expand_as(pair.prompt_embeds)
-                        self.predict_noise(pair.inversion.at(timestep), timestep, pair.prompt_embeds, unconditional)
+                photos, ahead = pair.inversion.at(timestep), bool(references.layers)
+
+                def predict_batch(
+                    frames: torch.Tensor, text: torch.Tensor, negative: torch.Tensor | None
+                ) -> torch.Tensor:
+                    nonlocal ahead
+                    if not ahead:
+                        return self.predict_noise(frames, timestep, text, negative)
+                    frames, text = torch.cat([photos, frames]), torch.cat([pair.prompt_embeds, text])
+                    if negative is not None:
+                        negative = torch.cat([negative[:1].expand_as(pair.prompt_embeds), negative])
+                    with references.led_by_inputs(groups):
+                        eps = self.predict_noise(frames, timestep, text, negative)
+                    ahead = False  # only now, since a batch that memory does not suffice for is made again
+                    return eps[len(photos) :]
+
                 allowed = batches.largest
-                eps = batches.map(
-                    lambda x, text, away: self.predict_noise(x, timestep, text, away),
-                    latents,
-                    conditions.prompt_embeds,
-                    negative,
-                )
+                eps = batches.map(predict_batch, latents, conditions.prompt_embeds, conditions.negative_prompt_embeds)
                 if batches.largest < allowed:
                     logger.warning(
                         f"Out of memory; from here on at most {batches.largest} frames are denoised at once. "

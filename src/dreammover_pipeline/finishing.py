@@ -36,7 +36,7 @@ KEPT_BYTES = 2**28  # up to which the finished pictures of a video are kept, so 
 SafetyCheck = Callable[[torch.Tensor], tuple[torch.Tensor, list[bool] | None]]
 # Is handed which photo every place of a frame comes from.
 SourcesListener = Callable[[FrameSources], object]
-# From clean latents (1, C, h, w) to a picture (1, 3, height, width) on the canvas.
+# From clean latents (B, C, h, w) to pictures (B, 3, height, width) on the canvas.
 Decode = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -66,6 +66,7 @@ class FrameMaker:
         self.times = (0.0, *frames.times, 1.0) if settings.include_inputs else frames.times
         self._check_safety, self._on_sources = check_safety, on_sources
         self._told: set[int] = set()
+        self._decoded: dict[int, torch.Tensor] = {}
         self._pair: _FinishedPair | None = None
 
     @property
@@ -102,7 +103,7 @@ class FrameMaker:
             if at_an_end:
                 return pair.finish(pair.copies[end], (), time, None), None
             on_sources = None if index in self._told else self._on_sources
-            picture = pair.finish(decode(frames.latents[between][None]).cpu(), pair.tones, time, on_sources)
+            picture = pair.finish(self._decoded_frame(between, decode), pair.tones, time, on_sources)
             self._told.add(index)
             picture, flags = self._check_safety(picture)
         except torch.OutOfMemoryError as error:
@@ -113,7 +114,20 @@ class FrameMaker:
 
     def forget_pair(self) -> None:
         """Give back the memory of what is known of the pair; it is found out again for the next picture."""
-        self._pair = None
+        self._pair, self._decoded = None, {}
+
+    def _decoded_frame(self, index: int, decode: Decode) -> torch.Tensor:
+        """The decoded latents of a frame, (1, 3, height, width) on the CPU.
+
+        A GPU decodes a few frames at once in less time, so neighbours are decoded together and wait for their turn.
+        """
+        if index not in self._decoded:
+            canvas, latents = self.frames.canvas, self.frames.latents
+            together = self.models.autoencoder.decodes_at_once(canvas.height * canvas.width)
+            start = index - index % together
+            pictures = decode(latents[start : start + together]).cpu()
+            self._decoded = dict(enumerate(pictures.split(1), start))
+        return self._decoded.pop(index)
 
     def _finished_pair(self, decode: Decode) -> _FinishedPair:
         """What can be known once for all pictures."""
@@ -191,7 +205,7 @@ def finish_frames(
     stages: Stages,
     on_sources: SourcesListener | None = None,
 ) -> DreamMoverPipelineOutput:
-    """Decode frames one by one into the form asked for, with the photos at the ends where they are wanted.
+    """Decode frames and bring them into the form asked for, with the photos at the ends where they are wanted.
 
     Args:
         models: What to do it with.
@@ -217,9 +231,10 @@ def finish_frames(
     with stages("Decoding", maker.decodes) as step, models.autoencoder.decoder() as decode:
 
         def decode_and_step(latents: torch.Tensor) -> torch.Tensor:
-            picture = decode(latents)
-            step()
-            return picture
+            pictures = decode(latents)
+            for _ in latents:
+                step()
+            return pictures
 
         for index in range(len(maker.times)):
             picture, flag = maker.make(index, decode_and_step)

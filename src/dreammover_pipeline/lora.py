@@ -8,7 +8,7 @@ speed and a compiled UNet is not compiled again. `adapters.py` keeps the LoRA ap
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,9 +26,10 @@ from .adapters import (
     without_group_offloading,
 )
 from .attention import separate_projections
-from .captured import TrainingStep, replayed
+from .captured import TrainingStep, only_kernels, replayed
 from .ddim import recompose, v_from_eps
 from .inputs import check_integer, check_number
+from .repeatable import repeatable_attention
 from .turns import interruptible
 
 FIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -96,6 +97,10 @@ def fit_pair_lora(
     generator = torch.Generator("cpu").manual_seed(seed)
     device, dtype = clean.device, unet.dtype
     alphas_cumprod = alphas_cumprod.to(device)
+    # A backward pass that is checkpointed runs modules again from the host.
+    checkpointed = gradient_checkpointing or unwrapped(unet).is_gradient_checkpointing
+    recorded = device.type == "cuda" and not checkpointed and only_kernels(unet)
+    repeated = repeatable_attention(unet) if device.type == "cuda" else nullcontext()
     with (
         # The caller may be in no_grad or inference_mode. Tensors made there cannot be trained through; copies can.
         torch.inference_mode(False),
@@ -105,10 +110,10 @@ def fit_pair_lora(
         separate_projections(unet),
         isolated_adapter(unet, fit.rank) as layers,
         _checkpointing(unet, gradient_checkpointing),
+        repeated,
     ):
         clean, prompt_embeds = clean.clone(), prompt_embeds.to(dtype).clone()
         parameters = _initialise(layers, generator)
-        recorded = device.type == "cuda" and not _runs_more_than_kernels(unet, gradient_checkpointing)
         # Fused AdamW skips a step that overflowed without the CPU waiting for the GPU to report the overflow.
         optimizer = torch.optim.AdamW(parameters, lr=fit.learning_rate, fused=True, capturable=recorded)
         # Without a scaled loss, float16 gradients underflow.
@@ -135,13 +140,6 @@ def _check_converged(weights: dict[str, torch.Tensor], dtype: torch.dtype, learn
         if dtype == torch.float16:
             remedy += ", or load the model in bfloat16 or float32"
         raise RuntimeError(f"the LoRA fit diverged in {dtype} at learning rate {learning_rate}; {remedy}")
-
-
-def _runs_more_than_kernels(unet: torch.nn.Module, gradient_checkpointing: bool) -> bool:
-    """Whether the host has to do something in the middle of a step, which no record of the GPU's work would repeat."""
-    model = unwrapped(unet)
-    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())  # by diffusers' offloading
-    return gradient_checkpointing or model.is_gradient_checkpointing or hooked
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,9 +17,14 @@ import torch
 # checkpointing); in float32 the fit takes 1.5 times its float16 memory, not twice.
 FRAME_ELEMENTS = 26
 FIT_ELEMENTS = 818
+# The same for the VAE's decoder, for each pixel and each channel of its last block: 384 MiB for one image of 512².
+DECODE_ELEMENTS = 6
+LEADING_PHOTOS = 2  # the two photos, which go through the UNet ahead of the first batch of frames
 CPU_FRAMES = 8  # frames in a batch on a CPU, where a bigger batch is no faster
+CPU_DECODES = 1  # images decoded at once on a CPU
 SHARE_OF_FREE_MEMORY = 0.8  # share of the free memory that activations are planned to take at most
 LARGEST_BATCH = 64  # frames in a batch at most, however much memory is free
+LARGEST_DECODE = 4  # images decoded at once at most, which then take no more memory than the LoRA fit
 # Parts of the message with which a backend that has no exception for it reports that memory has run out: the CPU, MPS,
 # and MPS for a single tensor that is too big.
 OUT_OF_MEMORY = ("DefaultCPUAllocator: ", "MPS backend out of memory", "Invalid buffer size: ")
@@ -38,7 +43,7 @@ def free_memory(device: torch.device) -> int | None:
 def affordable_frames(
     device: torch.device, cells: int, channels: int, dtype: torch.dtype, weights_to_come: int = 0
 ) -> int:
-    """How many frames fit into one forward pass of the UNet, at least 1.
+    """How many frames fit into one forward pass of the UNet beside the two photos, at least 1.
 
     Args:
         device: The device that the UNet runs on.
@@ -51,7 +56,8 @@ def affordable_frames(
     if free is None:
         return CPU_FRAMES
     frame = FRAME_ELEMENTS * cells * channels * dtype.itemsize
-    return min(max(int(SHARE_OF_FREE_MEMORY * (free - weights_to_come) / frame), 1), LARGEST_BATCH)
+    samples = int(SHARE_OF_FREE_MEMORY * (free - weights_to_come) / frame)
+    return min(max(samples - LEADING_PHOTOS, 1), LARGEST_BATCH)
 
 
 def affords_fit(device: torch.device, cells: int, channels: int, dtype: torch.dtype, weights_to_come: int = 0) -> bool:
@@ -70,6 +76,22 @@ def affords_fit(device: torch.device, cells: int, channels: int, dtype: torch.dt
     free = free_memory(device)
     fit = FIT_ELEMENTS * cells * channels * dtype.itemsize
     return free is None or fit <= SHARE_OF_FREE_MEMORY * (free - weights_to_come)
+
+
+def affordable_decodes(device: torch.device, pixels: int, channels: int, dtype: torch.dtype) -> int:
+    """How many images the VAE decodes at once, at least 1.
+
+    Args:
+        device: The device that the VAE runs on.
+        pixels: Number H·W of pixels in an image.
+        channels: Number of channels of the decoder's last block.
+        dtype: The VAE's dtype.
+    """
+    free = free_memory(device)
+    if free is None:
+        return CPU_DECODES
+    image = DECODE_ELEMENTS * pixels * channels * dtype.itemsize
+    return min(max(int(SHARE_OF_FREE_MEMORY * free / image), 1), LARGEST_DECODE)
 
 
 def split_evenly(count: int, largest: int) -> list[int]:

@@ -61,6 +61,7 @@ from .prompts import NegativeText, pair_negatives
 from .records import Canvas, FrameSources, PreparedPair
 from .refinement import refined_flow  # noqa: F401, named for the loader
 from .rendering import DenoisedFrames, render_latents
+from .repeatable import repeatable_attention  # noqa: F401, named for the loader
 from .rigid import similarity_flow  # noqa: F401, named for the loader
 from .sampling import denoise  # noqa: F401, named for the loader
 from .schedules import deterministic_ddim

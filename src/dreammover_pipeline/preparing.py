@@ -163,7 +163,7 @@ def invert_pair(
         RuntimeError: The UNet overflowed.
     """
     schedule = ddim_schedule(denoiser.ddim, settings.num_inference_steps, settings.inversion_steps)
-    with stages("Inverting", settings.inversion_steps + 1) as step:
+    with stages("Inverting", settings.inversion_steps + 1) as step, denoiser.repeated_calls():
         inversion = invert(
             clean,
             lambda latents, timestep: denoiser.predict_noise(latents, timestep, prompt_embeds),

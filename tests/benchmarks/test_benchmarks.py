@@ -120,7 +120,7 @@ def test_a_replay_makes_the_same_calls_with_the_same_results(bench):
     pair = bench.prepare()
     with recorded(bench.pipe) as calls:
         expected = outputs_of(unet, lambda: bench.render(pair))
-    assert sum(call.references for call in calls) == SMOKE.steps
+    assert sum(call.led_groups for call in calls) == SMOKE.steps
     repeated = outputs_of(unet, lambda: replay(unet, calls, blocks=(2, 3)))
     assert len(expected) == len(repeated)
     assert all(torch.equal(a, b) for a, b in zip(expected, repeated, strict=True))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dreammover_pipeline import lora
-from dreammover_pipeline.captured import TrainingStep, repeats
+from dreammover_pipeline.captured import RecordedCall, TrainingStep, only_kernels, repeats, same_result
 from dreammover_pipeline.lora import LoraFit, StepInputs, fit_pair_lora
 
 FIT = LoraFit(4, 4, 1e-3)
@@ -55,22 +55,75 @@ def test_inputs_keep_their_places(pair):
     assert seen == {0, 1, 2}
 
 
+def test_results_are_compared_by_their_length():
+    result = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    assert same_result(result + 1e-3, result)
+    assert not same_result(result.flip(0), result)
+    assert not same_result(torch.full_like(result, torch.nan), result)
+
+
+def test_only_a_model_without_hooks_and_with_known_attention_is_recorded(unet):
+    assert only_kernels(unet)
+    handle = unet.up_blocks[0].register_forward_hook(lambda *call: None)
+    assert not only_kernels(unet)
+    handle.remove()
+    forward = unet.conv_in.forward
+    unet.conv_in.forward = lambda x: forward(x)
+    assert not only_kernels(unet)
+    del unet.conv_in.forward
+    assert only_kernels(unet)
+    unet.set_attn_processor(Attention())
+    assert not only_kernels(unet)
+
+
+class Attention:
+    """A user's own attention."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        return hidden_states
+
+
+@ON_GPU
+def test_a_recorded_call_computes_what_the_function_does_and_keeps_its_results():
+    weight = torch.randn(8, 8, device="cuda")
+    call = RecordedCall(lambda x: (x @ weight).relu())
+    inputs = [torch.randn(4, 8, device="cuda") for _ in range(4)]
+    results = [call(x) for x in inputs]
+    for x, result in zip(inputs, results, strict=True):
+        torch.testing.assert_close(result, (x @ weight).relu())
+
+
+@ON_GPU
+def test_a_call_that_cannot_be_recorded_goes_on_being_called(caplog):
+    call = RecordedCall(Waiting().cuda())
+    for x in torch.randn(3, 5, device="cuda"):
+        torch.testing.assert_close(call(x), Waiting()(x))
+    assert caplog.text.count("not recorded") == 1
+
+
 @ON_GPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_recorded_fit_is_the_fit(unet, pair, alphas_cumprod, dtype, monkeypatch):
     unet = unet.to("cuda", dtype)
     pair = [tensor.cuda() for tensor in pair]
     recorded = fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0)
-    monkeypatch.setattr(lora, "_runs_more_than_kernels", lambda *args: True)
+    monkeypatch.setattr(lora, "only_kernels", lambda *args: False)
     stepwise = fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0)
     for name, weight in stepwise.items():
         torch.testing.assert_close(recorded[name], weight, rtol=0.02, atol=1e-4)
 
 
+class Waiting(torch.nn.Module):
+    """An activation that waits for the GPU, which no record can."""
+
+    def forward(self, x):
+        return x if x.sum().item() > 0 else -x
+
+
 @ON_GPU
 def test_a_model_that_cannot_be_recorded_is_fitted_step_by_step(unet, pair, alphas_cumprod, caplog):
     unet = unet.to("cuda")
-    unet.conv_in.register_forward_hook(lambda *call: call[-1].sum().item())  # which a record cannot wait for
+    unet.conv_act = Waiting()
     weights = fit_pair_lora(unet, *(tensor.cuda() for tensor in pair), alphas_cumprod, FIT, seed=0)
     assert all(weight.isfinite().all() for weight in weights.values())
     assert "not recorded" in caplog.text

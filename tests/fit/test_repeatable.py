@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The written-out gradients of attention against autograd's; that they repeat their bits takes a GPU to see."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.snapshot import snapshot
+
+from dreammover_pipeline import repeatable
+from dreammover_pipeline.lora import LoraFit, fit_pair_lora
+from dreammover_pipeline.repeatable import RepeatableAttention, repeatable_attention
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("at_once", [1, 2 * 3 * 5 * 2, 10**6])
+def test_gradients_are_those_of_autograd(monkeypatch, scale, at_once):
+    monkeypatch.setattr(repeatable, "WEIGHTS_AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 3, 7, 4), (2, 3, 5, 4), (2, 3, 5, 6))
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    weight = torch.randn(2, 3, 7, 6, generator=generator, dtype=torch.float64)
+    made = RepeatableAttention.apply(*inputs, scale)
+    expected = F.scaled_dot_product_attention(*inputs, scale=scale)
+    assert torch.allclose(made, expected)
+    gradients = [torch.autograd.grad((result * weight).sum(), inputs) for result in (made, expected)]
+    assert all(torch.allclose(*both) for both in zip(*gradients, strict=True))
+
+
+def test_a_unet_has_the_same_gradients_and_its_processors_back(unet, pair):
+    clean, texts = pair
+    before = snapshot(unet)
+
+    def gradient():
+        latents = clean.clone().requires_grad_()
+        unet(latents, torch.tensor(11), texts).sample.square().sum().backward()
+        return latents.grad
+
+    with torch.enable_grad():
+        expected = gradient()
+        with repeatable_attention(unet):
+            assert all(type(p).__name__ == "RepeatableProcessor" for p in unet.attn_processors.values())
+            assert torch.allclose(gradient(), expected, rtol=1e-3, atol=1e-5)
+    unet.zero_grad()
+    assert snapshot(unet) == before
+
+
+def test_attention_of_another_kind_is_left_alone():
+    query = torch.randn(1, 2, 4, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    mask = torch.ones(4, 4, dtype=torch.bool).tril()
+    with repeatable._Repeatable():
+        plain = F.scaled_dot_product_attention(query, query, query, attn_mask=None, dropout_p=0.0, is_causal=False)
+        masked = F.scaled_dot_product_attention(query, query, query, attn_mask=mask)
+        causal = F.scaled_dot_product_attention(query, query, query, is_causal=True)
+    assert "RepeatableAttention" in type(plain.grad_fn).__name__
+    assert "RepeatableAttention" not in type(masked.grad_fn).__name__
+    assert torch.allclose(masked, causal)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_two_fits_with_one_seed_are_the_same_bits_on_a_gpu(unet, pair, alphas_cumprod, dtype, checkpointed):
+    unet = unet.to("cuda", dtype)
+    pair = [tensor.cuda() for tensor in pair]
+    first, second = (
+        fit_pair_lora(unet, *pair, alphas_cumprod, LoraFit(4, 4, 1e-3), 0, gradient_checkpointing=checkpointed)
+        for _ in range(2)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
