@@ -55,7 +55,7 @@ def tables(bench: Bench) -> list[Table]:
         bench.pipe.unet = compiled
         rows = _count_graphs(bench, backend, pair, with_lora)
         difference = (bench.render(pair) - expected).abs().max().item()
-        seconds = _time_render(bench, pair, eager, compiled)
+        seconds = {chunk: _time_render(bench, pair, chunk, eager, compiled) for chunk in profile.compiled_chunks}
     finally:
         bench.pipe.unet = eager
         torch._dynamo.reset()
@@ -90,13 +90,13 @@ def _count_graphs(bench: Bench, backend: CountingBackend, pair: PreparedPair, wi
 
 
 def _time_render(
-    bench: Bench, pair: PreparedPair, eager: torch.nn.Module, compiled: torch.nn.Module
+    bench: Bench, pair: PreparedPair, chunk: int, eager: torch.nn.Module, compiled: torch.nn.Module
 ) -> dict[str, list[float]]:
-    """Seconds of rendering with the UNet as it is ("off") and compiled ("on")."""
+    """Seconds of rendering, so many frames a call, with the UNet as it is ("off") and compiled ("on")."""
 
     def render_with(unet):
         bench.pipe.unet = unet
-        bench.render(pair)
+        bench.render(pair, chunk=chunk)
 
     arms = {"off": lambda: render_with(eager), "on": lambda: render_with(compiled)}
     return alternate(arms, bench.profile.few, bench.device)
@@ -113,13 +113,13 @@ def _graphs_table(bench: Bench, rows: list[tuple], difference: float) -> Table:
     )
 
 
-def _seconds_table(bench: Bench, seconds: dict[str, list[float]]) -> Table:
+def _seconds_table(bench: Bench, seconds: dict[int, dict[str, list[float]]]) -> Table:
     profile, unit = bench.profile, clock_name(bench.device)
     return Table(
         f"Compiled against eager, render of {profile.frames} frames, {profile.few} rounds",
         "measured",
-        (f"off, {unit}", f"on, {unit}", "off / on"),
-        [(spread(seconds["off"]), spread(seconds["on"]), ratio(*seconds.values()))],
+        ("frames a call", f"off, {unit}", f"on, {unit}", "off / on"),
+        [(chunk, *map(spread, arms.values()), ratio(*arms.values())) for chunk, arms in seconds.items()],
         "" if profile.compiler == "inductor" else "This backend only traces: the ratio is what guards cost.",
     )
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
-from dreammover_pipeline import lora
 from dreammover_pipeline.lora import LoraFit, fit_pair_lora, pair_lora
 
 from .counting import attention_kernels
@@ -39,7 +37,6 @@ def tables(bench: Bench) -> list[Table]:
         (f"LoRA fit, {profile.lora_steps} steps", *fit(bench).values()),
     ]
     switched = lora_switch(bench)
-    recorded = [recorded_fit(bench)] if bench.device.type == "cuda" else []
     kernels = attention_kernels(lambda: bench.render(bench.prepare(steps=1), 1, 1, output_type="latent"))
     return [
         Table(
@@ -57,7 +54,6 @@ def tables(bench: Bench) -> list[Table]:
             [(*map(spread, switched.values()), ratio(*switched.values()))],
             "Between the two it is in the weights, and the UNet runs as it does without.",
         ),
-        *recorded,
     ]
 
 
@@ -89,35 +85,6 @@ def fit(bench: Bench) -> dict[str, list[float]]:
         pipeline()
     bare = BareFit(pipe.unet, calls)
     return alternate({"fit": pipeline, "fit, bare": bare}, bench.profile.rounds, bench.device)
-
-
-def recorded_fit(bench: Bench) -> Table:
-    """A table of the fit as a CUDA graph beside the same fit step by step, and whether either repeats its bits."""
-    pipe, pair, profile = bench.pipe, bench.prepare(steps=1), bench.profile
-    clean, alphas = pair.inversion.path[0], pipe.scheduler.alphas_cumprod
-    settings = LoraFit(profile.lora_steps, RANK, RATE)
-
-    def recorded():
-        return fit_pair_lora(pipe.unet, clean, pair.prompt_embeds, alphas, settings, seed=0)
-
-    def stepwise():
-        with mock.patch.object(lora, "only_kernels", return_value=False):
-            return recorded()
-
-    arms = {"recorded": recorded, "step by step": stepwise}
-    seconds = alternate(arms, profile.few, bench.device)
-    rows = []
-    for name, fit_again in arms.items():
-        first, second = fit_again(), fit_again()
-        same = all(torch.equal(first[key], second[key]) for key in first)
-        rows.append((name, spread(seconds[name]), "the same" if same else "others"))
-    return Table(
-        f"LoRA fit as a CUDA graph, model {profile.model}, {profile.lora_steps} steps, {profile.few} rounds",
-        "measured",
-        ("fit", clock_name(bench.device), "bits of a second fit"),
-        rows,
-        "Recording is part of the time.",
-    )
 
 
 class BareFit:

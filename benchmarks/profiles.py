@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Profiles: what is measured how often, in minutes on one core, in ten minutes on one GPU, or in seconds as a test."""
+"""Profiles: what is measured how often, minutes on one core, eight on one GPU, or seconds as a test."""
 
 from __future__ import annotations
 
@@ -49,23 +49,27 @@ class Profile:
     matching: tuple[int, int, int]  # row "matching": number of channels, side of the features, side of the grid
     photo_points: tuple[tuple[int, int], ...]  # row "photos": (side in pixels, number of frames), from small to large
     compiler: str  # backend of torch.compile in the row "compile"
+    compiled_chunks: tuple[int, ...]  # largest numbers of frames in one UNet call at which the row "compile" is timed
 
 
 ROWS = (
     "counts",
+    "job",
     "overhead",
+    "recording",
     "stages",
     "released",
     "matching",
     "precision",
     "memory",
+    "cards",
     "scaling",
     "shares",
     "photos",
     "compile",
 )
-ON_CPU = tuple(name for name in ROWS if name not in ("stages", "precision"))
-ON_GPU = tuple(name for name in ROWS if name not in ("counts", "shares"))
+ON_CPU = tuple(name for name in ROWS if name not in ("job", "recording", "stages", "precision", "cards"))
+ON_GPU = ("job", "overhead", "recording", "memory", "cards", "compile")  # others by name; these take eight minutes
 
 PROFILES = {
     "cpu": Profile(
@@ -93,6 +97,7 @@ PROFILES = {
         matching=(1280, 32, 64),
         photo_points=((1024, 2), (2048, 2), (2048, 8), (4096, 2), (4096, 4), (8192, 2), (8192, 4)),
         compiler="eager",
+        compiled_chunks=(8,),
     ),
     "gpu": Profile(
         model="sd15",
@@ -100,8 +105,8 @@ PROFILES = {
         dtype=torch.float16,
         other_dtype=torch.float32,
         rows=ON_GPU,
-        rounds=5,
-        few=3,
+        rounds=3,
+        few=2,
         frames=32,
         chunk=16,
         steps=30,
@@ -113,12 +118,13 @@ PROFILES = {
         scaling_sides=(512, 768, 1024),
         scaling_steps=30,
         memory_frames=(1, 8, 32, 64),
-        memory_chunks=(1, 2, 4, 8, 16, 34),
+        memory_chunks=(1, 2, 4, 8, 16, 32),
         memory_side=512,
         loop_cells=64,
         matching=(1280, 32, 64),
         photo_points=((1024, 2), (2048, 2), (2048, 8), (4096, 2), (4096, 8)),
         compiler="inductor",
+        compiled_chunks=(16, 32),
     ),
     "smoke": Profile(
         model="micro",
@@ -145,6 +151,7 @@ PROFILES = {
         matching=(16, 4, 8),
         photo_points=((64, 1), (128, 2)),
         compiler="eager",
+        compiled_chunks=(2,),
     ),
 }
 # Runs as long as the pipeline's defaults make them, since what is done only once weighs too much in the runs of "cpu".

@@ -16,6 +16,7 @@ from benchmarks import (
     compiling,
     counts,
     footprint,
+    gpu_rows,
     large_photos,
     machine,
     matching,
@@ -30,12 +31,15 @@ from benchmarks.report import write_json
 
 SECTIONS = {
     "counts": counts.tables,
+    "job": gpu_rows.job,
     "overhead": overhead.tables,
+    "recording": gpu_rows.recording,
     "stages": stages.tables,
     "released": released.tables,
     "matching": matching.tables,
     "precision": stages.precision,
     "memory": footprint.tables,
+    "cards": gpu_rows.cards,
     "scaling": scaling.tables,
     "shares": shares.tables,
     "photos": large_photos.tables,
@@ -68,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(
             f"the profile {arguments.profile!r} needs the device {bench.profile.device!r}, which this machine lacks"
         )
-    torch.set_num_threads(1)
+    if bench.device.type == "cpu":
+        torch.set_num_threads(1)
     rows = arguments.rows or bench.profile.rows
     on = machine.describe(bench.device)
     result = {"profile": arguments.profile, "rows": list(rows), "machine": on, "tables": []}

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmark rows "job", "recording" and "cards": what is of interest on a GPU, though the first two run anywhere.
+
+"job" is a job as the defaults make it; "recording" is what is gained by recording kernels as CUDA graphs, and what it
+costs that the bits of a fit repeat; "cards" is whether smaller cards suffice.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from unittest import mock
+
+import torch
+
+from dreammover_pipeline import denoiser, lora
+from dreammover_pipeline.lora import LoraFit, fit_pair_lora
+from dreammover_pipeline.memory import free_cache
+
+from .overhead import RANK, RATE
+from .profiles import PROMPT, Bench
+from .report import Table, ratio, spread
+from .timing import alternate, clock, clock_name
+
+MIB = 2**20  # bytes
+CARDS = (4, 6, 8, 12, 16)  # GB of memory
+CARD_FRAMES, CARD_STEPS = 33, 2  # frames and steps of a job on a smaller card; memory does not depend on the steps
+DRIVER = 512  # MiB of a card that torch does not get
+
+
+def job(bench: Bench) -> list[Table]:
+    """A table of the seconds of the parts of a job as the defaults make it, and of its peak memory."""
+    profile, pipe = bench.profile, bench.pipe
+    pair = bench.prepare(steps=1)
+    fitted = bench.prepare(1)
+    settings = {"inversion_steps": profile.steps, "feature_step": min(14, profile.steps), "prompt": PROMPT}
+    arms = {
+        f"LoRA fit, {profile.lora_steps} steps": lambda: _fit(bench, pair, profile.lora_steps),
+        "prepare, without the fit": bench.prepare,
+        f"render {profile.frames} frames": lambda: pipe.render(fitted, n_frames=profile.frames),
+        "the whole job": lambda: pipe(
+            *bench.images, n_frames=profile.frames, lora_steps=profile.lora_steps, **settings
+        ),
+    }
+    seconds = alternate(arms, profile.few, bench.device)
+    rows = [(name, spread(values)) for name, values in seconds.items()]
+    note = "Images are PIL images with the detail of the photos; batches are as large as the pipeline takes them."
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        arms["the whole job"]()
+        peaks = torch.cuda.max_memory_allocated() / MIB, torch.cuda.max_memory_reserved() / MIB
+        note += f" Peak memory of the job: {peaks[0]:.0f} MiB allocated, {peaks[1]:.0f} MiB reserved."
+    title = f"A default job, model {profile.model}, {profile.dtype}, T = {profile.steps}, {profile.few} rounds"
+    return [Table(title, "measured", ("part", clock_name(bench.device)), rows, note)]
+
+
+def recording(bench: Bench) -> list[Table]:
+    """Tables of the fit and of `prepare` with and without records, and of the bits of a second fit."""
+    profile, pair, unit = bench.profile, bench.prepare(steps=1), clock_name(bench.device)
+    fits = {
+        "recorded": lambda: _fit(bench, pair, profile.lora_steps),
+        "step by step": lambda: _without_records(lambda: _fit(bench, pair, profile.lora_steps)),
+        "recorded, with the fused attention's gradients": lambda: _with_fused_gradients(
+            lambda: _fit(bench, pair, profile.lora_steps)
+        ),
+    }
+    prepares = {"recorded": bench.prepare, "call by call": lambda: _without_records(bench.prepare)}
+    results = {name: [] for name in fits}
+    arms = {name: lambda name=name: results[name].append(fits[name]()) for name in fits}
+    seconds = alternate(arms, profile.few, bench.device)
+    rows = []
+    for name, (first, *others) in results.items():
+        same = all(torch.equal(first[key], other[key]) for other in others for key in first)
+        rows.append((name, spread(seconds[name]), ratio(seconds[name], seconds["recorded"]), "yes" if same else "no"))
+    preparing = alternate(prepares, profile.few, bench.device)
+    title = f"model {profile.model}, {profile.few} rounds"
+    return [
+        Table(
+            f"LoRA fit of {profile.lora_steps} steps, {title}",
+            "measured",
+            ("fit", unit, "of the first", "bits repeat"),
+            rows,
+            "Recording is part of the time. On a CPU nothing is recorded.",
+        ),
+        Table(
+            f"Prepare without a fit, T = {profile.steps}, {title}",
+            "measured",
+            ("inversion", unit, "of the first"),
+            [(name, spread(values), ratio(values, preparing["recorded"])) for name, values in preparing.items()],
+        ),
+    ]
+
+
+def _fit(bench: Bench, pair, steps: int) -> dict[str, torch.Tensor]:
+    """Fit the LoRA of a prepared pair anew."""
+    clean, alphas = pair.inversion.path[0], bench.pipe.scheduler.alphas_cumprod
+    return fit_pair_lora(bench.pipe.unet, clean, pair.prompt_embeds, alphas, LoraFit(steps, RANK, RATE), seed=0)
+
+
+def _without_records(work: Callable[[], object]) -> object:
+    with (
+        mock.patch.object(lora, "only_kernels", return_value=False),
+        mock.patch.object(denoiser, "only_kernels", return_value=False),
+    ):
+        return work()
+
+
+def _with_fused_gradients(work: Callable[[], object]) -> object:
+    with mock.patch.object(lora, "repeatable_attention", return_value=nullcontext()):
+        return work()
+
+
+def cards(bench: Bench) -> list[Table]:
+    """A table of jobs on smaller cards: torch is given as much memory of this one as they have."""
+    profile, now, rows = bench.profile, clock(bench.device), []
+    pipe = bench.pipe
+    for side in profile.counted_sides:
+        for card in CARDS:
+            start = now()
+            with _limited_to(card * 1024 - DRIVER, bench.device), _warnings() as warnings:
+                try:
+                    pipe(
+                        *bench.images,
+                        height=side,
+                        width=side,
+                        n_frames=CARD_FRAMES,
+                        inversion_steps=CARD_STEPS,
+                        feature_step=1,
+                        lora_steps=1,
+                        output_type="pt",
+                    )
+                    result = "made"
+                except torch.OutOfMemoryError as error:
+                    result = str(error)
+            rows.append((f"{card} GB", f"{side}²", result, now() - start, " ".join(warnings) or "–"))
+    return [
+        Table(
+            f"{CARD_FRAMES} frames on smaller cards, model {profile.model}, {profile.dtype}",
+            "measured",
+            ("card", "size", "result", clock_name(bench.device), "fallbacks, in the pipeline's words"),
+            rows,
+            f"{DRIVER} MiB of each card are left to the driver. T = {CARD_STEPS}, a single step of the fit.",
+        )
+    ]
+
+
+@contextmanager
+def _limited_to(mebibytes: int, device: torch.device) -> Iterator[None]:
+    """Have a GPU look as if it had so much memory while the context lasts; a CPU is left alone."""
+    if device.type != "cuda":
+        yield
+        return
+    free_cache(device)
+    limit, total = mebibytes * MIB, torch.cuda.get_device_properties(device).total_memory
+
+    def mem_get_info(device: torch.device | None = None) -> tuple[int, int]:
+        return max(limit - torch.cuda.memory_reserved(device), 0), limit
+
+    torch.cuda.set_per_process_memory_fraction(limit / total)
+    try:
+        with mock.patch.object(torch.cuda, "mem_get_info", mem_get_info):
+            yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        free_cache(device)
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """Collect what the pipeline warns of while the context lasts."""
+    messages: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logger, collector = logging.getLogger("dreammover_pipeline"), Collector(logging.WARNING)
+    logger.addHandler(collector)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(collector)
