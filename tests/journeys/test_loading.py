@@ -209,9 +209,13 @@ def by_folder(code: str, saved: str, checkpoint: str, expected: str) -> None:
     check_frames(pipe, expected)
 
 
-def by_folder_with_parts(code: str, checkpoint: str, guarded: str, files_missing: str, keys_missing: str) -> None:
-    check_optional_parts(custom_loader(code), guarded, files_missing, keys_missing)
-    check_scheduler_honoured(custom_loader(code), checkpoint)
+def by_source_folder(
+    code: str, checkpoint: str, guarded: str, files_missing: str, keys_missing: str, expected: str
+) -> None:
+    load = custom_loader(code)
+    check_frames(load(checkpoint), expected)
+    check_optional_parts(load, guarded, files_missing, keys_missing)
+    check_scheduler_honoured(load, checkpoint)
 
 
 def by_hub(commit: str, checkpoint: str, expected: str) -> None:
@@ -389,12 +393,12 @@ def expected(checkpoint, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def core_folder(tmp_path_factory) -> Path:
-    """The package's modules and nothing else, in a folder whose name is no package's."""
-    folder = tmp_path_factory.mktemp("code") / "plain_folder"
-    folder.mkdir()
-    for file in PACKAGE.glob("*.py"):
-        shutil.copy(file, folder)
+def hub_folder(tmp_path_factory) -> Path:
+    """The repository that `dreammover export-hub` writes."""
+    from dreammover_pipeline.export.hub import write_hub_folder
+
+    folder = tmp_path_factory.mktemp("code") / "hub"
+    write_hub_folder(folder, CODE_ID)
     return folder
 
 
@@ -530,28 +534,26 @@ def test_the_installed_class(checkpoint, with_parts, expected, tmp_path):
     assert not [file for file in hub.downloads if "/safety_checker/" in file]  # declined
 
 
-def test_a_folder_of_code_needs_no_installation(core_folder, checkpoint, expected, tmp_path):
-    arguments = (by_folder, core_folder, tmp_path / "saved", checkpoint, expected)
+def test_a_folder_of_code_needs_no_installation(hub_folder, checkpoint, expected, tmp_path):
+    arguments = (by_folder, hub_folder, tmp_path / "saved", checkpoint, expected)
     log = in_fresh_process(*arguments, home=tmp_path, installed=False)
     assert UNEXPECTED not in log
 
 
-def test_the_source_folder_honours_the_parts_passed_to_it(checkpoint, with_parts, tmp_path):
+def test_the_source_folder_honours_the_parts_passed_to_it(checkpoint, with_parts, expected, tmp_path):
     code = "src/dreammover_pipeline/"  # relative and with a slash, as from a clone
-    log = in_fresh_process(by_folder_with_parts, code, checkpoint, *with_parts, home=tmp_path, installed=False)
+    arguments = (by_source_folder, code, checkpoint, *with_parts, expected)
+    log = in_fresh_process(*arguments, home=tmp_path, installed=False)
     assert UNEXPECTED not in log
 
 
-def test_a_code_only_hub_repository(core_folder, checkpoint, with_parts, expected, tmp_path):
-    code = folder_repository(CODE_ID, core_folder, ROOT / "LICENSE", ROOT / "README.md")
+def test_a_code_only_hub_repository(hub_folder, checkpoint, with_parts, expected, tmp_path):
+    code = folder_repository(CODE_ID, hub_folder)
     arguments = (by_hub, code.commit, checkpoint, expected)
     with serve(code, folder_repository(MODEL_ID, with_parts[0])) as hub:
         log = in_fresh_process(*arguments, home=tmp_path, installed=False, hub=hub.endpoint)
     assert UNEXPECTED not in log
-    downloads = {file.removeprefix(f"{CODE_ID}/") for file in hub.downloads if file.startswith(CODE_ID)}
-    # the pipeline and what it needs, nothing of the program around it
-    shipped = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py"}
-    assert downloads == shipped
+    assert [file for file in hub.downloads if file.startswith(CODE_ID)] == [f"{CODE_ID}/pipeline.py"]  # and only once
 
 
 def test_a_stable_diffusion_pipeline_lends_its_parts_and_keeps_its_own(checkpoint, with_parts, expected, tmp_path):
