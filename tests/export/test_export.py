@@ -55,7 +55,7 @@ def test_the_repository_holds_the_code_the_card_and_the_licence(shared):
     card = (hub / "README.md").read_text()
     links = set(re.findall(r"\]\((?!https?:)([^)]+)\)", card))
     assert {path for path in links if path.endswith(".png")}
-    assert written == {"pipeline.py", "README.md", "LICENSE"} | links
+    assert written == {"pipeline.py", "dreammover_code.py", "README.md", "LICENSE"} | links
     assert (hub / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
     assert card == (ROOT / "model_card.md").read_text().replace("OWNER/NAME", REPOSITORY)
     assert card.count(REPOSITORY) == 1
@@ -145,7 +145,7 @@ def test_the_single_file_is_complete_and_readable(shared):
 
 def test_the_repository_holds_the_code_of_the_single_file(shared):
     """All that differs is the docstring's example, which says how its own module is loaded."""
-    both = [(shared / name).read_text().splitlines() for name in ("hub/pipeline.py", "dreammover.py")]
+    both = [(shared / name).read_text().splitlines() for name in ("hub/dreammover_code.py", "dreammover.py")]
     ((from_hub, from_file),) = [(a, b) for a, b in zip(*both, strict=True) if a != b]
     assert f'custom_pipeline="{REPOSITORY}", trust_remote_code=True, dtype' in from_hub
     assert 'custom_pipeline="dreammover", dtype' in from_file
@@ -296,7 +296,7 @@ def test_both_are_loaded_by_diffusers_as_their_own_pages_say(shared, pipe, tmp_p
             check=False,
         )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert hub.downloads == [f"{REPOSITORY}/pipeline.py"]
+    assert hub.downloads == [f"{REPOSITORY}/{name}.py" for name in ("pipeline", "dreammover_code")]
     frames = np.load(shared / "frames.npz")
     for name in snippets:
         np.testing.assert_allclose(frames[name].astype(int), np.stack(expected).astype(int), atol=1)

@@ -201,6 +201,7 @@ def by_folder(code: str, saved: str, checkpoint: str, expected: str) -> None:
 
     pipe.save_pretrained(saved)
     again = load(saved)
+    assert type(again) is type(pipe)  # so that both take turns at what they share
     check_same_tensors(weights_of(again), weights_of(load(checkpoint)))
     check_frames(again, expected)
     assert load(checkpoint, safety_checker=None).safety_checker is None
@@ -226,7 +227,8 @@ def by_source_folder(
 def by_hub(commit: str, checkpoint: str, expected: str) -> None:
     for model in (checkpoint, MODEL_ID):
         pipe = custom_loader(CODE_ID)(model, safety_checker=None)
-        assert type(pipe).__module__ == f"diffusers_modules.local.{CODE_ID.replace('/', '--')}.{commit}.pipeline"
+        repository = f"diffusers_modules.local.{CODE_ID.replace('/', '--')}.{commit}"
+        assert type(pipe).__module__ == f"{repository}.dreammover_code"
         assert pipe.safety_checker is None
         check_frames(pipe, expected)
 
@@ -558,7 +560,8 @@ def test_a_code_only_hub_repository(hub_folder, checkpoint, with_parts, expected
     with serve(code, folder_repository(MODEL_ID, with_parts[0])) as hub:
         log = in_fresh_process(*arguments, home=tmp_path, installed=False, hub=hub.endpoint)
     assert UNEXPECTED not in log
-    assert [file for file in hub.downloads if file.startswith(CODE_ID)] == [f"{CODE_ID}/pipeline.py"]  # and only once
+    downloads = [file for file in hub.downloads if file.startswith(CODE_ID)]
+    assert downloads == [f"{CODE_ID}/pipeline.py", f"{CODE_ID}/dreammover_code.py"]  # each only once
 
 
 def test_a_stable_diffusion_pipeline_lends_its_parts_and_keeps_its_own(checkpoint, with_parts, expected, tmp_path):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the pipeline's code for people who have only diffusers: the work of the command `dreammover export-hub`.
 
-The result is a folder or a single file. The folder is a Hub repository without weights: `pipeline.py`, the model card
-and the licence. The file is a community pipeline like those in diffusers' examples/community, with the section that it
-needs in the README there. Both hold the whole code in one module. Of a repository of many modules, diffusers would ask
-the Hub for each one again on every path of imports that leads to it, which comes to thousands of requests.
+The result is a folder or a single file. The folder is a Hub repository without weights: `pipeline.py`, the module that
+it imports, the model card and the licence. The file is a community pipeline like those in diffusers'
+examples/community, with the section that it needs in the README there. Both hold the whole code in one module. Of a
+repository of many modules, diffusers would ask the Hub for each one again on every path of imports that leads to it,
+which comes to thousands of requests.
 """
 
 from __future__ import annotations
@@ -41,6 +42,18 @@ EXAMPLE = {
         '"stable-diffusion-v1-5/stable-diffusion-v1-5",\n        ...     {code}, dtype'
     ),
 }
+# What diffusers loads from the Hub repository. It runs this file again for every pipeline that it loads, and what the
+# file imports only once.
+ENTRY = """\
+# SPDX-License-Identifier: Apache-2.0
+\"\"\"`DreamMoverPipeline`, of the module beside this one, which has all the code.
+
+diffusers runs this file again for every pipeline that it loads, but the other one only once. So all pipelines have the
+same classes, and calls of several pipelines take turns at models that these share.
+\"\"\"
+
+from .dreammover_code import DreamMoverPipeline  # noqa: F401, found by diffusers
+"""
 SECTION = """\
 <!-- For the table at the top of examples/community/README.md: -->
 | DreamMover | Frames between two photos of one scene with large motion between them, out of Stable Diffusion alone \
@@ -101,7 +114,8 @@ def write_hub_folder(folder: Path, repository: str | None) -> list[str]:
     files = {link: project_file(link).read_bytes() for link in CARD_LINK.findall(card)}
     files[LICENCE] = project_file(LICENCE).read_bytes()
     files["README.md"] = card.replace(REPOSITORY, repository).encode()
-    files["pipeline.py"] = _joined(f'custom_pipeline="{repository}", trust_remote_code=True').encode()
+    files["dreammover_code.py"] = _joined(f'custom_pipeline="{repository}", trust_remote_code=True').encode()
+    files["pipeline.py"] = ENTRY.encode()
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
