@@ -24,8 +24,8 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging, replace_example_docstring
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
-# The loader of custom pipelines copies exactly the modules that this file names by `from .name import`. So this block
-# names every module that any of them needs; those that this file itself has no use for are marked.
+# From a folder such as a clone's, diffusers copies exactly the modules that this file names by `from .name import`. So
+# this block names every module that any of them needs; those that this file itself has no use for are marked.
 from .adapters import check_new_adapter_name, load_beside
 from .arguments import Settings
 from .attention import reference_attention  # noqa: F401, named for the loader

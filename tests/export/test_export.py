@@ -49,15 +49,13 @@ def refusal(capsys, *arguments) -> str:
     return captured.err
 
 
-def test_the_repository_holds_the_core_the_card_and_the_licence(shared):
+def test_the_repository_holds_the_code_the_card_and_the_licence(shared):
     hub = shared / "hub"
     written = {path.relative_to(hub).as_posix() for path in hub.rglob("*") if path.is_file()}
     card = (hub / "README.md").read_text()
     links = set(re.findall(r"\]\((?!https?:)([^)]+)\)", card))
     assert {path for path in links if path.endswith(".png")}
-    assert written == {f"{name}.py" for name in SHIPPED} | {"README.md", "LICENSE"} | links
-    for name in SHIPPED:
-        assert (hub / f"{name}.py").read_bytes() == (FOLDER / f"{name}.py").read_bytes()
+    assert written == {"pipeline.py", "dreammover_code.py", "README.md", "LICENSE"} | links
     assert (hub / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
     assert card == (ROOT / "model_card.md").read_text().replace("OWNER/NAME", REPOSITORY)
     assert card.count(REPOSITORY) == 1
@@ -143,6 +141,14 @@ def test_the_single_file_is_complete_and_readable(shared):
     comments = [line for name in SHIPPED for line in (FOLDER / f"{name}.py").read_text().splitlines()[1:]]
     comments = [line for line in comments if line.lstrip().startswith("# ")]
     assert [line for line in comments if line not in text] == []
+
+
+def test_the_repository_holds_the_code_of_the_single_file(shared):
+    """All that differs is the docstring's example, which says how its own module is loaded."""
+    both = [(shared / name).read_text().splitlines() for name in ("hub/dreammover_code.py", "dreammover.py")]
+    ((from_hub, from_file),) = [(a, b) for a, b in zip(*both, strict=True) if a != b]
+    assert f'custom_pipeline="{REPOSITORY}", trust_remote_code=True, dtype' in from_hub
+    assert 'custom_pipeline="dreammover", dtype' in from_file
 
 
 def test_the_single_file_is_as_tidy_as_the_modules(shared):
@@ -290,7 +296,7 @@ def test_both_are_loaded_by_diffusers_as_their_own_pages_say(shared, pipe, tmp_p
             check=False,
         )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert {file.removeprefix(f"{REPOSITORY}/") for file in hub.downloads} == {f"{name}.py" for name in SHIPPED}
+    assert hub.downloads == [f"{REPOSITORY}/{name}.py" for name in ("pipeline", "dreammover_code")]
     frames = np.load(shared / "frames.npz")
     for name in snippets:
         np.testing.assert_allclose(frames[name].astype(int), np.stack(expected).astype(int), atol=1)

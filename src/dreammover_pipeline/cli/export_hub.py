@@ -19,14 +19,14 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         "folder",
         metavar="DIR",
         nargs="?",
-        help="A new folder for the Hub repository: code and model card, no weights.",
+        help="A new folder for the Hub repository: the code in one file and the model card, no weights.",
     )
     add(
         "--single-file",
         metavar="PATH",
         help="A file NAME.py for examples/community; NAME_README.md is written beside it.",
     )
-    add("--repo", metavar=REPOSITORY, help="The Hub repository that DIR is for; the model card's example names it.")
+    add("--repo", metavar=REPOSITORY, help="The Hub repository that DIR is for; the examples name it.")
 
 
 def _export(args: argparse.Namespace) -> None:

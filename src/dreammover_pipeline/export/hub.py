@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the pipeline's code for people who have only diffusers: the work of the command `dreammover export-hub`.
 
-The result is a folder or a single file. The folder is a Hub repository without weights: `pipeline.py`, the modules
-that it needs, the model card and the licence. The file is a community pipeline like those in diffusers'
-examples/community, with the section that it needs in the README there.
+The result is a folder or a single file. The folder is a Hub repository without weights: `pipeline.py`, the module that
+it imports, the model card and the licence. The file is a community pipeline like those in diffusers'
+examples/community, with the section that it needs in the README there. Both hold the whole code in one module. Of a
+repository of many modules, diffusers would ask the Hub for each one again on every path of imports that leads to it,
+which comes to thousands of requests.
 """
 
 from __future__ import annotations
@@ -29,17 +31,29 @@ HEAD = """\
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
 #
-# Joined from the modules of dreammover-pipeline {version} by `dreammover export-hub --single-file`.
+# Joined from the modules of dreammover-pipeline {version} by `dreammover export-hub`.
 """
-# The docstring of `DreamMoverPipeline.__call__` has an example for the installed package. In a single file these parts
-# of the example are replaced, so that it loads the file.
+# The docstring of `DreamMoverPipeline.__call__` has an example for the installed package. In the joined module these
+# parts of the example are replaced, so that it loads that module.
 EXAMPLE = {
     "from dreammover_pipeline import DreamMoverPipeline": "from diffusers import DiffusionPipeline",
     "DreamMoverPipeline.from_pretrained(": "DiffusionPipeline.from_pretrained(",
     '"stable-diffusion-v1-5/stable-diffusion-v1-5", dtype': (
-        '"stable-diffusion-v1-5/stable-diffusion-v1-5", custom_pipeline="{name}", dtype'
+        '"stable-diffusion-v1-5/stable-diffusion-v1-5",\n        ...     {code}, dtype'
     ),
 }
+# What diffusers loads from the Hub repository. It runs this file again for every pipeline that it loads, and what the
+# file imports only once.
+ENTRY = """\
+# SPDX-License-Identifier: Apache-2.0
+\"\"\"`DreamMoverPipeline`, of the module beside this one, which has all the code.
+
+diffusers runs this file again for every pipeline that it loads, but the other one only once. So all pipelines have the
+same classes, and calls of several pipelines take turns at models that these share.
+\"\"\"
+
+from .dreammover_code import DreamMoverPipeline  # noqa: F401, found by diffusers
+"""
 SECTION = """\
 <!-- For the table at the top of examples/community/README.md: -->
 | DreamMover | Frames between two photos of one scene with large motion between them, out of Stable Diffusion alone \
@@ -78,14 +92,15 @@ def write_hub_folder(folder: Path, repository: str | None) -> list[str]:
 
     Args:
         folder: a folder that is not there yet, or that holds hidden files only.
-        repository: the repository's name on the Hub, "owner/name", for the model card's example; None leaves a
-            placeholder there.
+        repository: the repository's name on the Hub, "owner/name", for the examples in the model card and in the
+            pipeline's docstring; None leaves a placeholder there.
 
     Returns:
         The paths of the files written, relative to the folder.
 
     Raises:
         ValueError: there are files in the folder, or `repository` is no name of a repository.
+        RuntimeError: the modules cannot be joined into one.
         OSError: a file cannot be written.
     """
     if repository is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository):
@@ -94,11 +109,13 @@ def write_hub_folder(folder: Path, repository: str | None) -> list[str]:
         raise ValueError(
             f"'{folder}' is not empty, and what it holds might not be meant to be replaced; choose a new folder"
         )
+    repository = repository or REPOSITORY
     card = project_file(CARD).read_text(encoding="utf-8")
-    files = {f"{name}.py": text.encode() for name, text in read_core(PACKAGE).items()}
-    files |= {link: project_file(link).read_bytes() for link in CARD_LINK.findall(card)}
-    files |= {LICENCE: project_file(LICENCE).read_bytes()}
-    files["README.md"] = card.replace(REPOSITORY, repository or REPOSITORY).encode()
+    files = {link: project_file(link).read_bytes() for link in CARD_LINK.findall(card)}
+    files[LICENCE] = project_file(LICENCE).read_bytes()
+    files["README.md"] = card.replace(REPOSITORY, repository).encode()
+    files["dreammover_code.py"] = _joined(f'custom_pipeline="{repository}", trust_remote_code=True').encode()
+    files["pipeline.py"] = ENTRY.encode()
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +134,7 @@ def write_single_file(path: Path) -> Path:
 
     Raises:
         ValueError: the path is not that of a Python module, or lies inside this package.
-        RuntimeError: the example in the pipeline's docstring does not have a part that is to be replaced.
+        RuntimeError: the modules cannot be joined into one.
         OSError: a file cannot be written.
     """
     check_file_path(path, [".py"])
@@ -125,16 +142,25 @@ def write_single_file(path: Path) -> Path:
         raise ValueError(f"'{path.name}' cannot be imported; a module's name may have letters, digits and _ only")
     if path.resolve().is_relative_to(PACKAGE):
         raise ValueError(f"'{path}' is in this program's own folder; choose another folder")
+    section = path.with_name(f"{path.stem}_README.md")
+    path.write_text(_joined(f'custom_pipeline="{path.stem}"'), encoding="utf-8")
+    section.write_text(SECTION.format(name=path.stem), encoding="utf-8")
+    return section
+
+
+def _joined(code: str) -> str:
+    """The whole code as one module with its licence; the example in it loads it by `code`, written as arguments.
+
+    Raises:
+        RuntimeError: the example in the pipeline's docstring lacks a part that is to be replaced, or a name of the
+            modules would mean two things.
+    """
     texts = read_core(PACKAGE)
     for old, new in EXAMPLE.items():
         if texts["pipeline"].count(old) != 1:
             raise RuntimeError(f"the example in pipeline.py should hold `{old}` exactly once")
-        texts["pipeline"] = texts["pipeline"].replace(old, new.format(name=path.stem))
-    text = HEAD.format(version=__version__) + join_modules(texts)
-    section = path.with_name(f"{path.stem}_README.md")
-    path.write_text(text, encoding="utf-8")
-    section.write_text(SECTION.format(name=path.stem), encoding="utf-8")
-    return section
+        texts["pipeline"] = texts["pipeline"].replace(old, new.format(code=code))
+    return HEAD.format(version=__version__) + join_modules(texts)
 
 
 def project_file(name: str) -> Path:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Joins the pipeline's modules into a single file, which is what diffusers keeps in examples/community.
+"""Joins the pipeline's modules into a single file, for a Hub repository or for diffusers' examples/community.
 
 The modules' texts are joined as they are, so comments and layout stay. In a single file every module sees the names of
 all other modules, so a name that two modules use for different things is an error.
