@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-from dreammover_pipeline import denoiser, lora
+from dreammover_pipeline import denoiser, noise_training
 from dreammover_pipeline.lora import LoraFit, fit_pair_lora
 from dreammover_pipeline.memory import free_cache
 
@@ -100,14 +100,14 @@ def _fit(bench: Bench, pair, steps: int) -> dict[str, torch.Tensor]:
 
 def _without_records(work: Callable[[], object]) -> object:
     with (
-        mock.patch.object(lora, "only_kernels", return_value=False),
+        mock.patch.object(noise_training, "only_kernels", return_value=False),
         mock.patch.object(denoiser, "only_kernels", return_value=False),
     ):
         return work()
 
 
 def _with_fused_gradients(work: Callable[[], object]) -> object:
-    with mock.patch.object(lora, "repeatable_attention", return_value=nullcontext()):
+    with mock.patch.object(noise_training, "repeatable_attention", return_value=nullcontext()):
         return work()
 
 

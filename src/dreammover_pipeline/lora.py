@@ -8,12 +8,10 @@ speed and a compiled UNet is not compiled again. `adapters.py` keeps the LoRA ap
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from .adapters import (
     ADAPTER,
@@ -26,13 +24,8 @@ from .adapters import (
     without_group_offloading,
 )
 from .attention import separate_projections
-from .captured import TrainingStep, only_kernels, replayed
-from .ddim import recompose, v_from_eps
 from .inputs import check_integer, check_number
-from .repeatable import repeatable_attention
-from .turns import interruptible
-
-FIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+from .noise_training import FIT_DTYPES, NoiseTraining, gaussian
 
 
 @dataclass(frozen=True)
@@ -93,41 +86,13 @@ def fit_pair_lora(
         ValueError: The UNet is offloaded or quantised in a way that gradients cannot pass through.
         RuntimeError: The fit diverged.
     """
-    _check_trainable(unet)
     generator = torch.Generator("cpu").manual_seed(seed)
-    device, dtype = clean.device, unet.dtype
-    alphas_cumprod = alphas_cumprod.to(device)
-    # A backward pass that is checkpointed runs modules again from the host.
-    checkpointed = gradient_checkpointing or unwrapped(unet).is_gradient_checkpointing
-    recorded = device.type == "cuda" and not checkpointed and only_kernels(unet)
-    repeated = repeatable_attention(unet) if device.type == "cuda" else nullcontext()
-    with (
-        # The caller may be in no_grad or inference_mode. Tensors made there cannot be trained through; copies can.
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.compiler.set_stance("force_eager"),
-        without_group_offloading(unet, resident=True),
-        separate_projections(unet),
-        isolated_adapter(unet, fit.rank) as layers,
-        _checkpointing(unet, gradient_checkpointing),
-        repeated,
-    ):
-        clean, prompt_embeds = clean.clone(), prompt_embeds.to(dtype).clone()
+    dtype = unet.dtype
+    training = NoiseTraining(unet, clean, alphas_cumprod, prediction_type, gradient_checkpointing)
+    with training.ready(), separate_projections(unet), isolated_adapter(unet, fit.rank) as layers:
+        texts = prompt_embeds.to(dtype).clone()
         parameters = _initialise(layers, generator)
-        # Fused AdamW skips a step that overflowed without the CPU waiting for the GPU to report the overflow.
-        optimizer = torch.optim.AdamW(parameters, lr=fit.learning_rate, fused=True, capturable=recorded)
-        # Without a scaled loss, float16 gradients underflow.
-        scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=dtype == torch.float16)
-        inputs = StepInputs.like(clean, prompt_embeds)
-        loss = partial(_prediction_loss, unet, inputs, alphas_cumprod, prediction_type)
-        step = TrainingStep(loss, parameters, optimizer, scaler)
-        with interruptible():
-            for number in range(fit.steps):
-                inputs.draw(clean, prompt_embeds, len(alphas_cumprod), generator)
-                if recorded and number == 0:
-                    step = replayed(step, dtype)
-                step()
-                on_step()
+        training.descend(parameters, lambda drawn: [texts[drawn]], fit.steps, fit.learning_rate, generator, on_step)
         weights = {name: parameter.detach().clone() for name, parameter in adapter_weights(layers).items()}
     _check_converged(weights, dtype, fit.learning_rate)
     return weights
@@ -142,107 +107,15 @@ def _check_converged(weights: dict[str, torch.Tensor], dtype: torch.dtype, learn
         raise RuntimeError(f"the LoRA fit diverged in {dtype} at learning rate {learning_rate}; {remedy}")
 
 
-@dataclass(frozen=True, eq=False)
-class StepInputs:
-    """What a step is taken on: two images (2, C, h, w), their texts (2, L, D), timesteps (2,) and noise (2, C, h, w).
-
-    The tensors keep their places, and every step fills them anew.
-    """
-
-    images: torch.Tensor
-    texts: torch.Tensor
-    timesteps: torch.Tensor
-    noise: torch.Tensor
-
-    @classmethod
-    def like(cls, clean: torch.Tensor, prompt_embeds: torch.Tensor) -> StepInputs:
-        """Places for two of the images."""
-        timesteps = torch.zeros(2, dtype=torch.long, device=clean.device)
-        return cls(clean[:2].clone(), prompt_embeds[:2].clone(), timesteps, torch.empty_like(clean[:2]))
-
-    def draw(
-        self, clean: torch.Tensor, prompt_embeds: torch.Tensor, trained_steps: int, generator: torch.Generator
-    ) -> None:
-        """Draw what the next step is taken on.
-
-        Of more than two images, every step draws two different ones, so that k steps use each of n images about 2k/n
-        times.
-        """
-        device = self.images.device
-        if len(clean) > 2:
-            drawn = _placed(torch.randperm(len(clean), generator=generator, device="cpu")[:2], device)
-            self.images.copy_(clean[drawn])
-            self.texts.copy_(prompt_embeds[drawn])
-        self.timesteps.copy_(_placed(torch.randint(trained_steps, (2,), generator=generator, device="cpu"), device))
-        self.noise.copy_(_placed(_drawn(self.noise.shape, generator), device))
-
-
-def _prediction_loss(
-    unet: torch.nn.Module, inputs: StepInputs, alphas_cumprod: torch.Tensor, prediction_type: str
-) -> torch.Tensor:
-    """The mean squared error of the UNet's prediction, which is run in the precision of the texts."""
-    images, noise = inputs.images, inputs.noise
-    alpha_bar = alphas_cumprod[inputs.timesteps]
-    target = v_from_eps(images, noise, alpha_bar) if prediction_type == "v_prediction" else noise
-    noisy = recompose(images, noise, alpha_bar)
-    predicted = unet(noisy.to(inputs.texts.dtype), inputs.timesteps, inputs.texts, return_dict=False)[0]
-    return F.mse_loss(predicted.to(target.dtype), target)
-
-
-def _drawn(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Values from a Gaussian, float32 on the CPU, whatever torch's default dtype and default device are."""
-    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-
-
-def _placed(draw: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Move values drawn on the CPU to a device; to a GPU from pinned memory, so that the CPU need not wait."""
-    return draw.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else draw.to(device)
-
-
 def _initialise(layers: dict[str, torch.nn.Module], generator: torch.Generator) -> list[torch.nn.Parameter]:
     """Draw the LoRA's A from a Gaussian of standard deviation 1/r and set B to zero, both in float32 and trainable."""
     parameters = adapter_weights(layers)
     for name, parameter in parameters.items():
         parameter.data = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
         if "lora_A" in name:
-            parameter.data.copy_(_drawn(parameter.shape, generator) / parameter.shape[0])
+            parameter.data.copy_(gaussian(parameter.shape, generator) / parameter.shape[0])
         parameter.requires_grad_(True)
     return list(parameters.values())
-
-
-@contextmanager
-def _checkpointing(unet: torch.nn.Module, wanted: bool) -> Iterator[None]:
-    """Switch gradient checkpointing of the UNet on while the context lasts, if wanted and not already on."""
-    model = unwrapped(unet)
-    if not wanted or model.is_gradient_checkpointing:
-        yield
-        return
-    model.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        model.disable_gradient_checkpointing()
-
-
-def _check_trainable(unet: torch.nn.Module) -> None:
-    """Raise ValueError unless gradients can pass through the UNet: weights in memory, and in one of `FIT_DTYPES`."""
-    require_in_memory(unet)
-    if any(parameter.is_meta for parameter in unet.parameters()):
-        raise ValueError(
-            "a LoRA cannot be fitted while the UNet is offloaded layer by layer (enable_sequential_cpu_offload); "
-            "use enable_model_cpu_offload(), or pass lora_steps=0"
-        )
-    if any(parameter.is_inference() for parameter in unet.parameters()):
-        raise ValueError(
-            "a LoRA cannot be fitted on a UNet whose weights or adapters were loaded inside torch.inference_mode(); "
-            "load them outside of it, or pass lora_steps=0"
-        )
-    stored = {parameter.dtype for parameter in unet.parameters()}
-    if not stored <= set(FIT_DTYPES):
-        raise ValueError(
-            f"a LoRA cannot be fitted on a UNet stored in {sorted(map(str, stored))}; "
-            "load it in float32, float16 or bfloat16, or pass lora_steps=0"
-        )
 
 
 # ── In effect ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -36,6 +36,7 @@ from .conditioning import Conditioner
 from .ddim import recompose  # noqa: F401, named for the loader
 from .denoiser import Denoiser
 from .detail import with_detail  # noqa: F401, named for the loader
+from .embeddings import fit_embeddings  # noqa: F401, named for the loader
 from .features import up_block_features  # noqa: F401, named for the loader
 from .fields import cell_grid  # noqa: F401, named for the loader
 from .finishing import FrameMaker, Workplace, finish_frames, lazy_output, picture_dtype
@@ -52,6 +53,7 @@ from .lora import check_pair_lora
 from .memory import free_cache  # noqa: F401, named for the loader
 from .model_checks import check_guidance, check_model_fits, check_no_callback, check_texts
 from .models import Models
+from .noise_training import NoiseTraining  # noqa: F401, named for the loader
 from .outputs import DreamMoverPipelineOutput, joined, returned
 from .pairs import ModelSizes, PairInput, check_stackable, checked_pair, checked_pairs
 from .paths import motion_paths
