@@ -62,7 +62,7 @@ def test_what_is_written_from_the_declarations_is_up_to_date():
     [
         ("__call__", GROUPS, {"self", "img0", "img1"}, set()),
         ("prepare", PREPARING, {"self", "img0", "img1", "lora", "canvas"}, set()),
-        ("render", RENDERING, {"self", "pair"}, set()),
+        ("render", RENDERING, {"self", "pair", "generator"}, set()),
         ("fit_lora", (Content, FitSettings), {"self", "img0", "img1", "adapter_name"}, MATCH),
         ("fit_shared_lora", (Content, FitSettings), {"self", "images"}, MATCH),
     ],
@@ -213,7 +213,7 @@ def test_only_the_batch_size_decides_nothing():
 
 def test_sliders_hold_their_defaults():
     sliders = {name: declared for name, declared in arguments().items() if declared.slider}
-    assert set(sliders) == {"n_frames", "lora_steps", "inversion_steps"}
+    assert set(sliders) == {"n_frames", "lora_steps", "embedding_steps", "inversion_steps"}
     for declared in sliders.values():
         low, high = declared.slider
         assert low <= declared.default <= high

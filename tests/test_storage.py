@@ -136,7 +136,7 @@ def test_the_file_is_plain_safetensors(file, pair):
     assert {name.removeprefix("lora.") for name in tensors if name.startswith("lora.")} == set(pair.lora)
     with safe_open(file, framework="pt") as opened:
         header = json.loads(opened.metadata()["dreammover_pair"])
-    assert header["version"] == 2
+    assert header["version"] == 3
     assert header["canvas"] == asdict(pair.canvas)
     assert header["schedule"]["timesteps"] == list(pair.inversion.schedule.timesteps)
     assert header["lora_scale"] == 1.0
@@ -236,9 +236,9 @@ def test_an_unreadable_header_is_refused(pipe, file, text):
         pipe.load_pair(rewritten(file, metadata={"dreammover_pair": text}))
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None])
+@pytest.mark.parametrize("version", [0, 4, "1", None])
 def test_another_format_version_is_refused(pipe, file, version):
-    with pytest.raises(ValueError, match=f"format version {version}, but only versions up to 2"):
+    with pytest.raises(ValueError, match=f"format version {version}, but only versions up to 3"):
         pipe.load_pair(rewritten(file, lambda header: header.update(version=version)))
 
 

@@ -138,6 +138,22 @@ class Names(Values):
 
 
 @dataclass(frozen=True)
+class Levels(Values):
+    """Two numbers in (0, 1], of which the second is not the smaller one."""
+
+    in_files: ClassVar[bool] = True
+
+    def check(self, name: str, value: object) -> None:
+        """Raise TypeError or ValueError unless the value is allowed, whatever model it is for."""
+        if not isinstance(value, (list, tuple)) or len(value) != 2:
+            raise TypeError(f"`{name}` must be two numbers, from the smaller to the larger one, not {value!r}")
+        for number in value:
+            check_number(name, number, 0, inclusive=False, maximum=1)
+        if value[0] > value[1]:
+            raise ValueError(f"`{name}` must be two numbers, from the smaller to the larger one, not {value!r}")
+
+
+@dataclass(frozen=True)
 class Pictures(Values):
     """A picture, or two, one for each photo."""
 

@@ -24,6 +24,11 @@ class Conditions:
     prompt_embeds: torch.Tensor
     negative_prompt_embeds: torch.Tensor | None
 
+    def of(self, frames: list[int]) -> Conditions:
+        """Those of some of the frames, by their indices."""
+        negative = self.negative_prompt_embeds
+        return Conditions(self.prompt_embeds[frames], None if negative is None else negative[frames])
+
 
 class Conditioner:
     """The text encoder of one call.

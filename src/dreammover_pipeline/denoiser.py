@@ -138,7 +138,7 @@ class Denoiser:
         with reference_attention(self.unet, attention_blocks) as references:
 
             def predict_noise(latents: torch.Tensor, timestep: int) -> torch.Tensor:
-                photos, ahead = pair.inversion.at(timestep), bool(references.layers)
+                ahead = bool(references.layers)
 
                 def predict_batch(
                     frames: torch.Tensor, text: torch.Tensor, negative: torch.Tensor | None
@@ -146,6 +146,7 @@ class Denoiser:
                     nonlocal ahead
                     if not ahead:
                         return self.predict_noise(frames, timestep, text, negative)
+                    photos = pair.inversion.at(timestep)
                     frames, text = torch.cat([photos, frames]), torch.cat([pair.prompt_embeds, text])
                     if negative is not None:
                         negative = torch.cat([negative[:1].expand_as(pair.prompt_embeds), negative])

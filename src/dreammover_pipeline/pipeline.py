@@ -30,6 +30,7 @@ from .adapters import check_new_adapter_name, load_beside
 from .arguments import Settings
 from .attention import reference_attention  # noqa: F401, named for the loader
 from .autoencoder import Autoencoder
+from .branching import interpolate_in_noise  # noqa: F401, named for the loader
 from .captured import replayed  # noqa: F401, named for the loader
 from .cascade import PairCascade  # noqa: F401, named for the loader
 from .conditioning import Conditioner
@@ -55,7 +56,7 @@ from .model_checks import check_guidance, check_model_fits, check_no_callback, c
 from .models import Models
 from .noise_training import NoiseTraining  # noqa: F401, named for the loader
 from .outputs import DreamMoverPipelineOutput, joined, returned
-from .pairs import ModelSizes, PairInput, check_stackable, checked_pair, checked_pairs
+from .pairs import ModelSizes, PairInput, check_generator, check_stackable, checked_pair, checked_pairs, pair_seeds
 from .paths import motion_paths
 from .preparing import fit_lora_of_gaps, prepare_pair
 from .progress import ProgressListener, reported_stage
@@ -69,7 +70,16 @@ from .sampling import denoise  # noqa: F401, named for the loader
 from .schedules import deterministic_ddim
 from .scratch import replacing  # noqa: F401, named for the loader
 from .sequence import LORAS, GapStages, check_arguments_of_a_sequence, checked_gaps, frames_of_gaps, make_gaps
-from .settings import PRESETS, Content, Delivery, FitSettings, NegativeContent, PrepareSettings, RenderSettings
+from .settings import (
+    PRESETS,
+    Content,
+    Delivery,
+    FitSettings,
+    NegativeContent,
+    PrepareSettings,
+    RenderSettings,
+    takes_seed,
+)
 from .spacing import even_times  # noqa: F401, named for the loader
 from .splatting import softmax_splat  # noqa: F401, named for the loader
 from .stages import StageMethods
@@ -192,6 +202,8 @@ class DreamMoverPipeline(
         n_frames: int = 32,
         times: Sequence[float] | None = None,
         easing: str | Callable[[float], float] = "linear",
+        method: str = "flow",
+        noise_levels: Sequence[float] = (0.25, 0.65),
         num_inference_steps: int = 50,
         inversion_steps: int = 30,
         feature_step: int = 14,
@@ -215,6 +227,8 @@ class DreamMoverPipeline(
         lora_steps: int = 80,
         lora_rank: int = 16,
         lora_learning_rate: float = 5e-4,
+        embedding_steps: int = 0,
+        embedding_learning_rate: float = 1e-4,
         lora_scale: float = 1.0,
         frame_batch_size: int | None = None,
         include_inputs: bool = False,
@@ -248,6 +262,14 @@ class DreamMoverPipeline(
             easing: How the frames are spread over time: "linear", "ease-in-out", "ease-in", "ease-out", a rising
                 function of δ from 0 at 0 to 1 at 1, or "even" for neighbours that differ equally, as far as warping
                 alone tells.
+            method: How frames are made: "flow" is DreamMover, for two photos of one scene, whose frames are denoised
+                from what moves between the photos; "noise" is the interpolation of Wang and Golland, for two that do
+                not show the same thing: the photos are noised and mixed, the frame in the middle is denoised first,
+                and every other one is made in the same way from the two frames beside it. With "noise", `fusion`,
+                `attention_blocks` and `layout_hold` do nothing.
+            noise_levels: How far frames are noised where `method` is "noise", as shares of the schedule: the last ones
+                that are made, and the frame in the middle, which is made first. Below a quarter frames look like a
+                cross-fade; above two thirds they leave the photos.
             num_inference_steps: Steps N of the whole DDIM schedule. More are finer and take longer.
             inversion_steps: How many of the steps the photos are inverted and the frames denoised, T. Fewer keep
                 closer to the warped photos, more redraw what warping breaks: fewer ghosts, less likeness.
@@ -304,6 +326,11 @@ class DreamMoverPipeline(
                 0 skips the fit.
             lora_rank: Rank of the pair's LoRA. A higher one can hold more detail.
             lora_learning_rate: Learning rate of the pair's LoRA fit. A higher one learns faster and overfits sooner.
+            embedding_steps: Training steps that fit the text embedding of each photo to it, starting from `prompt`,
+                and a negative one to both, which guidance leads away from where no negative prompt is given. For
+                photos that words describe badly, 100 to 500; 0 fits none.
+            embedding_learning_rate: Learning rate of the fit of the text embeddings. A higher one leaves the words
+                sooner.
             lora_scale: Weight of the pair's LoRA wherever the UNet runs; below 1 softens it.
             frame_batch_size: Frames denoised at once, at most; halved where memory runs out. The frames are the same
                 up to rounding. By default it is what fits the free memory.
@@ -311,7 +338,8 @@ class DreamMoverPipeline(
             endpoints: What stands at the ends: "original", the photos at the output size and otherwise untouched, with
                 the tone that the VAE takes from them faded out over the frames beside them; or "reconstructed", the
                 photos as the VAE brings them back, made like all other frames, for a video of one cast.
-            generator: Decides the LoRA fit, and nothing else is random. A list holds one generator for each pair.
+            generator: Decides the fits of LoRA and embeddings, and the noise where `method` is "noise"; nothing else
+                is random. A list holds one generator for each pair.
             prompt_embeds: Text embeddings (B, L, D) to use instead of `prompt`, or (2·B, L, D) with one for each
                 photo.
             negative_prompt_embeds: Text embeddings (B, L, D) to use instead of `negative_prompt`.
@@ -336,7 +364,8 @@ class DreamMoverPipeline(
         content, negative = Content.of(arguments), NegativeContent.of(arguments)
         preparing, rendering, delivery = (group.of(arguments) for group in (PrepareSettings, RenderSettings, Delivery))
         self._check_model_fits(preparing, rendering, delivery)
-        pairs = checked_pairs(img0, img1, content, negative, self._sizes, random=lora_steps > 0)
+        random = takes_seed(preparing, rendering)
+        pairs = checked_pairs(img0, img1, content, negative, self._sizes, random)
         self._check_texts(pairs, guidance_scale)
         check_stackable(pairs, output_type)
         with self._turn():
@@ -344,7 +373,7 @@ class DreamMoverPipeline(
             outputs = []
             for pair in pairs:
                 prepared = self._prepare(pair, preparing)
-                outputs.append(self._render(prepared, rendering, pair.negative, delivery))
+                outputs.append(self._render(prepared, rendering, pair.negative, delivery, pair.seed))
                 if self.interrupt:
                     break
             return returned(joined(outputs), return_dict)
@@ -371,6 +400,8 @@ class DreamMoverPipeline(
         lora_steps: int = 80,
         lora_rank: int = 16,
         lora_learning_rate: float = 5e-4,
+        embedding_steps: int = 0,
+        embedding_learning_rate: float = 1e-4,
         lora_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         prompt_embeds: torch.Tensor | None = None,
@@ -383,7 +414,8 @@ class DreamMoverPipeline(
 
         Args are those of `__call__`, for one pair, and:
             lora: LoRA weights, as `fit_lora` returns and `PreparedPair.lora` holds them, to use instead of fitting
-                some; `lora_steps`, `lora_rank`, `lora_learning_rate` and `generator` are then ignored.
+                some; `lora_steps`, `lora_rank` and `lora_learning_rate` are then ignored, and so is `generator` where
+                no embeddings are fitted.
             canvas: where both images are put, and the size of the frames: what the method `canvas` gives for another
                 image, to have frames of its size. `height` and `width` must then be None.
 
@@ -398,7 +430,7 @@ class DreamMoverPipeline(
         self._check_model_fits(settings)
         if lora is not None:
             check_pair_lora(self.unet, lora)
-        random = lora is None and lora_steps > 0
+        random = takes_seed(settings, lora=lora)
         pair = checked_pair(img0, img1, Content.of(arguments), self._sizes, random, canvas)
         self._check_texts([pair])
         with self._turn():
@@ -410,6 +442,8 @@ class DreamMoverPipeline(
         n_frames: int = 32,
         times: Sequence[float] | None = None,
         easing: str | Callable[[float], float] = "linear",
+        method: str = "flow",
+        noise_levels: Sequence[float] = (0.25, 0.65),
         attention_blocks: Sequence[int] = (2, 3),
         fusion: str = "two_level",
         motion: str = "rigid",
@@ -427,10 +461,11 @@ class DreamMoverPipeline(
         cross_attention_kwargs: dict | None = None,
         callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> DreamMoverPipelineOutput | tuple:
         """Make frames of a prepared pair: fuse, denoise with reference attention, decode.
 
-        Args are those of `__call__`, for one pair.
+        Args are those of `__call__`, for one pair. `generator` decides the noise where `method` is "noise".
 
         Returns:
             As `__call__`, for a batch of one.
@@ -446,9 +481,11 @@ class DreamMoverPipeline(
         (negative,) = pair_negatives(negative_prompt, negative_prompt_embeds, 1, self._sizes.text_width)
         if guidance_scale > 1:
             check_guidance(pair.prompt_embeds.shape[1], negative, self.text_encoder, self.tokenizer)
+        check_generator(generator, 1)
+        seed = pair_seeds(generator, 1)[0] if method == "noise" else None
         with self._turn():
             self._interrupt = False
-            return returned(self._render(pair, settings, negative, delivery), return_dict)
+            return returned(self._render(pair, settings, negative, delivery, seed), return_dict)
 
     def _prepare(
         self, pair: PairInput, settings: PrepareSettings, lora: dict[str, torch.Tensor] | None = None
@@ -458,18 +495,27 @@ class DreamMoverPipeline(
         return prepared
 
     def _render(
-        self, pair: PreparedPair, settings: RenderSettings, negative: NegativeText, delivery: Delivery
+        self,
+        pair: PreparedPair,
+        settings: RenderSettings,
+        negative: NegativeText,
+        delivery: Delivery,
+        seed: int | None,
     ) -> DreamMoverPipelineOutput:
-        frames = self._render_latents(pair, settings, negative, delivery)
+        frames = self._render_latents(pair, settings, negative, delivery, seed)
         output = self._finish(frames, settings, delivery)
         self.maybe_free_model_hooks()
         return output
 
     def _render_latents(
-        self, pair: PreparedPair, settings: RenderSettings, negative: NegativeText, delivery: Delivery
+        self,
+        pair: PreparedPair,
+        settings: RenderSettings,
+        negative: NegativeText,
+        delivery: Delivery,
+        seed: int | None,
     ) -> DenoisedFrames:
         self._guidance_scale = settings.guidance_scale
-        self._num_timesteps = pair.inversion.steps
         models = self._models(settings.cross_attention_kwargs)
         with interruptible():
             paths = motion_paths(pair.flow, settings.motion)
@@ -486,8 +532,14 @@ class DreamMoverPipeline(
             models.denoiser.guidance_scale = self._guidance_scale  # which a callback may change
             return replaced
 
+        @contextmanager
+        def stages(name: str, total: int) -> Iterator[Callable[[], object]]:
+            self._num_timesteps = total
+            with self._stage(name, total) as step:
+                yield step
+
         return render_latents(
-            models, pair, settings, paths, negative, self._stage, on_step_end, lambda: self.interrupt
+            models, pair, settings, paths, negative, stages, on_step_end, lambda: self.interrupt, seed
         )
 
     def _finish(
@@ -550,7 +602,8 @@ class DreamMoverPipeline(
         preparing, delivery = PrepareSettings.of(arguments), Delivery.of(arguments)
         shared = lora == "shared"
         self._check_model_fits(preparing, delivery)
-        gaps = checked_gaps(images, content, negative, self._sizes, shared, random=preparing.lora_steps > 0)
+        of_all = RenderSettings.of({name: value for name, value in arguments.items() if name != "n_frames"})
+        gaps = checked_gaps(images, content, negative, self._sizes, shared, random=takes_seed(preparing, of_all))
         counts = frames_of_gaps(n_frames, len(gaps))
         rendering = [RenderSettings.of({**arguments, "n_frames": count}) for count in counts]
         self._check_model_fits(*rendering)
@@ -569,7 +622,7 @@ class DreamMoverPipeline(
             stages = GapStages(
                 (lambda: fit_lora_of_gaps(models, gaps, preparing, self._stage)) if fits_once else None,
                 lambda gap, own: self._prepare(gap, preparing, own),
-                lambda k, pair: self._render_latents(pair, rendering[k], gaps[k].negative, delivery),
+                lambda k, pair: self._render_latents(pair, rendering[k], gaps[k].negative, delivery, gaps[k].seed),
                 lambda k, frames: self._finish(frames, rendering[k], delivery),
                 finish_needs_pair=rendering[0].detail == "diffusion",
             )
@@ -586,6 +639,8 @@ class DreamMoverPipeline(
         lora_steps: int = 80,
         lora_rank: int = 16,
         lora_learning_rate: float = 5e-4,
+        embedding_steps: int = 0,
+        embedding_learning_rate: float = 1e-4,
         generator: torch.Generator | list[torch.Generator] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         cross_attention_kwargs: dict | None = None,
@@ -625,6 +680,8 @@ class DreamMoverPipeline(
         lora_steps: int = 80,
         lora_rank: int = 16,
         lora_learning_rate: float = 5e-4,
+        embedding_steps: int = 0,
+        embedding_learning_rate: float = 1e-4,
         generator: torch.Generator | list[torch.Generator] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         cross_attention_kwargs: dict | None = None,

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from diffusers.utils import logging
 
 from .denoiser import Denoiser
+from .embeddings import EmbeddingFit, fit_embeddings
 from .features import up_block_features
 from .flow import (
     Regulariser,
@@ -45,7 +47,7 @@ def prepare_pair(
     stages: Stages,
     lora: dict[str, torch.Tensor] | None = None,
 ) -> PreparedPair:
-    """Encode the two photos, fit their LoRA, invert both and match their features.
+    """Encode the two photos, fit their texts and their LoRA, invert both and match their features.
 
     Args:
         models: What to do it with.
@@ -62,6 +64,9 @@ def prepare_pair(
         with interruptible():
             flow = called_flow(flow, photos, pair.canvas, pair.canvas.height // size[0])
     prompt_embeds = models.conditioner.pair(pair.text, settings.clip_skip)
+    negative_embeds = None
+    if settings.embedding_steps:
+        prompt_embeds, negative_embeds = fit_texts(models, clean, prompt_embeds, settings, pair.seed, stages)
     if lora is None and settings.lora_steps:
         lora = fit_lora(models.denoiser, clean, prompt_embeds, settings, pair.seed, stages)
     with models.denoiser.with_lora(lora, settings.lora_scale):
@@ -75,7 +80,9 @@ def prepare_pair(
         else:
             tolerance = settings.photo_tolerance if flow == "features+photos" else 0
             flow = match_pair(features, photos, size, pair.steering, settings, tolerance)
-    return PreparedPair(pair.ends(), pair.canvas, inversion, flow, prompt_embeds, lora, settings.lora_scale)
+    return PreparedPair(
+        pair.ends(), pair.canvas, inversion, flow, prompt_embeds, lora, settings.lora_scale, negative_embeds
+    )
 
 
 def fit_lora_of_gaps(
@@ -96,6 +103,8 @@ def fit_lora_of_gaps(
     clean = torch.cat([models.autoencoder.encode(two) for two in photos.split(2)])
     both = [models.conditioner.pair(gap.text, settings.clip_skip) for gap in gaps]
     prompt_embeds = torch.cat([both[0], *(embeds[1:] for embeds in both[1:])])
+    if settings.embedding_steps:
+        prompt_embeds, _ = fit_texts(models, clean, prompt_embeds, settings, gaps[0].seed, stages)
     return fit_lora(models.denoiser, clean, prompt_embeds, settings, gaps[0].seed, stages)
 
 
@@ -135,15 +144,77 @@ def fit_lora(
                 gradient_checkpointing,
             )
 
-    if affords_fit(*denoiser.footprint(clean)):
+    return _in_memory(attempt, affords_fit(*denoiser.footprint(clean)), "the LoRA fit", clean.device)
+
+
+def fit_texts(
+    models: Models,
+    clean: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    settings: FitSettings,
+    seed: int,
+    stages: Stages,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Fit the embeddings of photos, and a negative one that they share, which begins as that of the empty text.
+
+    Args:
+        models: On whose UNet they are fitted, and whose text encoder embeds the empty text. Without a text encoder, or
+            beside embeddings of another length than its own, no negative embedding is fitted.
+        clean: Clean latents of the photos, (n, C, h, w).
+        prompt_embeds: The embeddings of the photos to begin with, (n, L, D).
+        settings: How they are fitted.
+        seed: What decides it wholly.
+        stages: What is told of progress.
+
+    Returns:
+        The embeddings, (n, L, D), and the negative one, (1, L, D) or None.
+    """
+    denoiser, negative = models.denoiser, None
+    if models.conditioner.text_encoder is not None:
+        negative, _ = models.conditioner.encode("")
+        negative = negative if negative.shape[1:] == prompt_embeds.shape[1:] else None
+
+    def attempt(gradient_checkpointing: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with stages("Fitting embeddings", settings.embedding_steps) as step:
+            return fit_embeddings(
+                denoiser.unet,
+                clean,
+                prompt_embeds,
+                negative,
+                denoiser.ddim.alphas_cumprod,
+                EmbeddingFit(settings.embedding_steps, settings.embedding_learning_rate),
+                seed,
+                denoiser.ddim.config.prediction_type,
+                step,
+                gradient_checkpointing,
+            )
+
+    samples = 1 if negative is None else 2  # for each photo
+    enough = affords_fit(*denoiser.footprint(clean, samples))
+    return _in_memory(attempt, enough, "the fit of the embeddings", clean.device)
+
+
+Fitted = TypeVar("Fitted")
+
+
+def _in_memory(attempt: Callable[[bool], Fitted], enough: bool, name: str, device: torch.device) -> Fitted:
+    """The result of a fit; where memory runs out, of the same fit with gradient checkpointing.
+
+    Args:
+        attempt: The fit, which is told whether to use gradient checkpointing.
+        enough: Whether memory is expected to suffice without it.
+        name: What error messages and warnings call the fit.
+        device: Where it runs.
+    """
+    if enough:
         try:
             return attempt(False)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        free_cache(clean.device)
-        logger.warning("Out of memory; the LoRA fit starts anew with gradient checkpointing, for the same result.")
-    with advice_on_out_of_memory("in the LoRA fit"):
+        free_cache(device)
+        logger.warning(f"Out of memory; {name} starts anew with gradient checkpointing, for the same result.")
+    with advice_on_out_of_memory(f"in {name}"):
         return attempt(True)
 
 

@@ -206,6 +206,8 @@ class PreparedPair:
     needs no scaling, since large photos would fill the memory otherwise. `canvas` is where both sit for the models;
     `inversion` and `flow` are those of the pair; `prompt_embeds` (2, L, D) holds the embedded prompt of each image;
     `lora` holds the weights of the pair's LoRA, None if none was fitted; `lora_scale` multiplies its effect.
+    `negative_embeds` (1, L, D) is what guidance leads away from where no negative prompt is given, None unless it was
+    fitted; `prompt_embeds` are then fitted, too.
     """
 
     images: tuple[torch.Tensor, torch.Tensor]
@@ -215,6 +217,7 @@ class PreparedPair:
     prompt_embeds: torch.Tensor
     lora: dict[str, torch.Tensor] | None
     lora_scale: float
+    negative_embeds: torch.Tensor | None = None
 
     def __post_init__(self):
         _require(
@@ -225,6 +228,12 @@ class PreparedPair:
             self.prompt_embeds.ndim == 3 and self.prompt_embeds.shape[0] == 2,
             f"`prompt_embeds` must be (2, L, D), not {tuple(self.prompt_embeds.shape)}",
         )
+        if self.negative_embeds is not None:
+            _require(
+                self.negative_embeds.shape == self.prompt_embeds[:1].shape,
+                f"`negative_embeds` must be {tuple(self.prompt_embeds[:1].shape)} as `prompt_embeds` are, "
+                f"not {tuple(self.negative_embeds.shape)}",
+            )
         _require(
             self.flow.forward.shape[-2:] == self.inversion.path.shape[-2:],
             f"`flow` on {tuple(self.flow.forward.shape[-2:])} cells does not fit the `inversion`, whose latents have "

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames of a prepared pair, up to clean latents: place → fuse → denoise."""
+"""Frames of a prepared pair, up to clean latents: place → fuse → denoise; or, in noise, place → mix → denoise."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 import torch
 
+from .branching import generations, interpolate_in_noise, steps_of_generations
 from .conditioning import Conditions
 from .ddim import predict_clean, recompose
+from .denoiser import Denoiser
 from .fusion import (
     agreement_importance,
     fuse_direct,
@@ -66,46 +69,118 @@ def render_latents(
     stages: Stages,
     on_step_end: StepCallback = lambda i, timestep, tensors: {},
     interrupted: Callable[[], bool] = lambda: False,
+    seed: int = 0,
 ) -> DenoisedFrames:
-    """Place the frames in time, fuse the pair for each of them and denoise them with attention to both photos.
+    """Place the frames in time and make them, by the method that is asked for.
 
     Args:
         models: What to do it with.
         pair: What `prepare_pair` returned.
         settings: Which frames, and how; `paths` are taken instead of those that `motion` names.
         paths: The way of every cell of both photos.
-        negative: What guidance leads away from.
+        negative: What guidance leads away from; where it is nothing, what was fitted to the pair, if anything was.
         stages: What is told of progress.
         on_step_end: Called after every denoising step.
         interrupted: Asked before every denoising step; where it says yes the frames stay as they are.
+        seed: Decides the noise of frames that are made in noise.
 
     Raises:
         RuntimeError: The UNet overflowed.
     """
     with interruptible():
         times = place_frames(pair, settings, settings.importance, paths)
+    if pair.negative_embeds is not None and negative.prompt is None and negative.embeds is None:
+        negative = replace(negative, embeds=pair.negative_embeds)
     delta = torch.tensor(times, dtype=torch.float32, device="cpu")
     conditions = models.conditioner.frames(pair.prompt_embeds, delta, settings.guidance_scale > 1, negative)
-    denoiser, inversion = models.denoiser, pair.inversion
-    denoiser.guidance_scale = settings.guidance_scale
-    with (
-        denoiser.with_lora(pair.lora, pair.lora_scale),
-        denoiser.frame_predictor(
-            pair, conditions, settings.attention_blocks, settings.frame_batch_size
-        ) as predict_noise,
-        stages("Denoising", inversion.steps) as step,
-    ):
-        with interruptible():
-            fused = fuse_pair(pair, delta, settings.fusion, settings.importance, paths, predict_noise)
+    models.denoiser.guidance_scale = settings.guidance_scale
+    total = denoising_steps(settings.method, pair, times, settings.noise_levels)
+    with models.denoiser.with_lora(pair.lora, pair.lora_scale), stages("Denoising", total) as step:
 
-        def on_step(i: int, timestep: int, latents: torch.Tensor) -> torch.Tensor:
+        def on_step(i: int, timestep: int, latents: torch.Tensor, conditions: Conditions) -> torch.Tensor:
             step()
             return _replaced(on_step_end(i, timestep, {"latents": latents, **vars(conditions)}), latents, conditions)
 
+        if settings.method == "noise":
+            latents = _in_noise(models.denoiser, pair, settings, times, conditions, seed, on_step, interrupted)
+        else:
+            latents = _along_flow(models.denoiser, pair, settings, delta, paths, conditions, on_step, interrupted)
+    require_finite(latents, models.denoiser.unet.dtype)
+    return DenoisedFrames(latents, times, pair.inversion.path[0], pair.images, pair.canvas, pair.flow, pair)
+
+
+def denoising_steps(method: str, pair: PreparedPair, times: tuple[float, ...], levels: tuple[float, float]) -> int:
+    """How many denoising steps the frames of a pair take, however many frames each of them is for."""
+    if method == "flow":
+        return pair.inversion.steps
+    return sum(steps_of_generations(len(generations(times)), levels, len(pair.inversion.schedule.timesteps)))
+
+
+# From (i, timestep, latents, conditions) of a denoising step to the latents to go on with.
+OnStep = Callable[[int, int, torch.Tensor, Conditions], torch.Tensor]
+
+
+def _in_noise(
+    denoiser: Denoiser,
+    pair: PreparedPair,
+    settings: RenderSettings,
+    times: tuple[float, ...],
+    conditions: Conditions,
+    seed: int,
+    on_step: OnStep,
+    interrupted: Callable[[], bool],
+) -> torch.Tensor:
+    """Make the frames from the middle outwards. Source: arXiv 2307.12560, §3."""
+    with ExitStack() as stack:
+        now = conditions
+
+        def predictor(frames: list[int]) -> Callable[[torch.Tensor, int], torch.Tensor]:
+            nonlocal now
+            now = conditions.of(frames)
+            stack.close()
+            return stack.enter_context(denoiser.frame_predictor(pair, now, (), settings.frame_batch_size))
+
+        return interpolate_in_noise(
+            pair.inversion.path[0],
+            times,
+            predictor,
+            pair.inversion.schedule,
+            settings.noise_levels,
+            seed,
+            lambda i, timestep, latents: on_step(i, timestep, latents, now),
+            interrupted,
+        )
+
+
+def _along_flow(
+    denoiser: Denoiser,
+    pair: PreparedPair,
+    settings: RenderSettings,
+    delta: torch.Tensor,
+    paths: MotionPaths,
+    conditions: Conditions,
+    on_step: OnStep,
+    interrupted: Callable[[], bool],
+) -> torch.Tensor:
+    """Fuse the pair for each frame and denoise them with attention to both photos.
+
+    Source: DreamMover §3.3 and §3.4.
+    """
+    inversion = pair.inversion
+    with denoiser.frame_predictor(
+        pair, conditions, settings.attention_blocks, settings.frame_batch_size
+    ) as predict_noise:
+        with interruptible():
+            fused = fuse_pair(pair, delta, settings.fusion, settings.importance, paths, predict_noise)
         held = holding_layout(predict_noise, fused, inversion.schedule, settings.layout_hold)
-        latents = denoise(fused.latents, held, inversion.schedule, inversion.steps, on_step, interrupted)
-    require_finite(latents, denoiser.unet.dtype)
-    return DenoisedFrames(latents, times, inversion.path[0], pair.images, pair.canvas, pair.flow, pair)
+        return denoise(
+            fused.latents,
+            held,
+            inversion.schedule,
+            inversion.steps,
+            lambda i, timestep, latents: on_step(i, timestep, latents, conditions),
+            interrupted,
+        )
 
 
 def _replaced(replaced: dict, latents: torch.Tensor, conditions: Conditions) -> torch.Tensor:

@@ -22,6 +22,7 @@ from .arguments import (
     Choice,
     Function,
     Keywords,
+    Levels,
     Names,
     Numbers,
     Pictures,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 FUSIONS = ("two_level", "two_level_unwarped", "direct")
 IMPORTANCES = ("agreement", "photometric")
+METHODS = ("flow", "noise")
 FLOWS = ("features+photos", "features")
 FLOW_FITS = ("similarity", "mean")
 MOTIONS = ("rigid", "straight")
@@ -99,7 +101,8 @@ class Content(Settings):
     generator: torch.Generator | list[torch.Generator] | None = argument(
         None,
         Values(),
-        "Decides the LoRA fit, and nothing else is random. A list holds one generator for each pair.",
+        'Decides the fits of LoRA and embeddings, and the noise where `method` is "noise"; nothing else is random. '
+        "A list holds one generator for each pair.",
         option=ASK_PYTHON,
     )
     prompt_embeds: torch.Tensor | None = argument(
@@ -138,6 +141,19 @@ class FitSettings(SharedSettings):
         5e-4,
         Numbers(0, inclusive=False),
         "Learning rate of the pair's LoRA fit. A higher one learns faster and overfits sooner.",
+    )
+    embedding_steps: int = argument(
+        0,
+        WholeNumbers(0),
+        "Training steps that fit the text embedding of each photo to it, starting from `prompt`, and a negative one "
+        "to both, which guidance leads away from where no negative prompt is given. For photos that words describe "
+        "badly, 100 to 500; 0 fits none.",
+        slider=(0, 500),
+    )
+    embedding_learning_rate: float = argument(
+        1e-4,
+        Numbers(0, inclusive=False),
+        "Learning rate of the fit of the text embeddings. A higher one leaves the words sooner.",
     )
     clip_skip: int | None = argument(
         None, WholeNumbers(0), "Number of layers to leave out at the end of the text encoder; none by default."
@@ -262,8 +278,24 @@ class VideoSettings(SharedSettings):
 
 @dataclass(frozen=True)
 class RenderSettings(VideoSettings):
-    """How frames of a prepared pair are made. Source: DreamMover §3.3 and §3.4."""
+    """How frames of a prepared pair are made. Source: DreamMover §3.3 and §3.4, and arXiv 2307.12560."""
 
+    method: str = argument(
+        "flow",
+        Choice(METHODS),
+        'How frames are made: "flow" is DreamMover, for two photos of one scene, whose frames are denoised from what '
+        'moves between the photos; "noise" is the interpolation of Wang and Golland, for two that do not show the '
+        "same thing: the photos are noised and mixed, the frame in the middle is denoised first, and every other one "
+        'is made in the same way from the two frames beside it. With "noise", `fusion`, `attention_blocks` and '
+        "`layout_hold` do nothing.",
+    )
+    noise_levels: Sequence[float] = argument(
+        (0.25, 0.65),
+        Levels(),
+        'How far frames are noised where `method` is "noise", as shares of the schedule: the last ones that are made, '
+        "and the frame in the middle, which is made first. Below a quarter frames look like a cross-fade; above two "
+        "thirds they leave the photos.",
+    )
     attention_blocks: Sequence[int] = argument(
         (2, 3),
         Blocks(check_attention_blocks, 0),
@@ -352,6 +384,18 @@ class Delivery(Settings):
         "Which of the pipeline's `_callback_tensor_inputs` the callback gets.",
         option=ASK_PYTHON,
     )
+
+
+def takes_seed(preparing: PrepareSettings, rendering: RenderSettings | None = None, lora: dict | None = None) -> bool:
+    """Whether anything in a call is random, so that a seed is drawn from its generator.
+
+    Args:
+        preparing: How pairs are prepared.
+        rendering: How frames are made of them in the same call, if they are.
+        lora: Weights that are used instead of fitting some, if they are.
+    """
+    fits = preparing.embedding_steps > 0 or (lora is None and preparing.lora_steps > 0)
+    return fits or (rendering is not None and rendering.method == "noise")
 
 
 PREPARING = (Content, PrepareSettings)  # what `prepare` takes

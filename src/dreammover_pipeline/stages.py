@@ -234,7 +234,9 @@ class StageMethods:
                 check_pair_lora(self.unet, pair.lora)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"'{path}' is damaged: {error}") from error
-        return replace(pair, prompt_embeds=pair.prompt_embeds.to(self.unet.dtype))
+        negative, dtype = pair.negative_embeds, self.unet.dtype
+        negative = None if negative is None else negative.to(dtype)
+        return replace(pair, prompt_embeds=pair.prompt_embeds.to(dtype), negative_embeds=negative)
 
     def _turn(self) -> Turn:
         """A turn for a whole call, which is refused inside another one."""

@@ -30,8 +30,8 @@ from .scratch import replacing
 
 logger = logging.get_logger(__name__)
 
-FORMAT_VERSION = 2  # which has photos in 8 bits where that is all they have
-READABLE_VERSIONS = (1, 2)
+FORMAT_VERSION = 3  # which may have a fitted negative embedding, and photos in 8 bits where that is all they have
+READABLE_VERSIONS = (1, 2, 3)
 HEADER = "dreammover_pair"
 DIGEST = "dreammover_digest"  # the header entry with the digest of all that a file holds besides
 LORA = "lora."  # prefix, in the file, of the names of the pair's LoRA weights
@@ -186,6 +186,8 @@ def write_pair(pair: PreparedPair, path: str | os.PathLike, fingerprints: Mappin
         "prompt_embeds": pair.prompt_embeds,
         **{f"{LORA}{name}": weight for name, weight in (pair.lora or {}).items()},
     }
+    if pair.negative_embeds is not None:
+        tensors["negative_embeds"] = pair.negative_embeds
     header = {
         "version": FORMAT_VERSION,
         "canvas": asdict(pair.canvas),
@@ -285,6 +287,7 @@ def _assembled(header: dict, tensors: dict[str, torch.Tensor], device: str | tor
         prompt_embeds=placed("prompt_embeds"),
         lora={name.removeprefix(LORA): placed(name) for name in tensors if name.startswith(LORA)} or None,
         lora_scale=float(header["lora_scale"]),
+        negative_embeds=placed("negative_embeds") if "negative_embeds" in tensors else None,
     )
 
 

@@ -2,7 +2,6 @@
 """The suites and the methods, on real pipelines."""
 
 import shutil
-from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from PIL import ExifTags, Image
 pytest.importorskip("skimage")
 pytest.importorskip("cv2")
 
-from dreammover_pipeline.evaluation.branching import between, branching_slerp, generations
 from dreammover_pipeline.evaluation.case import EvaluationCase
 from dreammover_pipeline.evaluation.methods import METHODS, _looked_up
 from dreammover_pipeline.evaluation.networks import Tools, dis_flow
@@ -61,7 +59,7 @@ def test_every_method_makes_frames_of_one_pair(case):
         assert frames[name].dtype == torch.float32
         assert not frames[name].requires_grad
         assert 0 <= frames[name].min() <= frames[name].max() <= 1
-        without = {"branching_slerp", "diffmorpher", "crossfade", "dis_warp", "vae_of_truth"}
+        without = {"noise", "noise_embeddings", "noise_lora", "diffmorpher", "crossfade", "dis_warp", "vae_of_truth"}
         assert (flow is None) == (name in without)
         assert (flow is case.prepared().flow) == (name in MATCHED)
     assert torch.equal(frames.pop("diffusion"), frames["ours"])  # there is nothing to refine at the model's own size
@@ -171,49 +169,6 @@ def test_splats_of_a_pair_that_rests_show_it(tiny_pipe):
     assert not case.prepared().flow.stacked().any()
     torch.testing.assert_close(METHODS["pixel_splat"](case)[0], still.truth, atol=1e-5, rtol=0)
     torch.testing.assert_close(METHODS["latent_splat"](case)[0], METHODS["vae_of_truth"](case)[0], atol=1e-4, rtol=0)
-
-
-def test_branching_goes_from_the_middle_outwards():
-    assert generations((0.25, 0.5, 0.75)) == [[(0.0, 0.5, 1.0)], [(0.0, 0.25, 0.5), (0.5, 0.75, 1.0)]]
-    branches = generations(tuple(i / 8 for i in range(1, 8)))
-    assert [len(generation) for generation in branches] == [1, 2, 4]
-    made = {0.0, 1.0}
-    for generation in branches:
-        assert all({a, b} <= made and a < t < b for a, t, b in generation)
-        made |= {t for _, t, _ in generation}
-    assert len(made) == 9
-
-
-def test_branching_starts_at_its_neighbours_and_lowers_the_noise(pipe):
-    """At no share of the way a frame is its neighbour, noised and denoised, whatever the other neighbour is."""
-    case = EvaluationCase(pipe, world_pair(n_frames=7), 0, {"num_inference_steps": 40})
-    first, last = pipe.encode_images(case.working_images).detach()
-    noise, text = torch.randn(first.shape), pipe.encode_prompt("", "cpu")[0]
-    with torch.no_grad():
-        start, alone, half = (
-            between(pipe, torch.stack([first, other]), way, noise, text, 40, 20)
-            for other, way in ((last, 0.0), (first, 0.7), (last, 0.5))
-        )
-    torch.testing.assert_close(start, alone)
-    assert not torch.allclose(half, start, atol=1e-3)
-
-    timesteps = []
-    hook = pipe.unet.register_forward_pre_hook(lambda module, inputs: timesteps.append(int(inputs[1])))
-    METHODS["branching_slerp"](case)
-    hook.remove()
-    starts = [timestep for before, timestep in pairwise([-1, *timesteps]) if timestep > before]
-    assert starts == [526] + 2 * [401] + 4 * [276]  # steps 22, 17 and 12 of 40
-
-
-def test_a_later_branch_lies_between_its_neighbours(pipe):
-    """0.75 is half the way from 0.5, made before, to the last image."""
-    images = torch.stack(world_pair().images)
-    with torch.no_grad():
-        middle, later = branching_slerp(pipe, images, ("a fish", "a fish"), (0.5, 0.75), 10, seed=3)
-        last = pipe.encode_images(images)[1]
-        noise = torch.randn(last.shape, generator=torch.Generator().manual_seed(3))
-        text = pipe.encode_prompt("a fish", "cpu")[0]
-        torch.testing.assert_close(later, between(pipe, torch.stack([middle, last]), 0.5, noise, text, 10, 3))
 
 
 def test_photos_of_any_shape_are_fitted(pipe, photos):

@@ -106,7 +106,8 @@ class Worker:
             _require_recorded(job, inputs)
         pair, lora = self._prepare(job)
         clock.stop("prepare")
-        output = self.pipe.render(pair, **taken(job.settings, *RENDERING), output_type="lazy")
+        generator = torch.Generator("cpu").manual_seed(job.settings["seed"])
+        output = self.pipe.render(pair, **taken(job.settings, *RENDERING), output_type="lazy", generator=generator)
         clock.stop("render")
         video = work / f"video{job.output.suffix}"
         write_video_or_keep(output.frames[0], video, job.settings["fps"], job.output)

@@ -78,7 +78,7 @@ def add_interpolate(commands: argparse._SubParsersAction) -> None:
         type=seed,
         default=0,
         metavar="N",
-        help="Seed of the LoRA fit; equal seeds give equal videos (default: %(default)s).",
+        help="Seed of all that is random; equal seeds give equal videos (default: %(default)s).",
     )
     add(
         "--save-pair",
@@ -120,7 +120,8 @@ def _make_pair(args: argparse.Namespace) -> None:
         pair = pipe.prepare(*photos, **taken(call, *PREPARING))
         if args.save_pair:
             pipe.save_pair(pair, args.save_pair)
-        return pair, pipe.render(pair, **taken(call, *RENDERING), output_type="lazy")
+        generator = torch.Generator("cpu").manual_seed(args.seed)
+        return pair, pipe.render(pair, **taken(call, *RENDERING), output_type="lazy", generator=generator)
 
     make_video(args, call, make)
 

@@ -11,7 +11,18 @@ import argparse
 import re
 from collections.abc import Callable
 
-from ..arguments import ASK_PYTHON, Argument, Blocks, Numbers, Pictures, Text, WholeNumbers, arguments_of, taken
+from ..arguments import (
+    ASK_PYTHON,
+    Argument,
+    Blocks,
+    Levels,
+    Numbers,
+    Pictures,
+    Text,
+    WholeNumbers,
+    arguments_of,
+    taken,
+)
 from ..media.texts import read_json, read_text
 from ..settings import GROUPS, PRESETS, RENDERING, arguments
 
@@ -65,6 +76,8 @@ def _parsing(declared: Argument, gaps: bool) -> dict[str, object]:
         return {"type": int, "metavar": "N", "help": text}
     if isinstance(values, Numbers):
         return {"type": float, "metavar": "X", "help": text}
+    if isinstance(values, Levels):
+        return {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH"), "help": text}
     if isinstance(values, Blocks):
         return {"type": int, "nargs": "+" if values.least else "*", "metavar": "N", "help": text}
     if isinstance(values, Pictures) or (isinstance(values, Text) and values.of_each_photo):

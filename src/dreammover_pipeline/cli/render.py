@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..inputs import file_fault
 from .loading import add_model_options, check_model, pipeline_class
-from .options import add_method_options, call_arguments
+from .options import add_method_options, call_arguments, seed
 from .writing import add_output_options, check_output_paths, check_sources, make_video, say_if_scaled, settle_length
 
 if TYPE_CHECKING:
@@ -30,6 +30,13 @@ def add_render(commands: argparse._SubParsersAction) -> None:
         "pair", metavar="PAIR", help="The .safetensors file of the pair, prepared with the same model."
     )
     add_output_options(parser)
+    parser.add_argument(
+        "--seed",
+        type=seed,
+        default=0,
+        metavar="N",
+        help="Seed of the noise where --method is noise; equal seeds give equal videos (default: %(default)s).",
+    )
     add_model_options(parser, default="sd15")
     add_method_options(parser, rendering_only=True)
 
@@ -47,6 +54,8 @@ def _render(args: argparse.Namespace) -> None:
     if fault is not None:
         raise ValueError(f"'{args.pair}' is {fault}; the file of a prepared pair is needed")
     pipeline_class()  # this comes first, since it switches off log lines that third parties write when imported
+    import torch
+
     from ..storage import read_pair
 
     call = call_arguments(args)
@@ -56,6 +65,7 @@ def _render(args: argparse.Namespace) -> None:
     def make(pipe: DreamMoverPipeline) -> tuple[PreparedPair, DreamMoverPipelineOutput]:
         pair = pipe.load_pair(args.pair)
         say_if_scaled(args, pair.canvas)
-        return pair, pipe.render(pair, **call, include_inputs=True, output_type="lazy")
+        generator = torch.Generator("cpu").manual_seed(args.seed)
+        return pair, pipe.render(pair, **call, include_inputs=True, output_type="lazy", generator=generator)
 
     make_video(args, call, make)

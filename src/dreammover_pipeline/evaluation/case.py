@@ -35,7 +35,7 @@ class EvaluationCase:
 
     pipe: DreamMoverPipeline
     pair: Pair
-    seed: int  # decides the noise of the LoRA fit and of the branching baseline
+    seed: int  # decides the noise of the LoRA fit and of interpolation in noise
     settings: Mapping[str, object] = field(default_factory=dict)  # arguments of `prepare` and `render`, by name
     preparing_seconds: float = 0.0  # time that `prepared` has taken so far
     _prepared: dict[tuple, PreparedPair] = field(default_factory=dict)  # by the changes that `prepared` was given
@@ -102,7 +102,8 @@ class EvaluationCase:
     def render(self, prepared: PreparedPair, **changes) -> Result:
         """Frames of a prepared pair, with `changes` to the settings, and the pair's flow."""
         settings = taken(self.settings, *RENDERING) | changes
-        output = self.pipe.render(prepared, times=self.pair.times, output_type="pt", **settings)
+        generator = torch.Generator().manual_seed(self.seed)
+        output = self.pipe.render(prepared, times=self.pair.times, output_type="pt", generator=generator, **settings)
         return output.frames[0].float().cpu(), prepared.flow
 
     def render_along(self, prepared: PreparedPair, paths: MotionPaths) -> Result:

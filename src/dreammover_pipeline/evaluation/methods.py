@@ -20,7 +20,6 @@ from ..fusion import agreement_importance, fuse_high_level, photometric_importan
 from ..paths import MotionPaths, motion_paths
 from ..records import BidirectionalFlow
 from ..settings import PREPARING, PRESETS, RENDERING, PrepareSettings
-from .branching import branching_slerp
 from .case import UNREPORTED, EvaluationCase, Result
 from .ceilings import true_flow, true_flow_straight, true_path, true_splat, true_visibility, vae_of_truth
 from .diffmorpher import diffmorpher
@@ -28,6 +27,8 @@ from .networks import dis_flow
 from .rife import load_rife
 from .suites import Pair
 from .weights import weights_file
+
+FITTED_EMBEDDING_STEPS, GUIDANCE = 200, 2.0  # of the method "noise_embeddings"
 
 
 def ours(case: EvaluationCase) -> Result:
@@ -182,11 +183,20 @@ def pixel_splat(case: EvaluationCase) -> Result:
     return unfit((frames / 2 + 0.5).clamp(0, 1), case.canvas), flow
 
 
-def branching(case: EvaluationCase) -> Result:
-    """Wang and Golland's interpolation in noise, without flow, LoRA or inversion."""
-    steps = case.setting("num_inference_steps")
-    latents = branching_slerp(case.pipe, case.working_images, case.pair.prompt, case.pair.times, steps, case.seed)
-    return case.decode(latents), None
+def noise(case: EvaluationCase) -> Result:
+    """Wang and Golland's interpolation in noise, without flow, LoRA, fitted embeddings and the photos' detail."""
+    return case.render(case.prepared(lora_steps=0), method="noise", detail="upsampled")[0], None
+
+
+def noise_embeddings(case: EvaluationCase) -> Result:
+    """Wang and Golland's interpolation in noise with embeddings that are fitted to the photos, and with guidance."""
+    pair = case.prepared(lora_steps=0, embedding_steps=FITTED_EMBEDDING_STEPS)
+    return case.render(pair, method="noise", detail="upsampled", guidance_scale=GUIDANCE)[0], None
+
+
+def noise_lora(case: EvaluationCase) -> Result:
+    """Interpolation in noise with the pair's LoRA."""
+    return case.render(case.prepared(), method="noise", detail="upsampled")[0], None
 
 
 def morph(case: EvaluationCase) -> Result:
@@ -246,7 +256,9 @@ METHODS = {
     "latent_splat": Method(latent_splat),
     "pixel_splat": Method(pixel_splat),
     "true_splat": Method(true_splat, "motion"),
-    "branching_slerp": Method(branching),
+    "noise": Method(noise),
+    "noise_embeddings": Method(noise_embeddings),
+    "noise_lora": Method(noise_lora),
     "diffmorpher": Method(morph),
     "crossfade": Method(crossfade),
     "dis_warp": Method(dis_warp),

@@ -164,13 +164,14 @@ class EventHandlers:
             "preparing": {
                 "prompt": form["prompt"],
                 "lora_steps": form["lora_steps"],
+                "embedding_steps": form["embedding_steps"],
                 "inversion_steps": form["inversion_steps"],
                 "feature_step": min(self.defaults["feature_step"], form["inversion_steps"]),
                 # A spot of the first photo that has no partner in the last one yet is left out.
                 "spots": list(zip(*form["spots"], strict=False)),
                 "seed": form["seed"] or 0,
             },
-            "rendering": {name: form[name] for name in ("n_frames", "easing", "endpoints")},
+            "rendering": {name: form[name] for name in ("n_frames", "easing", "endpoints", "method")},
             "fps": form["fps"],
             "hold": form["hold"],
             "ping_pong": form["ping_pong"],

@@ -161,9 +161,18 @@ def _slider(name: str, defaults: Mapping[str, object], explained: bool = False, 
 
 def _more_settings(defaults: Mapping[str, object]) -> dict[str, Component]:
     with gr.Accordion("More", open=False):
+        method = gr.Dropdown(
+            [("The photos show one scene: find what moves", "flow"), ("They do not: mix them in noise", "noise")],
+            value=defaults["method"],
+            label="Method",
+            elem_id="method",
+        )
         lora_steps = _slider("lora_steps", defaults, label="LoRA steps", elem_id="lora-steps", explained=True)
         inversion_steps = _slider(
             "inversion_steps", defaults, label="Inversion steps", elem_id="inversion-steps", explained=True
+        )
+        embedding_steps = _slider(
+            "embedding_steps", defaults, label="Embedding steps", elem_id="embedding-steps", explained=True
         )
         hold = gr.Slider(0, 3, 0, step=0.1, label="Both ends stand still, in seconds", elem_id="hold")
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53, elem_id="seed")
@@ -175,6 +184,8 @@ def _more_settings(defaults: Mapping[str, object]) -> dict[str, Component]:
         )
     return {
         "lora_steps": lora_steps,
+        "method": method,
+        "embedding_steps": embedding_steps,
         "inversion_steps": inversion_steps,
         "hold": hold,
         "seed": seed,

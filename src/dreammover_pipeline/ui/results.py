@@ -17,10 +17,11 @@ from ..records import FrameSources, PreparedPair
 
 @dataclass(frozen=True)
 class PreparedPhotos:
-    """A prepared pair, and a key that is equal only for the same photos and the same settings."""
+    """A prepared pair, a key that is equal only for the same photos and the same settings, and the seed of frames."""
 
     key: str
     pair: PreparedPair
+    seed: int
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,8 @@ class Session:
         settings = {**rendering, "times": [time], "easing": "linear"}
         self._pipe.check_inputs(**settings)
         with self._job(report):
-            ((frame,),) = self._pipe.render(self._prepared.pair, **settings).frames
+            generator = self._frames_generator()
+            ((frame,),) = self._pipe.render(self._prepared.pair, **settings, generator=generator).frames
             return self._show("moment", {"moment": frame})[0]
 
     def mark(self, photos: Sequence[Path | None], spots: Sequence[Sequence[Spot]]) -> list[Path | None]:
@@ -204,15 +205,20 @@ class Session:
     def _prepare(self, photos: Sequence[Path], preparing: Mapping[str, object]) -> PreparedPhotos:
         pictures = self._photos.get(photos)
         arguments = dict(preparing)
-        generator = torch.Generator("cpu").manual_seed(arguments.pop("seed"))
+        seed = arguments.pop("seed")
+        generator = torch.Generator("cpu").manual_seed(seed)
         arguments["points"] = points_of_spots(arguments.pop("spots"), pictures)
         pair = self._pipe.prepare(*pictures, **arguments, generator=generator)
-        return PreparedPhotos(_key(photos, preparing), pair)
+        return PreparedPhotos(_key(photos, preparing), pair, seed)
+
+    def _frames_generator(self) -> torch.Generator:
+        """What decides the noise of frames that are made in noise: the visitor's seed, as for all else."""
+        return torch.Generator("cpu").manual_seed(self._prepared.seed)
 
     def _render(self, key: str, rendering: Mapping[str, object]) -> RenderedFrames:
         pair = self._prepared.pair
         with self._pipe.keeping_sources() as sources:
-            output = self._pipe.render(pair, **rendering, include_inputs=True)
+            output = self._pipe.render(pair, **rendering, include_inputs=True, generator=self._frames_generator())
         (frames,), (times,) = output.frames, output.times
         folder = self._new_folder()
         write_video(frames, folder / "frames", fps=1)

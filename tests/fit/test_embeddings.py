@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text embeddings that are fitted to two photos."""
+
+import pytest
+import torch
+from support.snapshot import snapshot
+
+from dreammover_pipeline.embeddings import EmbeddingFit, fit_embeddings
+
+
+@pytest.fixture
+def negative(pair):
+    return pair[1][:1].flip(1)
+
+
+def test_the_fit_predicts_the_noise_better_and_leaves_the_unet_alone(unet, pair, negative, alphas_cumprod):
+    clean, texts = pair
+    before = snapshot(unet)
+
+    def error(embeds, away):
+        generator, total = torch.Generator().manual_seed(9), 0.0
+        for timestep in range(50, 1000, 100):
+            noise = torch.randn(clean.shape, generator=generator)
+            alpha_bar = alphas_cumprod[timestep]
+            noisy = alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
+            for text in (embeds, away.expand_as(embeds)):
+                with torch.no_grad():
+                    predicted = unet(noisy, torch.tensor(timestep), text).sample
+                total += (predicted - noise).square().mean().item()
+        return total
+
+    fitted = fit_embeddings(unet, clean, texts, negative, alphas_cumprod, EmbeddingFit(60, 3e-2), seed=0)
+    assert [embeds.shape for embeds in fitted] == [texts.shape, negative.shape]
+    assert error(*fitted) < error(texts, negative)
+    assert snapshot(unet) == before
+    assert all(parameter.grad is None for parameter in unet.parameters())
+
+
+def test_the_seed_decides_it_and_without_a_negative_one_none_is_fitted(unet, pair, negative, alphas_cumprod):
+    clean, texts = pair
+    fit = EmbeddingFit(2, 1e-2)
+    first, again, other = (
+        fit_embeddings(unet, clean, texts, negative, alphas_cumprod, fit, seed) for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(*both) for both in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
+    assert fit_embeddings(unet, clean, texts, None, alphas_cumprod, fit, seed=0)[1] is None
+
+
+def test_a_prepared_pair_keeps_them_and_guidance_leads_away_from_the_negative_one(pipe, photos, fast, tmp_path):
+    preparing = {name: fast[name] for name in ("num_inference_steps", "inversion_steps", "feature_step")}
+    preparing |= {"prompt": "a fish", "lora_steps": 0}
+
+    def seeded():
+        return torch.Generator().manual_seed(0)
+
+    plain = pipe.prepare(*photos, **preparing)
+    assert plain.negative_embeds is None
+    pair = pipe.prepare(*photos, **preparing, embedding_steps=2, embedding_learning_rate=0.1, generator=seeded())
+    assert not torch.equal(pair.prompt_embeds, plain.prompt_embeds)
+    assert not torch.equal(pair.prompt_embeds[0], pair.prompt_embeds[1])
+
+    pipe.save_pair(pair, tmp_path / "pair.safetensors")
+    loaded = pipe.load_pair(tmp_path / "pair.safetensors")
+    rendering = {"n_frames": 2, "output_type": "latent", "guidance_scale": 3.0}
+    frames = pipe.render(pair, **rendering).frames
+    assert torch.equal(pipe.render(loaded, **rendering).frames, frames)
+    assert not torch.allclose(pipe.render(pair, **rendering, negative_prompt="").frames, frames, atol=1e-4)
+    explicit = pipe.render(pair, **rendering, negative_prompt_embeds=pair.negative_embeds).frames
+    assert torch.equal(explicit, frames)
+    whole = pipe(
+        *photos,
+        **preparing,
+        **rendering,
+        embedding_steps=2,
+        embedding_learning_rate=0.1,
+        generator=seeded(),
+    ).frames
+    assert torch.equal(whole, frames)
+
+
+def test_a_lora_is_fitted_with_the_fitted_embeddings(pipe, photos, fast):
+    fit = {"lora_steps": 2, "prompt": "a fish"}
+    words, embeds = (
+        pipe.fit_lora(
+            *photos,
+            **fit,
+            embedding_steps=steps,
+            embedding_learning_rate=0.1,
+            generator=torch.Generator().manual_seed(0),
+            adapter_name=f"after_{steps}",
+        )
+        for steps in (0, 2)
+    )
+    assert any(not torch.equal(words[name], embeds[name]) for name in words)
