@@ -55,6 +55,7 @@ from .models import Models
 from .outputs import DreamMoverPipelineOutput, joined, returned
 from .pairs import ModelSizes, PairInput, check_stackable, checked_pair, checked_pairs
 from .paths import motion_paths
+from .poses import pose_pair  # noqa: F401, named for the loader
 from .preparing import fit_lora_of_gaps, prepare_pair
 from .progress import ProgressListener, reported_stage
 from .prompts import NegativeText, pair_negatives
