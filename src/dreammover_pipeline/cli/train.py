@@ -110,6 +110,8 @@ def _train_controlnet(args: argparse.Namespace) -> None:
     if args.steps is not None:
         check_integer("--steps", args.steps, 1)
         recipe = replace(recipe, plan=replace(recipe.plan, steps=args.steps))
+    if not (args.model / "model_index.json").is_file():  # otherwise diffusers would look for it on the Hub
+        raise ValueError(f"`--model` must be the folder of a checkpoint in diffusers' layout, not '{args.model}'")
     deadline = time.monotonic() + 60 * args.minutes
     stage = ControlStage(recipe, args.model, args.out / "sheets", _prepare_device(args))
     if not train_controlnet(stage, args.out, deadline):
