@@ -58,6 +58,7 @@ from .noise_training import NoiseTraining  # noqa: F401, named for the loader
 from .outputs import DreamMoverPipelineOutput, joined, returned
 from .pairs import ModelSizes, PairInput, check_generator, check_stackable, checked_pair, checked_pairs, pair_seeds
 from .paths import motion_paths
+from .poses import pose_pair  # noqa: F401, named for the loader
 from .preparing import fit_lora_of_gaps, prepare_pair
 from .progress import ProgressListener, reported_stage
 from .prompts import NegativeText, pair_negatives

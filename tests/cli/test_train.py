@@ -11,18 +11,22 @@ from dreammover_pipeline.tiny.examples import PHOTOS, SCENES
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("command", "options", "reason"),
     [
-        ("--preset huge", "'quick', 'cpu', 'gpu'"),
-        ("--vae-steps 0", "`--vae-steps` must be at least 1"),
-        ("--unet-steps -3", "`--unet-steps` must be at least 1"),
-        ("--threads 0", "`--threads` must be at least 1"),
-        ("--device nowhere", "the device 'nowhere' cannot be used here"),
-        ("--minutes soon", "--minutes"),
+        ("train", "--preset huge", "'quick', 'cpu', 'gpu'"),
+        ("train", "--vae-steps 0", "`--vae-steps` must be at least 1"),
+        ("train", "--unet-steps -3", "`--unet-steps` must be at least 1"),
+        ("train", "--threads 0", "`--threads` must be at least 1"),
+        ("train", "--device nowhere", "the device 'nowhere' cannot be used here"),
+        ("train", "--minutes soon", "--minutes"),
+        ("train-controlnet", "--preset gpu", "'quick', 'cpu'"),
+        ("train-controlnet", "--steps 0", "`--steps` must be at least 1"),
+        ("train-controlnet", "--threads 0", "`--threads` must be at least 1"),
+        ("train-controlnet", "--model nowhere", "`--model` must be the folder of a checkpoint"),
     ],
 )
-def test_bad_options_are_refused_before_anything_is_made(tmp_path, capsys, options, reason):
-    assert main(["train", "--out", str(tmp_path / "out"), *options.split()]) == 2
+def test_bad_options_are_refused_before_anything_is_made(tmp_path, capsys, command, options, reason):
+    assert main([command, "--out", str(tmp_path / "out"), *options.split()]) == 2
     assert reason in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

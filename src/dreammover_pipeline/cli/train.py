@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands `dreammover train` and `dreammover draw-examples`.
+"""The commands `dreammover train`, `dreammover train-controlnet` and `dreammover draw-examples`.
 
 torch and diffusers take seconds to import, so that happens after the arguments parsed.
 """
@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..tiny import CHECKPOINT
 from .loading import choose_device, pipeline_class
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def add_train(commands: argparse._SubParsersAction) -> None:
-    """Register the two commands."""
+    """Register the three commands."""
     text = "Train the embedded checkpoint from nothing; the same command again goes on where the last one stopped."
     parser = commands.add_parser("train", help="train the embedded checkpoint", description=text)
     parser.set_defaults(run=_train)
@@ -32,9 +33,27 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     add("--minutes", type=float, default=float("inf"), metavar="N", help="save and stop after so long; default: never")
     add("--vae-steps", type=int, metavar="N", help="training steps of the autoencoder; default: the preset's")
     add("--unet-steps", type=int, metavar="N", help="training steps of the UNet; default: the preset's")
-    add("--device", metavar="NAME", help="where to train; default: cuda if it is there, else cpu")
-    add("--threads", type=int, metavar="N", help="number of CPU threads; default: what torch takes")
+    _add_machine(parser)
     add("--export", type=Path, metavar="FOLDER", help="at the end, write the best models so far in diffusers' layout")
+
+    text = "Train a ControlNet on drawn poses; the same command again goes on where the last one stopped."
+    parser = commands.add_parser("train-controlnet", help="train a ControlNet on drawn poses", description=text)
+    parser.set_defaults(run=_train_controlnet)
+    add = parser.add_argument
+    add("--out", type=Path, metavar="FOLDER", required=True, help="states, logs and sheets are kept there")
+    add(
+        "--model",
+        type=Path,
+        default=CHECKPOINT,
+        metavar="FOLDER",
+        help="checkpoint that the ControlNet is for; default: the one that comes with the program",
+    )
+    add("--preset", default="cpu", metavar="NAME", help="budgets: quick or cpu (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="decides weights, images and noise (default: %(default)s)")
+    add("--steps", type=int, metavar="N", help="training steps; default: the preset's")
+    add("--minutes", type=float, default=float("inf"), metavar="N", help="save and stop after so long; default: never")
+    _add_machine(parser)
+    add("--export", type=Path, metavar="FOLDER", help="at the end, write the best ControlNet so far for diffusers")
 
     text = (
         "Write the example pairs of the repository's folder examples: drawn ones with their true in-between frames, "
@@ -43,6 +62,13 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("draw-examples", help="write the example pairs", description=text)
     parser.set_defaults(run=_draw_examples)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="each pair becomes a folder in it")
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what to train on."""
+    add = parser.add_argument
+    add("--device", metavar="NAME", help="where to train; default: cuda if it is there, else cpu")
+    add("--threads", type=int, metavar="N", help="number of CPU threads; default: what torch takes")
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -72,6 +98,26 @@ def _recipe(args: argparse.Namespace) -> Recipe:
             check_integer(f"--{name}-steps", steps, 1)
             recipe = replace(recipe, **{name: replace(getattr(recipe, name), steps=steps)})
     return recipe
+
+
+def _train_controlnet(args: argparse.Namespace) -> None:
+    pipeline_class()  # first, since it hushes third parties before they are imported
+    from ..inputs import check_choice, check_integer
+    from ..tiny.controlnet import CONTROL_PRESETS, ControlStage, export_controlnet, train_controlnet
+
+    check_choice("--preset", args.preset, tuple(CONTROL_PRESETS))
+    recipe = replace(CONTROL_PRESETS[args.preset], seed=args.seed)
+    if args.steps is not None:
+        check_integer("--steps", args.steps, 1)
+        recipe = replace(recipe, plan=replace(recipe.plan, steps=args.steps))
+    if not (args.model / "model_index.json").is_file():  # otherwise diffusers would look for it on the Hub
+        raise ValueError(f"`--model` must be the folder of a checkpoint in diffusers' layout, not '{args.model}'")
+    deadline = time.monotonic() + 60 * args.minutes
+    stage = ControlStage(recipe, args.model, args.out / "sheets", _prepare_device(args))
+    if not train_controlnet(stage, args.out, deadline):
+        print("The time is up and all is saved; the same command goes on from here.")
+    if args.export and not export_controlnet(stage, args.out, args.export):
+        print("Nothing to export yet: the ControlNet was not evaluated.")
 
 
 def _prepare_device(args: argparse.Namespace) -> torch.device:

@@ -194,11 +194,11 @@ def save_checkpoint(folder: Path, vae: nn.Module, unet: nn.Module, text_encoder:
     (folder / "tokenizer" / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
     _restore_weight_names(folder / "text_encoder" / "model.safetensors")
     # transformers loads in the dtype written in this file, diffusers in float32; without `dtype=` they must agree
-    _edit_json(folder / "text_encoder" / "config.json", {"dtype": "float32"})
+    edit_json(folder / "text_encoder" / "config.json", {"dtype": "float32"})
     for part in ("vae", "unet", "scheduler"):
         for file in (folder / part).glob("*config.json"):
-            _edit_json(file, {})
-    _edit_json(folder / "model_index.json", {})
+            edit_json(file, {})
+    edit_json(folder / "model_index.json", {})
     for file in folder.glob("*/*.safetensors"):
         file.chmod(0o644)  # some are written readable by their owner alone, and would be installed so
 
@@ -212,7 +212,7 @@ def _restore_weight_names(file: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
 
 
-def _edit_json(file: Path, changes: dict) -> None:
+def edit_json(file: Path, changes: dict) -> None:
     """Set some keys of a JSON configuration, and remove the path that the model was loaded from."""
     config = json.loads(file.read_text(encoding="utf-8")) | changes
     config.pop("_name_or_path", None)

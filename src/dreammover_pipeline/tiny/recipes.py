@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .models import Sizes
+from .scenes import Scenes
 from .world import World
 
 SCENES = 64  # scenes that are drawn at once
@@ -122,13 +124,31 @@ def draw_images(world: World, count: int, seed: int, device: torch.device) -> tu
         Images (count, 3, H, W) uint8, and a caption for each.
     """
     images, captions = [], []
+    for scenes, time in drawn_moments(world, count, seed, device):
+        images.append(to_bytes(scenes.frame(time)))
+        captions += [first for first, _ in scenes.captions]
+    return torch.cat(images), captions
+
+
+def drawn_moments(world: World, count: int, seed: int, device: torch.device) -> Iterator[tuple[Scenes, float]]:
+    """The scenes that training images show, each with a time: as many moments as make `count` images of `draw_images`.
+
+    Args:
+        world: the world that scenes are drawn from.
+        count: number of images, a multiple of 256.
+        seed: decides all scenes and times.
+        device: the device that the scenes live on.
+    """
     for part in range(count // (SCENES * TIMES)):
         scenes = world.sample(SCENES, seed_of(seed, part), "relit" if part % 4 == 3 else "same", device)
         offset = torch.rand((), generator=torch.Generator().manual_seed(seed_of(seed, part, "times"))).item()
         for i in range(TIMES):
-            images.append(scenes.frame((i + offset) / TIMES).mul(255).round().to(torch.uint8))
-            captions += [first for first, _ in scenes.captions]
-    return torch.cat(images), captions
+            yield scenes, (i + offset) / TIMES
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images of any shape in [0, 1] as uint8."""
+    return images.mul(255).round().to(torch.uint8)
 
 
 def from_bytes(images: Tensor) -> Tensor:

@@ -214,9 +214,11 @@ class Place:
 
     def inner(self, joint: Point, turn: Tensor) -> Place:
         """The place of a part that hangs on this one at `joint` and is turned there by `turn`, (b,) radians."""
-        at = torch.tensor(joint, device=turn.device)
-        shift = (self.linear * at).sum(-1) + self.shift
-        return Place(_product(self.linear, _rotation(turn)), shift, self.scale)
+        return Place(_product(self.linear, _rotation(turn)), self.at(joint), self.scale)
+
+    def at(self, point: Point) -> Tensor:
+        """Where a point of this part is in the frame, (b, 2)."""
+        return (self.linear * torch.tensor(point, device=self.linear.device)).sum(-1) + self.shift
 
     def inverse(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The part coordinates of points of the frame; x and y broadcast to (b, H, W)."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,7 +41,8 @@ DROPPED = 0.12  # share of the prompts that are left out, which classifier-free 
 TOLERANCE = 0.1  # how far above the lowest noise error that of a kept UNet may be, as a share of it
 
 
-def _generator(device: torch.device, *parts: str | int) -> torch.Generator:
+def generator_of(device: torch.device, *parts: str | int) -> torch.Generator:
+    """A generator on a device for one random purpose, which `parts` name."""
     return torch.Generator(device).manual_seed(seed_of(*parts))
 
 
@@ -69,7 +71,7 @@ class VaeStage:
     def loss(self, model: nn.ModuleDict, step: int) -> Tensor:
         """L1 + 2·MSE + 0.4·gradients of the reconstructions + 0.0012·KL of the latents, for one step."""
         choices = random.Random(seed_of(self.recipe.seed, "vae choices", step))
-        generator = _generator(self.device, self.recipe.seed, "vae noise", step)
+        generator = generator_of(self.device, self.recipe.seed, "vae noise", step)
         images = self._crops(step, choices)
         posterior = model["vae"].encode(images).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator, device=self.device)
@@ -177,7 +179,7 @@ class UnetStage:
         sizes, pixels, seed = self.recipe.sizes, self.recipe.world.size, self.recipe.seed
         unet = initialised(lambda: build_unet(sizes, pixels), seed_of(seed, "unet"))
         if self.device.type == "cpu":
-            unet.set_attn_processor(_fast_on_cpu(unet))
+            unet.set_attn_processor(fast_on_cpu(unet))
         return nn.ModuleDict(
             {
                 "unet": unet,
@@ -187,20 +189,18 @@ class UnetStage:
 
     def loss(self, model: nn.ModuleDict, step: int) -> Tensor:
         """Squared error of the predicted noise, with min-SNR weights, at timesteps spread evenly over the batch."""
-        generator, batch = _generator(self.device, self.recipe.seed, "unet", step), self.plan.batch
+        generator, batch = generator_of(self.device, self.recipe.seed, "unet", step), self.plan.batch
         at = {"generator": generator, "device": self.device}
         chosen = torch.randint(len(self.latents), (batch,), **at)
         dropped = torch.rand(batch, 1, **at) < DROPPED
         tokens = torch.where(dropped, self.no_prompt, self.tokens[chosen])
-        share = (torch.arange(batch, device=self.device) + torch.rand(batch, **at)) / batch
-        timesteps = (share * len(self.alphas)).long().clamp_max(len(self.alphas) - 1)
-        latents = self.latents[chosen].float()
-        noise = torch.randn(latents.shape, **at)
-        noisy = recompose(latents, noise, self.alphas[timesteps])
         embeds = model["text_encoder"](tokens.long())[0]
-        predicted = model["unet"](noisy, timesteps, embeds).sample.float()
-        snr = self.alphas[timesteps] / (1 - self.alphas[timesteps])
-        return ((predicted - noise).square().mean((1, 2, 3)) * (SNR / snr).clamp_max(1)).mean()
+        latents = self.latents[chosen].float()
+
+        def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+            return model["unet"](noisy, timesteps, embeds).sample
+
+        return noise_loss(predict, latents, self.alphas, generator)
 
     def finish(self, model: nn.ModuleDict) -> None:
         """Do nothing, because an averaged UNet can be used as it is."""
@@ -230,13 +230,33 @@ class UnetStage:
             kept: the figures of the model kept so far; None before the first evaluation.
             history: the figures of all evaluations, which end with `row`.
         """
-        limit = (1 + TOLERANCE) * min(map(_noise_error, history))
-        if kept is None or _noise_error(kept) > limit:
+        limit = (1 + TOLERANCE) * min(map(noise_error, history))
+        if kept is None or noise_error(kept) > limit:
             return True
-        return _noise_error(row) <= limit and row["recast_up1_pck.1"] >= kept["recast_up1_pck.1"]
+        return noise_error(row) <= limit and row["recast_up1_pck.1"] >= kept["recast_up1_pck.1"]
 
 
-def _fast_on_cpu(unet: nn.Module) -> dict:
+def noise_loss(
+    predict: Callable[[Tensor, Tensor], Tensor], latents: Tensor, alphas: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Squared error of the predicted noise, with min-SNR weights, at timesteps spread evenly over the batch.
+
+    Args:
+        predict: predicts the noise in noisy latents (B, C, h, w) at timesteps (B,).
+        latents: scaled latents, (B, C, h, w).
+        alphas: ᾱ of every timestep, (T,).
+        generator: decides timesteps and noise.
+    """
+    batch, at = len(latents), {"generator": generator, "device": latents.device}
+    share = (torch.arange(batch, device=latents.device) + torch.rand(batch, **at)) / batch
+    timesteps = (share * len(alphas)).long().clamp_max(len(alphas) - 1)
+    noise = torch.randn(latents.shape, **at)
+    predicted = predict(recompose(latents, noise, alphas[timesteps]), timesteps).float()
+    snr = alphas[timesteps] / (1 - alphas[timesteps])
+    return ((predicted - noise).square().mean((1, 2, 3)) * (SNR / snr).clamp_max(1)).mean()
+
+
+def fast_on_cpu(unet: nn.Module) -> dict:
     """Attention processors that make a training step on a CPU a fifth shorter.
 
     They are the fused ones for self-attention on the latent grid, and the plain ones everywhere else.
@@ -245,7 +265,7 @@ def _fast_on_cpu(unet: nn.Module) -> dict:
     return {name: AttnProcessor2_0() if fused.match(name) else AttnProcessor() for name in unet.attn_processors}
 
 
-def _noise_error(row: dict) -> float:
+def noise_error(row: dict) -> float:
     """The mean of the noise errors among the figures of an evaluation."""
     errors = [row[f"eps_mse_{timestep}"] for timestep in validation.NOISE_STEPS]
     return sum(errors) / len(errors)

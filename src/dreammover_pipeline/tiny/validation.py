@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ FEATURE_STEP = 101  # timestep at which features are matched
 BLOCKS = (1, 2, 3)  # up blocks whose features are matched
 DIFFICULTIES = ("same", "recast")
 THRESHOLDS = {".1": 0.1, ".05": 0.05}  # largest errors that PCK counts as correct, as shares of the image's side
+HELD_OUT = 2**52 + 1  # seed of the scenes that are measured on; training seeds are hashes
 BATCH = 32  # images or latents that a network gets in one call
 
 
@@ -39,7 +41,7 @@ class Pairs:
 
 def held_out_pairs(world: World, difficulty: str, count: int, device: torch.device) -> Pairs:
     """Draw the pairs that every evaluation measures on."""
-    scenes = world.sample(count, 2**52 + 1, difficulty, device)  # unlike training seeds, which are hashes
+    scenes = world.sample(count, HELD_OUT, difficulty, device)
     ways = ((0.0, 1.0), (1.0, 0.0))
     foreground = torch.stack([scenes.foreground(time) for time, _ in ways])
     return Pairs(
@@ -95,13 +97,28 @@ def measure_noise(unet: UNet2DConditionModel, latents: Tensor, embeds: Tensor, a
         embeds: embeddings of the captions, (B, L, D).
         alphas: ᾱ of every timestep, (T,).
     """
+
+    def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+        parts = zip(noisy.split(BATCH), timesteps.split(BATCH), embeds.split(BATCH), strict=True)
+        return torch.cat([unet(*part).sample for part in parts])
+
+    return noise_errors(predict, latents, alphas)
+
+
+@torch.no_grad()
+def noise_errors(predict: Callable[[Tensor, Tensor], Tensor], latents: Tensor, alphas: Tensor) -> dict[str, float]:
+    """Mean squared error of predicted noise at `NOISE_STEPS`.
+
+    Args:
+        predict: predicts the noise in noisy latents (B, C, h, w) at timesteps (B,).
+        latents: scaled latents, (B, C, h, w).
+        alphas: ᾱ of every timestep, (T,).
+    """
     errors = {}
-    noise = _noise_like(latents)
+    noise = noise_like(latents)
     for timestep in NOISE_STEPS:
         timesteps = torch.full((len(latents),), timestep, device=latents.device)
-        noisy = recompose(latents, noise, alphas[timesteps])
-        parts = zip(noisy.split(BATCH), timesteps.split(BATCH), embeds.split(BATCH), strict=True)
-        predicted = torch.cat([unet(*part).sample for part in parts])
+        predicted = predict(recompose(latents, noise, alphas[timesteps]), timesteps)
         errors[f"eps_mse_{timestep}"] = (predicted - noise).square().mean().item()
     return errors
 
@@ -110,7 +127,7 @@ def measure_noise(unet: UNet2DConditionModel, latents: Tensor, embeds: Tensor, a
 def block_features(unet: UNet2DConditionModel, latents: Tensor, embeds: Tensor, alphas: Tensor) -> dict[int, Tensor]:
     """The output of each of `BLOCKS` for latents noised to `FEATURE_STEP`, (B, C', h', w') by the block's number."""
     timesteps = torch.full((len(latents),), FEATURE_STEP, device=latents.device)
-    noisy = recompose(latents, _noise_like(latents), alphas[timesteps])
+    noisy = recompose(latents, noise_like(latents), alphas[timesteps])
     with ExitStack() as stack:
         outputs = {block: stack.enter_context(captured_up_block(unet, block)) for block in BLOCKS}
         for part in zip(noisy.split(BATCH), timesteps.split(BATCH), embeds.split(BATCH), strict=True):
@@ -161,7 +178,7 @@ def measure_correspondence(unet, latents: Tensor, embeds: Tensor, alphas: Tensor
     return figures
 
 
-def _noise_like(latents: Tensor) -> Tensor:
+def noise_like(latents: Tensor) -> Tensor:
     """Noise of the shape of `latents`, the same in every call; it is drawn on the CPU so that all devices agree."""
     return torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
 
@@ -182,14 +199,14 @@ def sample_sheet(
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
     ).images
-    return _sheet(pairs.images[0, :count] / 2 + 0.5, samples)
+    return sheet_of(pairs.images[0, :count] / 2 + 0.5, samples)
 
 
-def _sheet(upper: Tensor, lower: Tensor, columns: int = 8) -> Image.Image:
-    """Two batches (B, 3, H, W) in [0, 1] as one picture, whose rows are taken from the two by turns."""
-    rows = [part for pair in zip(upper.split(columns), lower.split(columns), strict=True) for part in pair]
-    height, width = upper.shape[-2:]
-    sheet = Image.new("RGB", (min(columns, len(upper)) * width, len(rows) * height))
+def sheet_of(*batches: Tensor, columns: int = 8) -> Image.Image:
+    """Batches (B, 3, H, W) in [0, 1] of equal shape as one picture, whose rows are taken from them by turns."""
+    rows = [part for parts in zip(*(batch.split(columns) for batch in batches), strict=True) for part in parts]
+    count, _, height, width = batches[0].shape
+    sheet = Image.new("RGB", (min(columns, count) * width, len(rows) * height))
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
             sheet.paste(picture_of(image), (x * width, y * height))
