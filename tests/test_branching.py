@@ -75,7 +75,7 @@ def test_every_pair_of_parents_gets_noise_of_its_own_and_the_seed_decides_it():
 def ideal(clean):
     """The noise that a model would predict that knows what the frames are."""
 
-    def predictor(frames):
+    def predictor(frames, steps):
         def predict(x, timestep):
             alpha_bar = SCHEDULE.alpha_bars[SCHEDULE.timesteps.index(timestep) + 1]
             return (x - alpha_bar**0.5 * clean[frames]) / (1 - alpha_bar) ** 0.5

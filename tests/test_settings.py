@@ -28,7 +28,7 @@ from tools.write_arguments import written
 
 DEFAULTS = {name: declared.default for name, declared in arguments().items()}
 BOUNDED = [name for name, declared in arguments().items() if isinstance(declared.values, (WholeNumbers, Numbers))]
-MATCH = {"flow", "points", "mask"}  # what of the content of a call says something of the match
+MATCH = {"flow", "points", "mask", "poses"}  # what of the content of a call has no part in the fit
 CHOICES = [name for name, declared in arguments().items() if isinstance(declared.values, Choice)]
 
 
@@ -161,6 +161,7 @@ def test_every_argument_has_an_option_unless_only_python_can_say_it():
     only_python = {
         "height", "width", "generator", "prompt_embeds", "negative_prompt_embeds", "cross_attention_kwargs", "times",
         "include_inputs", "output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
+        "control_images",
     }  # fmt: skip
     assert set(arguments()) - set(expected.values()) == only_python
 
@@ -168,7 +169,7 @@ def test_every_argument_has_an_option_unless_only_python_can_say_it():
 def test_a_prepared_pair_has_the_options_of_rendering_and_a_batch_none_of_steering():
     rendering = {name for name in arguments_of(*RENDERING) if arguments()[name].option is not ASK_PYTHON}
     assert set(options_of(rendering_only=True).values()) == rendering
-    assert set(options_of().values()) - set(options_of(steering=False).values()) == {"points", "mask"}
+    assert set(options_of().values()) - set(options_of(steering=False).values()) == {"points", "mask", "poses"}
 
 
 def test_the_help_shows_every_default():

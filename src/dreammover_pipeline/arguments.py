@@ -159,6 +159,11 @@ class Pictures(Values):
 
 
 @dataclass(frozen=True)
+class Poses(Values):
+    """The poses of the people in both photos, or the paths of files that hold them."""
+
+
+@dataclass(frozen=True)
 class Argument:
     """The declaration of one argument.
 

@@ -96,7 +96,7 @@ def mixed_in_noise(parents: torch.Tensor, noise: torch.Tensor, alpha_bar: float,
 def interpolate_in_noise(
     clean: torch.Tensor,
     times: Sequence[float],
-    predictor: Callable[[list[int]], Callable[[torch.Tensor, int], torch.Tensor]],
+    predictor: Callable[[list[int], int], Callable[[torch.Tensor, int], torch.Tensor]],
     schedule: Schedule,
     levels: tuple[float, float],
     seed: int,
@@ -108,8 +108,8 @@ def interpolate_in_noise(
     Args:
         clean: The clean latents of the two pictures, (2, C, h, w).
         times: The time δ of each frame, (F,), in (0, 1).
-        predictor: Function from the indices of frames among `times` to `predict_noise(latents, timestep) -> eps` for
-            these frames; it is called once for each generation.
+        predictor: Function from the indices of frames among `times`, and the number of steps that they take, to
+            `predict_noise(latents, timestep) -> eps` for these frames; it is called once for each generation.
         schedule: The DDIM schedule whose steps are taken.
         levels: The shares of the schedule that the last generation and the first one are noised by.
         seed: Decides the noise.
@@ -137,7 +137,7 @@ def interpolate_in_noise(
                 for branch, ends in zip(branch_of_frames, parents, strict=True)
             ]
         )
-        predict_noise = predictor([times.index(branch.time) for branch in branch_of_frames])
+        predict_noise = predictor([times.index(branch.time) for branch in branch_of_frames], steps)
         before = done
         latents = denoise(
             mixed,

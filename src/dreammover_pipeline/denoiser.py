@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import ControlNetModel, DDIMScheduler
 from diffusers.utils import logging
 
 from .adapters import unwrapped
 from .attention import reference_attention
 from .captured import RecordedCall, only_kernels
 from .conditioning import Conditions
+from .control import FrameControl
 from .ddim import eps_from_v
 from .lora import pair_lora
 from .memory import Batches, advice_on_out_of_memory, affordable_frames
@@ -32,6 +33,7 @@ class Denoiser:
         device: Where the UNet runs.
         cross_attention_kwargs: Keyword arguments for the attention processors.
         comes_late: Whether the UNet is brought to its device only when it is called, as model offloading does it.
+        controlnet: A `ControlNetModel` for the UNet, or None.
     """
 
     def __init__(
@@ -41,9 +43,10 @@ class Denoiser:
         device: torch.device,
         cross_attention_kwargs: dict | None = None,
         comes_late: bool = False,
+        controlnet: ControlNetModel | None = None,
     ):
         self.unet, self.ddim, self.device, self.comes_late = unet, ddim, device, comes_late
-        self.cross_attention_kwargs = cross_attention_kwargs
+        self.cross_attention_kwargs, self.controlnet = cross_attention_kwargs, controlnet
         self.guidance_scale = 1.0
         self._forward: Callable[..., torch.Tensor] = self._call_unet
 
@@ -53,6 +56,8 @@ class Denoiser:
         timestep: int,
         prompt_embeds: torch.Tensor,
         negative_prompt_embeds: torch.Tensor | None = None,
+        control: torch.Tensor | None = None,
+        control_scale: float = 1.0,
     ) -> torch.Tensor:
         """The UNet's noise, also where it predicts v. With negative embeddings it is guided by `guidance_scale`.
 
@@ -61,6 +66,8 @@ class Denoiser:
             timestep: The trained timestep to ask at.
             prompt_embeds: (B, L, D).
             negative_prompt_embeds: (B, L, D), or None for no guidance.
+            control: The pictures that the ControlNet is given, (B, 3, H, W) in [0, 1], or None to leave it out.
+            control_scale: Multiplies what the ControlNet adds.
 
         Returns:
             ε, (B, C, h, w), float32.
@@ -69,15 +76,18 @@ class Denoiser:
         if guided:
             latents = latents.repeat(2, 1, 1, 1)
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+            control = None if control is None else control.repeat(2, 1, 1, 1)
         # diffusers scales the user's LoRAs for the time of a forward, which Ctrl-C must not leave half undone.
         stoppable = nullcontext() if "scale" in (self.cross_attention_kwargs or {}) else interruptible()
         with stoppable, advice_on_out_of_memory(f"in the UNet, on latents {tuple(latents.shape)}"):
             # A number for the timestep, or expanded embeddings besides others, would make torch.compile start anew.
-            output = self._forward(
+            inputs = (
                 latents.to(self.unet.dtype),
                 torch.tensor(timestep, device=latents.device),
                 prompt_embeds.contiguous(),
-            ).float()
+            )
+            added = () if control is None else self._added_by_controlnet(*inputs, control, control_scale)
+            output = self._forward(*inputs, *added).float()
         if self.ddim.config.prediction_type == "v_prediction":
             output = eps_from_v(output, latents, float(self.ddim.alphas_cumprod[timestep]))
         if not guided:
@@ -85,14 +95,39 @@ class Denoiser:
         unconditional, conditional = output.chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
-    def _call_unet(self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+    def _call_unet(
+        self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor, *added: torch.Tensor
+    ) -> torch.Tensor:
+        *down, middle = added or (None,)
         return self.unet(
             latents,
             timestep,
             encoder_hidden_states=prompt_embeds,
             cross_attention_kwargs=self.cross_attention_kwargs,
+            down_block_additional_residuals=down or None,
+            mid_block_additional_residual=middle,
             return_dict=False,
         )[0]
+
+    def _added_by_controlnet(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        control: torch.Tensor,
+        scale: float,
+    ) -> tuple[torch.Tensor, ...]:
+        """What the ControlNet adds to the skip connections of the UNet, and last what it adds in the middle."""
+        dtype = self.controlnet.dtype
+        down, middle = self.controlnet(
+            latents.to(dtype),
+            timestep,
+            encoder_hidden_states=prompt_embeds.to(dtype),
+            controlnet_cond=control.to(dtype),
+            conditioning_scale=scale,
+            return_dict=False,
+        )
+        return tuple(part.to(self.unet.dtype) for part in (*down, middle))
 
     @contextmanager
     def repeated_calls(self) -> Iterator[None]:
@@ -119,7 +154,13 @@ class Denoiser:
 
     @contextmanager
     def frame_predictor(
-        self, pair: PreparedPair, conditions: Conditions, attention_blocks: Sequence[int], largest: int | None
+        self,
+        pair: PreparedPair,
+        conditions: Conditions,
+        attention_blocks: Sequence[int],
+        largest: int | None,
+        control: FrameControl | None = None,
+        steps: int | None = None,
     ) -> Iterator[Callable[[torch.Tensor, int], torch.Tensor]]:
         """A function for ε of in-between frames (F, C, h, w) at a timestep of the pair's path.
 
@@ -132,7 +173,11 @@ class Denoiser:
             conditions: Of the frames; read anew at every step.
             attention_blocks: Up blocks whose self-attention looks at the photos.
             largest: Frames in a batch, at most; None for what fits the free memory.
+            control: What the ControlNet is given for the frames; None to leave it out.
+            steps: How many denoising steps the frames take, by which the ControlNet begins and ceases to act; by
+                default as many as the pair was inverted.
         """
+        steps = steps or pair.inversion.steps
         groups = 1 if conditions.negative_prompt_embeds is None else 2
         batches = Batches(largest or affordable_frames(*self.footprint(pair.inversion.path, groups)))
         with reference_attention(self.unet, attention_blocks) as references:
@@ -140,23 +185,38 @@ class Denoiser:
             def predict_noise(latents: torch.Tensor, timestep: int) -> torch.Tensor:
                 ahead = bool(references.layers)
 
+                step = steps - 1 - pair.inversion.schedule.timesteps.index(timestep)
+                acts = control is not None and control.acts(step, steps)
+                scale = control.scale if acts else 1.0
+
                 def predict_batch(
-                    frames: torch.Tensor, text: torch.Tensor, negative: torch.Tensor | None
+                    frames: torch.Tensor,
+                    text: torch.Tensor,
+                    negative: torch.Tensor | None,
+                    pictures: torch.Tensor | None,
                 ) -> torch.Tensor:
                     nonlocal ahead
                     if not ahead:
-                        return self.predict_noise(frames, timestep, text, negative)
+                        return self.predict_noise(frames, timestep, text, negative, pictures, scale)
                     photos = pair.inversion.at(timestep)
                     frames, text = torch.cat([photos, frames]), torch.cat([pair.prompt_embeds, text])
                     if negative is not None:
                         negative = torch.cat([negative[:1].expand_as(pair.prompt_embeds), negative])
+                    if pictures is not None:
+                        pictures = torch.cat([control.ends, pictures])
                     with references.led_by_inputs(groups):
-                        eps = self.predict_noise(frames, timestep, text, negative)
+                        eps = self.predict_noise(frames, timestep, text, negative, pictures, scale)
                     ahead = False  # only now, since a batch that memory does not suffice for is made again
                     return eps[len(photos) :]
 
                 allowed = batches.largest
-                eps = batches.map(predict_batch, latents, conditions.prompt_embeds, conditions.negative_prompt_embeds)
+                eps = batches.map(
+                    predict_batch,
+                    latents,
+                    conditions.prompt_embeds,
+                    conditions.negative_prompt_embeds,
+                    control.pictures if acts else None,
+                )
                 if batches.largest < allowed:
                     logger.warning(
                         f"Out of memory; from here on at most {batches.largest} frames are denoised at once. "

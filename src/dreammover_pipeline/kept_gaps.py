@@ -156,8 +156,9 @@ def gap_key(gap: PairInput, preparing: PrepareSettings, rendering: RenderSetting
         decided["easing"] = eased_times(frame_times(rendering.n_frames, None), rendering.easing)
     steering = [] if gap.steering is None else [gap.steering.points, gap.steering.moves]
     name, given = (gap.flow, []) if isinstance(gap.flow, str) else (None, [gap.flow.flow.stacked(), gap.flow.known])
-    tensors = [*gap.photos, *steering, *given, *_embeds(gap.text), *_embeds(gap.negative)]
-    words = [gap.text.prompts, gap.negative.prompt, vars(gap.canvas), gap.seed, name]
+    poses = [] if gap.poses is None else [gap.poses.places, gap.poses.confidence]
+    tensors = [*gap.photos, *steering, *given, *poses, *_embeds(gap.text), *_embeds(gap.negative)]
+    words = [gap.text.prompts, gap.negative.prompt, vars(gap.canvas), gap.seed, name, len(poses)]
     return digest_of(_plain([digest_of_tensors(tensors), len(tensors), words, decided, model]))
 
 

@@ -16,6 +16,7 @@ from .framing import fit, fit_points, fit_to_output, plan_canvas
 from .given_flow import GivenFlow, given_flow
 from .images import Photo, decode_images, is_batch, load_masks, rgb
 from .inputs import check_choice
+from .poses import PosePair, pose_pair
 from .prompts import NegativeText, PairText, pair_negatives, pair_texts
 from .records import Canvas
 from .settings import FLOWS, Content, NegativeContent
@@ -56,7 +57,8 @@ class PairInput:
 
     `photos` are the two as `decode_images` returns them; `canvas` is where both are put; `steering` is what the user
     says of the match, None where that is nothing; `flow` is what the flow comes from, one of `FLOWS`, a function of
-    the two photos or the user's own flow; `seed` decides the LoRA fit, None where there is to be none.
+    the two photos or the user's own flow; `seed` decides what is random, None where nothing is; `poses` are those of
+    the people in both, None for none.
     """
 
     photos: tuple[torch.Tensor, torch.Tensor]
@@ -66,6 +68,7 @@ class PairInput:
     steering: Steering | None
     flow: str | Callable | GivenFlow
     seed: int | None
+    poses: PosePair | None = None
 
     def fitted(self) -> torch.Tensor:
         """The two photos on their canvas, (2, 3, H, W) in [0, 1]."""
@@ -103,7 +106,8 @@ def checked_pairs(
     steerings = steering_of_pairs(content, photos, canvases, sizes.cell, batched)
     flows = flows_of_pairs(content, photos, canvases, sizes.cell, batched)
     seeds = pair_seeds(content.generator, pairs) if random else [None] * pairs
-    columns = zip(photos, canvases, texts, negatives, steerings, flows, seeds, strict=True)
+    poses = poses_of_pairs(content, photos, canvases, batched)
+    columns = zip(photos, canvases, texts, negatives, steerings, flows, seeds, poses, strict=True)
     return [PairInput(*column) for column in columns]
 
 
@@ -136,7 +140,8 @@ def checked_pair(
     steering = steering_of(content.points, content.mask, photos, canvas, sizes.cell)
     flow = flow_of(content.flow, photos, canvas, sizes.cell)
     (seed,) = pair_seeds(content.generator, 1) if random else [None]
-    return PairInput(photos, canvas, text, NegativeText(), steering, flow, seed)
+    (poses,) = poses_of_pairs(content, [photos], [canvas], False)
+    return PairInput(photos, canvas, text, NegativeText(), steering, flow, seed, poses)
 
 
 def check_canvas(canvas: object, height: int | None, width: int | None) -> None:
@@ -228,6 +233,31 @@ def steering_of(
         on_canvas = torch.stack([fit(part, canvas) for part in masks]).expand(2, -1, -1, -1)
         moves = cells_that_move(on_canvas, content, cell, f"mask{place}")
     return Steering(cells, moves)
+
+
+def poses_of_pairs(
+    content: Content,
+    photos: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    canvases: Sequence[Canvas],
+    batched: bool,
+) -> list[PosePair | None]:
+    """The poses of the people in each pair, on its canvas.
+
+    Raises:
+        TypeError, ValueError: The argument is not what it may be; the error names the pair of a batch.
+    """
+    entries = pair_entries("poses", content.poses, len(photos), batched)
+    return [
+        None
+        if entry is None
+        else pose_pair(
+            entry,
+            [tuple(photo.shape[-2:]) for photo in photos[i]],
+            canvases[i],
+            f"poses[{i}]" if batched else "poses",
+        )
+        for i, entry in enumerate(entries)
+    ]
 
 
 def flows_of_pairs(

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import FromSingleFileMixin, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
@@ -34,6 +34,7 @@ from .branching import interpolate_in_noise  # noqa: F401, named for the loader
 from .captured import replayed  # noqa: F401, named for the loader
 from .cascade import PairCascade  # noqa: F401, named for the loader
 from .conditioning import Conditioner
+from .control import ControlPicture, check_controlnet, control_picture
 from .ddim import recompose  # noqa: F401, named for the loader
 from .denoiser import Denoiser
 from .detail import with_detail  # noqa: F401, named for the loader
@@ -58,11 +59,14 @@ from .noise_training import NoiseTraining  # noqa: F401, named for the loader
 from .outputs import DreamMoverPipelineOutput, joined, returned
 from .pairs import ModelSizes, PairInput, check_generator, check_stackable, checked_pair, checked_pairs, pair_seeds
 from .paths import motion_paths
-from .poses import pose_pair  # noqa: F401, named for the loader
+from .poses import (
+    draw_pose,  # noqa: F401, named for the loader
+    pose_pair,  # noqa: F401, named for the loader
+)
 from .preparing import fit_lora_of_gaps, prepare_pair
 from .progress import ProgressListener, reported_stage
 from .prompts import NegativeText, pair_negatives
-from .records import Canvas, FrameSources, PreparedPair
+from .records import Canvas, FrameSources, PosePair, PreparedPair
 from .refinement import refined_flow  # noqa: F401, named for the loader
 from .rendering import DenoisedFrames, render_latents
 from .repeatable import repeatable_attention  # noqa: F401, named for the loader
@@ -74,6 +78,7 @@ from .sequence import LORAS, GapStages, check_arguments_of_a_sequence, checked_g
 from .settings import (
     PRESETS,
     Content,
+    ControlContent,
     Delivery,
     FitSettings,
     NegativeContent,
@@ -129,16 +134,17 @@ class DreamMoverPipeline(
             DDIM without clipping.
         safety_checker: optional; frames it flags come back black.
         feature_extractor: prepares frames for the safety checker.
+        controlnet: optional; a ControlNet for the UNet, by which frames follow `poses` or `control_images`.
         requires_safety_checker: whether a missing safety checker deserves a warning.
     """
 
     PRESETS = PRESETS
     model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = ["safety_checker", "feature_extractor"]  # noqa: RUF012, as diffusers declares it
+    _optional_components = ["safety_checker", "feature_extractor", "controlnet"]  # noqa: RUF012, as diffusers declares it
     _exclude_from_cpu_offload = ["safety_checker"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
 
-    # No defaults for the optional components: with one, `custom_pipeline=` would load what the user passed as None.
+    # No defaults for what checkpoints have: with one, `custom_pipeline=` would load what the user passed as None.
     def __init__(
         self,
         vae: AutoencoderKL,
@@ -148,6 +154,7 @@ class DreamMoverPipeline(
         scheduler: KarrasDiffusionSchedulers,
         safety_checker: StableDiffusionSafetyChecker,
         feature_extractor: CLIPImageProcessor,
+        controlnet: ControlNetModel | None = None,
         requires_safety_checker: bool = True,
     ):
         super().__init__()
@@ -166,6 +173,7 @@ class DreamMoverPipeline(
             scheduler=None if scheduler is None else deterministic_ddim(scheduler),
             safety_checker=safety_checker,
             feature_extractor=feature_extractor,
+            controlnet=controlnet,
         )
         self.register_to_config(requires_safety_checker=requires_safety_checker)
         self.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
@@ -217,6 +225,7 @@ class DreamMoverPipeline(
         flow: str | Callable | Sequence = "features+photos",
         points: Sequence | None = None,
         mask: object = None,
+        poses: Sequence | None = None,
         attention_blocks: Sequence[int] = (2, 3),
         fusion: str = "two_level",
         motion: str = "rigid",
@@ -224,6 +233,9 @@ class DreamMoverPipeline(
         layout_hold: float = 1.0,
         detail: str = "photos",
         guidance_scale: float = 1.0,
+        control_guidance_end: float = 1.0,
+        control_guidance_start: float = 0.0,
+        controlnet_conditioning_scale: float = 1.0,
         negative_prompt: str | Sequence[str] | None = None,
         lora_steps: int = 80,
         lora_rank: int = 16,
@@ -237,6 +249,7 @@ class DreamMoverPipeline(
         generator: torch.Generator | list[torch.Generator] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
+        control_images: object = None,
         output_type: str = "pil",
         return_dict: bool = True,
         cross_attention_kwargs: dict | None = None,
@@ -304,6 +317,11 @@ class DreamMoverPipeline(
             mask: What may move, bright on dark; the rest stays where it is. One picture of the first photo's size is
                 for both photos, two are one for each photo. A batch has a list with the masks of each pair, None for a
                 pair without.
+            poses: The people in the two photos, (pose of the first, pose of the last), for a `controlnet` of OpenPose
+                poses: each the path of an OpenPose JSON file, or an array (18, 3) or (people, 18, 3) in OpenPose's
+                order of points, x and y in pixels of the photo and confidence in [0, 1], 0 for what is not seen.
+                Points that are seen in both move on straight lines, and every frame is conditioned on the pose at its
+                δ. A batch has a list with the poses of each pair, None for a pair without.
             attention_blocks: Up blocks whose self-attention looks at the two photos. More copy more from the photos;
                 none switches it off.
             fusion: How the pair is fused: "two_level" is the paper's, "two_level_unwarped" selects noise as the
@@ -322,6 +340,9 @@ class DreamMoverPipeline(
                 1.5's UNet.
             guidance_scale: Classifier-free guidance of the frames. Above 1 they follow the prompt more, at twice the
                 cost; the paper uses none.
+            control_guidance_end: Share of the denoising steps after which the `controlnet` ceases to act.
+            control_guidance_start: Share of the denoising steps after which the `controlnet` begins to act.
+            controlnet_conditioning_scale: Factor of what the `controlnet` adds to the UNet; 0 adds nothing.
             negative_prompt: What guidance leads away from; it acts where `guidance_scale` is above 1.
             lora_steps: Training steps of the pair's LoRA. More keep identity better, move less freely and take longer;
                 0 skips the fit.
@@ -344,6 +365,9 @@ class DreamMoverPipeline(
             prompt_embeds: Text embeddings (B, L, D) to use instead of `prompt`, or (2·B, L, D) with one for each
                 photo.
             negative_prompt_embeds: Text embeddings (B, L, D) to use instead of `negative_prompt`.
+            control_images: What the `controlnet` is given in place of drawn poses: two images, which are cross-faded,
+                or a function of δ in [0, 1] that returns an image. They are brought to the frames' size as the photos
+                are.
             output_type: Form of the frames: "pil", "np", "pt" or "latent"; or "lazy", PIL images each of which is made
                 when it is asked for, so that the memory that large frames take does not grow with their number.
             return_dict: Return a `DreamMoverPipelineOutput` rather than a tuple of its fields.
@@ -369,12 +393,13 @@ class DreamMoverPipeline(
         pairs = checked_pairs(img0, img1, content, negative, self._sizes, random)
         self._check_texts(pairs, guidance_scale)
         check_stackable(pairs, output_type)
+        pictures = [self._control_picture(control_images, pair.poses, pair.canvas) for pair in pairs]
         with self._turn():
             self._interrupt = False
             outputs = []
-            for pair in pairs:
+            for pair, picture in zip(pairs, pictures, strict=True):
                 prepared = self._prepare(pair, preparing)
-                outputs.append(self._render(prepared, rendering, pair.negative, delivery, pair.seed))
+                outputs.append(self._render(prepared, rendering, pair.negative, delivery, pair.seed, picture))
                 if self.interrupt:
                     break
             return returned(joined(outputs), return_dict)
@@ -398,6 +423,7 @@ class DreamMoverPipeline(
         flow: str | Callable | Sequence = "features+photos",
         points: Sequence | None = None,
         mask: object = None,
+        poses: Sequence | None = None,
         lora_steps: int = 80,
         lora_rank: int = 16,
         lora_learning_rate: float = 5e-4,
@@ -434,6 +460,8 @@ class DreamMoverPipeline(
         random = takes_seed(settings, lora=lora)
         pair = checked_pair(img0, img1, Content.of(arguments), self._sizes, random, canvas)
         self._check_texts([pair])
+        if pair.poses is not None:
+            self._require_controlnet("poses")
         with self._turn():
             return self._prepare(pair, settings, lora)
 
@@ -452,17 +480,21 @@ class DreamMoverPipeline(
         layout_hold: float = 1.0,
         detail: str = "photos",
         guidance_scale: float = 1.0,
+        control_guidance_end: float = 1.0,
+        control_guidance_start: float = 0.0,
+        controlnet_conditioning_scale: float = 1.0,
         negative_prompt: str | Sequence[str] | None = None,
         frame_batch_size: int | None = None,
         include_inputs: bool = False,
         endpoints: str = "original",
+        generator: torch.Generator | list[torch.Generator] | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
+        control_images: object = None,
         output_type: str = "pil",
         return_dict: bool = True,
         cross_attention_kwargs: dict | None = None,
         callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> DreamMoverPipelineOutput | tuple:
         """Make frames of a prepared pair: fuse, denoise with reference attention, decode.
 
@@ -484,9 +516,10 @@ class DreamMoverPipeline(
             check_guidance(pair.prompt_embeds.shape[1], negative, self.text_encoder, self.tokenizer)
         check_generator(generator, 1)
         seed = pair_seeds(generator, 1)[0] if method == "noise" else None
+        picture = self._control_picture(control_images, pair.poses, pair.canvas)
         with self._turn():
             self._interrupt = False
-            return returned(self._render(pair, settings, negative, delivery, seed), return_dict)
+            return returned(self._render(pair, settings, negative, delivery, seed, picture), return_dict)
 
     def _prepare(
         self, pair: PairInput, settings: PrepareSettings, lora: dict[str, torch.Tensor] | None = None
@@ -502,8 +535,9 @@ class DreamMoverPipeline(
         negative: NegativeText,
         delivery: Delivery,
         seed: int | None,
+        picture: ControlPicture | None,
     ) -> DreamMoverPipelineOutput:
-        frames = self._render_latents(pair, settings, negative, delivery, seed)
+        frames = self._render_latents(pair, settings, negative, delivery, seed, picture)
         output = self._finish(frames, settings, delivery)
         self.maybe_free_model_hooks()
         return output
@@ -515,6 +549,7 @@ class DreamMoverPipeline(
         negative: NegativeText,
         delivery: Delivery,
         seed: int | None,
+        picture: ControlPicture | None,
     ) -> DenoisedFrames:
         self._guidance_scale = settings.guidance_scale
         models = self._models(settings.cross_attention_kwargs)
@@ -540,7 +575,7 @@ class DreamMoverPipeline(
                 yield step
 
         return render_latents(
-            models, pair, settings, paths, negative, stages, on_step_end, lambda: self.interrupt, seed
+            models, pair, settings, paths, negative, stages, on_step_end, lambda: self.interrupt, seed, picture
         )
 
     def _finish(
@@ -609,9 +644,16 @@ class DreamMoverPipeline(
         rendering = [RenderSettings.of({**arguments, "n_frames": count}) for count in counts]
         self._check_model_fits(*rendering)
         self._check_texts(gaps, rendering[0].guidance_scale)
+        images_of_all = ControlContent.of(arguments).control_images
+        pictures = [self._control_picture(images_of_all, gap.poses, gap.canvas) for gap in gaps]
 
         if keep is not None:
             check_no_callback("keep", delivery)
+            if images_of_all is not None:
+                raise ValueError(
+                    "`keep` and `control_images` exclude each other, since nobody can tell whether they are those of "
+                    "the gaps that are kept; pass `poses`, or make the sequence without `keep`"
+                )
         with self._turn():
             self._interrupt = False
             kept = KeptGaps()
@@ -623,7 +665,9 @@ class DreamMoverPipeline(
             stages = GapStages(
                 (lambda: fit_lora_of_gaps(models, gaps, preparing, self._stage)) if fits_once else None,
                 lambda gap, own: self._prepare(gap, preparing, own),
-                lambda k, pair: self._render_latents(pair, rendering[k], gaps[k].negative, delivery, gaps[k].seed),
+                lambda k, pair: self._render_latents(
+                    pair, rendering[k], gaps[k].negative, delivery, gaps[k].seed, pictures[k]
+                ),
                 lambda k, frames: self._finish(frames, rendering[k], delivery),
                 finish_needs_pair=rendering[0].detail == "diffusion",
             )
@@ -777,7 +821,7 @@ class DreamMoverPipeline(
         self._autoencoder.device = device
         ddim = deterministic_ddim(self.scheduler)
         brought_when_called = bool(getattr(self, "_all_hooks", []))  # by enable_model_cpu_offload
-        denoiser = Denoiser(self.unet, ddim, device, cross_attention_kwargs, brought_when_called)
+        denoiser = Denoiser(self.unet, ddim, device, cross_attention_kwargs, brought_when_called, self.controlnet)
         scale = (cross_attention_kwargs or {}).get("scale")
         return Models(denoiser, self._autoencoder, self._conditioner(device, scale))
 
@@ -785,6 +829,22 @@ class DreamMoverPipeline(
         dtype = None if self.unet is None else self.unet.dtype
         convert = partial(self.maybe_convert_prompt, tokenizer=self.tokenizer)  # for textual inversion
         return Conditioner(self.text_encoder, self.tokenizer, dtype, device, convert, lora_scale)
+
+    def _control_picture(self, images: object, poses: PosePair | None, canvas: Canvas) -> ControlPicture | None:
+        """What the ControlNet is given at each time; raises ValueError if there is none to be given it."""
+        for name, given in (("control_images", images), ("poses", poses)):
+            if given is not None:
+                self._require_controlnet(name)
+        return control_picture(images, poses, canvas)
+
+    def _require_controlnet(self, argument: str) -> None:
+        """Raise TypeError or ValueError unless there is a ControlNet that fits the UNet, for an argument's sake."""
+        if self.controlnet is None:
+            raise ValueError(
+                f"`{argument}` needs a ControlNet, which this pipeline lacks; load it with "
+                "`controlnet=ControlNetModel.from_pretrained(...)`"
+            )
+        check_controlnet(self.controlnet, self.unet)
 
     def _check_model_fits(self, *settings: Settings) -> None:
         check_model_fits(

@@ -13,7 +13,6 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,9 +20,8 @@ import torch
 from .framing import fit_points
 from .images import Size
 from .inputs import file_fault
-from .records import Canvas
+from .records import POSE_POINTS, Canvas, PosePair
 
-POSE_POINTS = 18
 # Where each of the 18 points is among the 25 of OpenPose's BODY_25, which has the hips' middle and the feet, too.
 FROM_BODY_25 = (*range(8), *range(9, 15), *range(15, 19))
 # Source of the five constants that follow: the drawing of poses in version 1.1 of ControlNet and in controlnet_aux,
@@ -43,39 +41,6 @@ STICK = 4  # half the width of a limb and the radius of a point, in pixels of a 
 STICK_SIDE = 512  # pixels of the shorter side
 
 
-@dataclass(frozen=True, eq=False)
-class PosePair:
-    """The poses of P people in both photos of a pair, on its canvas.
-
-    `places` (2, P, 18, 2) are the points (x, y) in pixels of the canvas; `confidence` (2, P, 18) in [0, 1] is 0 where
-    a point is not seen.
-    """
-
-    places: torch.Tensor
-    confidence: torch.Tensor
-
-    def __post_init__(self):
-        shape = tuple(self.confidence.shape)
-        if len(shape) != 3 or (shape[0], shape[2]) != (2, POSE_POINTS):
-            raise ValueError(f"`confidence` must be (2, P, {POSE_POINTS}), not {shape}")
-        if tuple(self.places.shape) != (*shape, 2):
-            raise ValueError(f"`places` must be {(*shape, 2)} beside `confidence`, not {tuple(self.places.shape)}")
-
-    @property
-    def seen(self) -> torch.Tensor:
-        """Which points are seen in both photos, (P, 18) bool."""
-        return (self.confidence > 0).all(0)
-
-    def at(self, time: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """The poses at a time δ in [0, 1].
-
-        Returns:
-            The places (P, 18, 2) in pixels of the canvas, and which of them there are, (P, 18) bool: a point that is
-            not seen in both photos is absent at every time.
-        """
-        return torch.lerp(self.places[0], self.places[1], time), self.seen
-
-
 def pose_pair(poses: object, sizes: Sequence[Size], canvas: Canvas, name: str = "poses") -> PosePair:
     """The `poses` argument of one pair, on its canvas.
 
@@ -92,6 +57,19 @@ def pose_pair(poses: object, sizes: Sequence[Size], canvas: Canvas, name: str = 
         TypeError, ValueError: The argument is not what it may be, a file cannot be read, the two have different
             numbers of people, or no point is seen in both.
     """
+    both = people_of_photos(poses, sizes, name)
+    places = [
+        fit_points(points[..., :2].flatten(0, 1), size, canvas).unflatten(0, points.shape[:2])
+        for points, size in zip(both, sizes, strict=True)
+    ]
+    return PosePair(torch.stack(places), both[..., 2])
+
+
+def people_of_photos(poses: object, sizes: Sequence[Size], name: str = "poses") -> torch.Tensor:
+    """The `poses` argument of one pair as one tensor (2, P, 18, 3), x and y in pixels of each photo, and confidence.
+
+    Args and errors are those of `pose_pair`.
+    """
     if not isinstance(poses, list | tuple) or len(poses) != 2:
         what = f"{len(poses)} entries" if isinstance(poses, list | tuple) else f"a {type(poses).__name__}"
         raise TypeError(f"`{name}` must be a pair, the pose in the first photo and the pose in the last, not {what}")
@@ -102,16 +80,11 @@ def pose_pair(poses: object, sizes: Sequence[Size], canvas: Canvas, name: str = 
             f"{len(last)} in img1"
         )
     both = torch.stack([first, last])
-    confidence = both[..., 2]
-    if not (confidence > 0).all(0).any():
+    if not (both[..., 2] > 0).all(0).any():
         raise ValueError(
             f"`{name}` must have a point that is seen in both photos, with a confidence above 0, but none is"
         )
-    places = [
-        fit_points(points[..., :2].flatten(0, 1), size, canvas).unflatten(0, points.shape[:2])
-        for points, size in zip(both, sizes, strict=True)
-    ]
-    return PosePair(torch.stack(places), confidence)
+    return both
 
 
 def draw_pose(places: torch.Tensor, seen: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -81,7 +81,15 @@ def prepare_pair(
             tolerance = settings.photo_tolerance if flow == "features+photos" else 0
             flow = match_pair(features, photos, size, pair.steering, settings, tolerance)
     return PreparedPair(
-        pair.ends(), pair.canvas, inversion, flow, prompt_embeds, lora, settings.lora_scale, negative_embeds
+        pair.ends(),
+        pair.canvas,
+        inversion,
+        flow,
+        prompt_embeds,
+        lora,
+        settings.lora_scale,
+        negative_embeds,
+        pair.poses,
     )
 
 

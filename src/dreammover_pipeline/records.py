@@ -13,6 +13,8 @@ from numbers import Integral
 
 import torch
 
+POSE_POINTS = 18  # of OpenPose's COCO order, as `poses.py` names them
+
 
 def _require(ok: bool, message: str) -> None:
     if not ok:
@@ -199,6 +201,39 @@ class FrameSources:
 
 
 @dataclass(frozen=True, eq=False)
+class PosePair:
+    """The poses of P people in both photos of a pair, on its canvas.
+
+    `places` (2, P, 18, 2) are the points (x, y) in pixels of the canvas; `confidence` (2, P, 18) in [0, 1] is 0 where
+    a point is not seen.
+    """
+
+    places: torch.Tensor
+    confidence: torch.Tensor
+
+    def __post_init__(self):
+        shape = tuple(self.confidence.shape)
+        if len(shape) != 3 or (shape[0], shape[2]) != (2, POSE_POINTS):
+            raise ValueError(f"`confidence` must be (2, P, {POSE_POINTS}), not {shape}")
+        if tuple(self.places.shape) != (*shape, 2):
+            raise ValueError(f"`places` must be {(*shape, 2)} beside `confidence`, not {tuple(self.places.shape)}")
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """Which points are seen in both photos, (P, 18) bool."""
+        return (self.confidence > 0).all(0)
+
+    def at(self, time: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The poses at a time δ in [0, 1].
+
+        Returns:
+            The places (P, 18, 2) in pixels of the canvas, and which of them there are, (P, 18) bool: a point that is
+            not seen in both photos is absent at every time.
+        """
+        return torch.lerp(self.places[0], self.places[1], time), self.seen
+
+
+@dataclass(frozen=True, eq=False)
 class PreparedPair:
     """Everything about a pair that does not depend on the frames asked for; `DreamMoverPipeline.render` takes it.
 
@@ -207,7 +242,7 @@ class PreparedPair:
     `inversion` and `flow` are those of the pair; `prompt_embeds` (2, L, D) holds the embedded prompt of each image;
     `lora` holds the weights of the pair's LoRA, None if none was fitted; `lora_scale` multiplies its effect.
     `negative_embeds` (1, L, D) is what guidance leads away from where no negative prompt is given, None unless it was
-    fitted; `prompt_embeds` are then fitted, too.
+    fitted; `prompt_embeds` are then fitted, too. `poses` are those of the people in both photos, None for none.
     """
 
     images: tuple[torch.Tensor, torch.Tensor]
@@ -218,6 +253,7 @@ class PreparedPair:
     lora: dict[str, torch.Tensor] | None
     lora_scale: float
     negative_embeds: torch.Tensor | None = None
+    poses: PosePair | None = None
 
     def __post_init__(self):
         _require(

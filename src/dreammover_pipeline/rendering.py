@@ -11,6 +11,7 @@ import torch
 
 from .branching import generations, interpolate_in_noise, steps_of_generations
 from .conditioning import Conditions
+from .control import ControlPicture, FrameControl, frame_control
 from .ddim import predict_clean, recompose
 from .denoiser import Denoiser
 from .fusion import (
@@ -70,6 +71,7 @@ def render_latents(
     on_step_end: StepCallback = lambda i, timestep, tensors: {},
     interrupted: Callable[[], bool] = lambda: False,
     seed: int = 0,
+    picture: ControlPicture | None = None,
 ) -> DenoisedFrames:
     """Place the frames in time and make them, by the method that is asked for.
 
@@ -83,6 +85,7 @@ def render_latents(
         on_step_end: Called after every denoising step.
         interrupted: Asked before every denoising step; where it says yes the frames stay as they are.
         seed: Decides the noise of frames that are made in noise.
+        picture: What the ControlNet is given at each time; None to leave it out.
 
     Raises:
         RuntimeError: The UNet overflowed.
@@ -94,6 +97,11 @@ def render_latents(
     delta = torch.tensor(times, dtype=torch.float32, device="cpu")
     conditions = models.conditioner.frames(pair.prompt_embeds, delta, settings.guidance_scale > 1, negative)
     models.denoiser.guidance_scale = settings.guidance_scale
+    control = None
+    if picture is not None:
+        window = (settings.control_guidance_start, settings.control_guidance_end)
+        with interruptible():
+            control = frame_control(picture, times, settings.controlnet_conditioning_scale, window, pair.prompt_embeds)
     total = denoising_steps(settings.method, pair, times, settings.noise_levels)
     with models.denoiser.with_lora(pair.lora, pair.lora_scale), stages("Denoising", total) as step:
 
@@ -102,9 +110,13 @@ def render_latents(
             return _replaced(on_step_end(i, timestep, {"latents": latents, **vars(conditions)}), latents, conditions)
 
         if settings.method == "noise":
-            latents = _in_noise(models.denoiser, pair, settings, times, conditions, seed, on_step, interrupted)
+            latents = _in_noise(
+                models.denoiser, pair, settings, times, conditions, control, seed, on_step, interrupted
+            )
         else:
-            latents = _along_flow(models.denoiser, pair, settings, delta, paths, conditions, on_step, interrupted)
+            latents = _along_flow(
+                models.denoiser, pair, settings, delta, paths, conditions, control, on_step, interrupted
+            )
     require_finite(latents, models.denoiser.unet.dtype)
     return DenoisedFrames(latents, times, pair.inversion.path[0], pair.images, pair.canvas, pair.flow, pair)
 
@@ -126,6 +138,7 @@ def _in_noise(
     settings: RenderSettings,
     times: tuple[float, ...],
     conditions: Conditions,
+    control: FrameControl | None,
     seed: int,
     on_step: OnStep,
     interrupted: Callable[[], bool],
@@ -134,11 +147,14 @@ def _in_noise(
     with ExitStack() as stack:
         now = conditions
 
-        def predictor(frames: list[int]) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        def predictor(frames: list[int], steps: int) -> Callable[[torch.Tensor, int], torch.Tensor]:
             nonlocal now
             now = conditions.of(frames)
+            pictures = None if control is None else control.of(frames)
             stack.close()
-            return stack.enter_context(denoiser.frame_predictor(pair, now, (), settings.frame_batch_size))
+            return stack.enter_context(
+                denoiser.frame_predictor(pair, now, (), settings.frame_batch_size, pictures, steps)
+            )
 
         return interpolate_in_noise(
             pair.inversion.path[0],
@@ -159,6 +175,7 @@ def _along_flow(
     delta: torch.Tensor,
     paths: MotionPaths,
     conditions: Conditions,
+    control: FrameControl | None,
     on_step: OnStep,
     interrupted: Callable[[], bool],
 ) -> torch.Tensor:
@@ -168,7 +185,7 @@ def _along_flow(
     """
     inversion = pair.inversion
     with denoiser.frame_predictor(
-        pair, conditions, settings.attention_blocks, settings.frame_batch_size
+        pair, conditions, settings.attention_blocks, settings.frame_batch_size, control
     ) as predict_noise:
         with interruptible():
             fused = fuse_pair(pair, delta, settings.fusion, settings.importance, paths, predict_noise)

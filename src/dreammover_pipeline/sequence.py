@@ -17,7 +17,15 @@ from .images import Photo, decode_images, is_batch
 from .inputs import check_integer
 from .kept_gaps import KeptGaps
 from .outputs import DreamMoverPipelineOutput
-from .pairs import ModelSizes, PairInput, check_generator, flows_of_pairs, pair_seeds, steering_of_pairs
+from .pairs import (
+    ModelSizes,
+    PairInput,
+    check_generator,
+    flows_of_pairs,
+    pair_seeds,
+    poses_of_pairs,
+    steering_of_pairs,
+)
 from .prompts import PairText, check_embeds, pair_negatives
 from .records import PreparedPair
 from .rendering import DenoisedFrames
@@ -130,8 +138,12 @@ def checked_gaps(
     check_generator(content.generator, fits)
     seeds = pair_seeds(content.generator, fits) if random else [None]
     seeds = seeds * len(both) if len(seeds) == 1 else seeds
-    columns = zip(both, texts, steerings, flows, seeds, strict=True)
-    return [PairInput(two, canvas, text, away, steering, flow, seed) for two, text, steering, flow, seed in columns]
+    poses = poses_of_pairs(content, both, [canvas] * len(both), True)
+    columns = zip(both, texts, steerings, flows, seeds, poses, strict=True)
+    return [
+        PairInput(two, canvas, text, away, steering, flow, seed, people)
+        for two, text, steering, flow, seed, people in columns
+    ]
 
 
 def load_sequence(images: Sequence[Photo]) -> list[torch.Tensor]:

@@ -27,6 +27,7 @@ from .arguments import (
     Numbers,
     Pictures,
     Plain,
+    Poses,
     Settings,
     Switch,
     Text,
@@ -97,6 +98,15 @@ class Content(Settings):
         Pictures(),
         "What may move, bright on dark; the rest stays where it is. One picture of the first photo's size is for both "
         "photos, two are one for each photo. A batch has a list with the masks of each pair, None for a pair without.",
+    )
+    poses: Sequence | None = argument(
+        None,
+        Poses(),
+        "The people in the two photos, (pose of the first, pose of the last), for a `controlnet` of OpenPose poses: "
+        "each the path of an OpenPose JSON file, or an array (18, 3) or (people, 18, 3) in OpenPose's order of "
+        "points, x and y in pixels of the photo and confidence in [0, 1], 0 for what is not seen. Points that are "
+        "seen in both move on straight lines, and every frame is conditioned on the pose at its δ. A batch has a list "
+        "with the poses of each pair, None for a pair without.",
     )
     generator: torch.Generator | list[torch.Generator] | None = argument(
         None,
@@ -243,6 +253,19 @@ class NegativeContent(Settings):
 
 
 @dataclass(frozen=True)
+class ControlContent(Settings):
+    """What frames are conditioned on besides texts and poses."""
+
+    control_images: object = argument(
+        None,
+        Values(),
+        "What the `controlnet` is given in place of drawn poses: two images, which are cross-faded, or a function of "
+        "δ in [0, 1] that returns an image. They are brought to the frames' size as the photos are.",
+        option=ASK_PYTHON,
+    )
+
+
+@dataclass(frozen=True)
 class VideoSettings(SharedSettings):
     """Which frames are wanted."""
 
@@ -345,6 +368,15 @@ class RenderSettings(VideoSettings):
         "Classifier-free guidance of the frames. Above 1 they follow the prompt more, at twice the cost; the paper "
         "uses none.",
     )
+    controlnet_conditioning_scale: float = argument(
+        1.0, Numbers(0), "Factor of what the `controlnet` adds to the UNet; 0 adds nothing."
+    )
+    control_guidance_start: float = argument(
+        0.0, Numbers(0, largest=1.0), "Share of the denoising steps after which the `controlnet` begins to act."
+    )
+    control_guidance_end: float = argument(
+        1.0, Numbers(0, largest=1.0), "Share of the denoising steps after which the `controlnet` ceases to act."
+    )
     frame_batch_size: int | None = argument(
         None,
         WholeNumbers(1),
@@ -352,6 +384,14 @@ class RenderSettings(VideoSettings):
         "default it is what fits the free memory.",
         decides=False,
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.control_guidance_start >= self.control_guidance_end:
+            raise ValueError(
+                f"`control_guidance_start` {self.control_guidance_start} must be below `control_guidance_end` "
+                f"{self.control_guidance_end}"
+            )
 
 
 @dataclass(frozen=True)
@@ -399,7 +439,7 @@ def takes_seed(preparing: PrepareSettings, rendering: RenderSettings | None = No
 
 
 PREPARING = (Content, PrepareSettings)  # what `prepare` takes
-RENDERING = (NegativeContent, RenderSettings, Delivery)  # what `render` takes
+RENDERING = (NegativeContent, ControlContent, RenderSettings, Delivery)  # what `render` takes
 GROUPS = (*PREPARING, *RENDERING)
 
 

@@ -178,8 +178,8 @@ class StageMethods:
             return self.safety_checker(images=image, clip_input=clip_input)
 
     def fingerprint(self) -> str:
-        """What decides the frames of given arguments, in short: all weights of UNet, VAE and text encoder, the noise
-        schedule, and the scale of the latents.
+        """What decides the frames of given arguments, in short: all weights of UNet, VAE, text encoder and ControlNet,
+        the noise schedule, and the scale of the latents.
 
         It is the same wherever the weights are held, offloaded or not, compiled or not, and in every precision that
         rounds none of them. A LoRA changes it while it acts: loaded and active, at its weight, or fused; loaded and
@@ -195,7 +195,7 @@ class StageMethods:
         scale = None if self.vae is None else self.vae.config.scaling_factor
         settings = json.dumps([schedule_settings(self.scheduler), scale], default=list)
         with interruptible():
-            weights = fingerprint(self._fingerprinted)
+            weights = fingerprint(self._at_work)
         return hashlib.sha256(f"{weights} {settings}".encode()).hexdigest()
 
     def save_pair(self, pair: PreparedPair, path: str | os.PathLike) -> None:
@@ -240,13 +240,19 @@ class StageMethods:
 
     def _turn(self) -> Turn:
         """A turn for a whole call, which is refused inside another one."""
-        return Turn(self._fingerprinted.values(), self.unet)
+        return Turn(self._at_work.values(), self.unet)
 
     def _step_turn(self) -> Turn:
         """A turn for a single step, which a step callback may take too."""
-        return Turn(self._fingerprinted.values())
+        return Turn(self._at_work.values())
 
     @property
     def _fingerprinted(self) -> dict[str, torch.nn.Module]:
         models = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
         return {name: model for name, model in models.items() if model is not None}
+
+    @property
+    def _at_work(self) -> dict[str, torch.nn.Module]:
+        """All models that make frames; a prepared pair does not depend on the ControlNet."""
+        controlnet = getattr(self, "controlnet", None)
+        return self._fingerprinted | ({} if controlnet is None else {"controlnet": controlnet})

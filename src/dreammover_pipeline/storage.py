@@ -25,12 +25,12 @@ from safetensors.torch import save
 
 from .adapters import acting_tensors
 from .inputs import check_file_place, file_fault
-from .records import BidirectionalFlow, Canvas, Inversion, PreparedPair, Schedule
+from .records import BidirectionalFlow, Canvas, Inversion, PosePair, PreparedPair, Schedule
 from .scratch import replacing
 
 logger = logging.get_logger(__name__)
 
-FORMAT_VERSION = 3  # which may have a fitted negative embedding, and photos in 8 bits where that is all they have
+FORMAT_VERSION = 3  # which may have poses and a fitted negative embedding, and photos of 8 bits in 8 bits
 READABLE_VERSIONS = (1, 2, 3)
 HEADER = "dreammover_pair"
 DIGEST = "dreammover_digest"  # the header entry with the digest of all that a file holds besides
@@ -188,6 +188,8 @@ def write_pair(pair: PreparedPair, path: str | os.PathLike, fingerprints: Mappin
     }
     if pair.negative_embeds is not None:
         tensors["negative_embeds"] = pair.negative_embeds
+    if pair.poses is not None:
+        tensors |= {"poses.places": pair.poses.places, "poses.confidence": pair.poses.confidence}
     header = {
         "version": FORMAT_VERSION,
         "canvas": asdict(pair.canvas),
@@ -288,6 +290,9 @@ def _assembled(header: dict, tensors: dict[str, torch.Tensor], device: str | tor
         lora={name.removeprefix(LORA): placed(name) for name in tensors if name.startswith(LORA)} or None,
         lora_scale=float(header["lora_scale"]),
         negative_embeds=placed("negative_embeds") if "negative_embeds" in tensors else None,
+        poses=PosePair(placed("poses.places", "cpu"), placed("poses.confidence", "cpu"))
+        if "poses.places" in tensors
+        else None,
     )
 
 

@@ -23,7 +23,7 @@ from ..media.files import check_file_path, check_name_length
 from ..media.pictures import crossfade, picture_of
 from ..scratch import put_in_order
 from ..settings import PREPARING, RENDERING, arguments
-from .loading import add_model_options, check_model, load_chosen, pipeline_class
+from .loading import add_controlnet_option, add_model_options, check_model, load_chosen, pipeline_class
 from .options import add_method_options, call_arguments, seed, size, steering_files
 from .writing import (
     add_output_options,
@@ -51,6 +51,7 @@ PAIR_OPTIONS = {
     "save_pair": "--save-pair",
     "points": "--points",
     "mask": "--mask",
+    "poses": "--poses",
 }
 
 
@@ -87,6 +88,7 @@ def add_interpolate(commands: argparse._SubParsersAction) -> None:
     )
     add("--one-lora", action="store_true", help="Fit one LoRA to all photos, instead of one for every two neighbours.")
     add_model_options(parser, default="sd15")
+    add_controlnet_option(parser)
     add_method_options(parser, gaps=True)
 
 
@@ -135,11 +137,16 @@ def _decoded(args: argparse.Namespace) -> tuple[list[torch.Tensor], dict[str, ob
     import torch
 
     from ..images import check_mask_sizes, decode_images
+    from ..poses import people_of_photos
     from ..steering import check_points_inside, point_pairs
 
     photos = [*decode_images(args.img0, "photo A"), *decode_images(args.img1, "photo B")]
     sizes, call = [photo.shape[-2:] for photo in photos], call_arguments(args)
     check_points_inside(point_pairs(call.get("points")), sizes)
+    if "poses" in call:
+        if args.controlnet is None:
+            raise ValueError("--poses needs a ControlNet that was trained on OpenPose poses; name it by --controlnet")
+        people_of_photos(call["poses"], sizes)
     if "mask" in call:
         call["mask"] = check_mask_sizes(decode_images(call["mask"], "mask"), sizes)
     return photos, {**call, "generator": torch.Generator("cpu").manual_seed(args.seed), "include_inputs": True}

@@ -17,6 +17,9 @@ from ..inputs import file_fault
 from ..tiny import CHECKPOINT
 
 if TYPE_CHECKING:
+    import torch
+    from diffusers import ControlNetModel
+
     from ..pipeline import DreamMoverPipeline
 
 MODELS = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5", "tiny": str(CHECKPOINT)}
@@ -39,6 +42,15 @@ def add_model_options(parser: argparse.ArgumentParser, default: str) -> None:
     add("--model", default=default, metavar="NAME", help=f"Model: {models} (default: %(default)s).")
     add("--dtype", choices=DTYPES, help="Precision. By default it is float16 on cuda and float32 elsewhere.")
     add_device_options(add)
+
+
+def add_controlnet_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names a ControlNet, for a command that `load_chosen` loads the model of."""
+    parser.add_argument(
+        "--controlnet",
+        metavar="NAME",
+        help="A ControlNet for the model, which frames with poses follow: a Hub id or a folder.",
+    )
 
 
 def add_device_options(add: Callable[..., object]) -> None:
@@ -123,7 +135,9 @@ def choose_device(name: str | None) -> str:
     return name
 
 
-def load_pipeline(model: str, dtype: str | None, device: str, allow_pickle: bool = False) -> DreamMoverPipeline:
+def load_pipeline(
+    model: str, dtype: str | None, device: str, allow_pickle: bool = False, controlnet: str | None = None
+) -> DreamMoverPipeline:
     """Load a model and put it on a device.
 
     Args:
@@ -131,6 +145,7 @@ def load_pipeline(model: str, dtype: str | None, device: str, allow_pickle: bool
         dtype: The precision, one of `DTYPES`; by default it is float16 on cuda and float32 elsewhere.
         device: The name of the device, as `choose_device` returns it.
         allow_pickle: Whether a folder or a Hub repository may hold weights in other files than safetensors.
+        controlnet: The name of a ControlNet, a Hub id or a folder; None for none.
 
     Raises:
         RuntimeError: The model cannot be downloaded or read; the message says what else to try.
@@ -144,16 +159,38 @@ def load_pipeline(model: str, dtype: str | None, device: str, allow_pickle: bool
     else:
         safe = None if allow_pickle else True
         load = partial(pipeline.from_pretrained, use_safetensors=safe, variant=_variant(Path(source)))
+    settings = {"dtype": getattr(torch, dtype or ("float16" if device.startswith("cuda") else "float32"))}
+    if controlnet is not None:
+        settings["controlnet"] = _load_controlnet(controlnet, settings["dtype"], None if allow_pickle else True)
     try:
-        pipe = load(source, dtype=getattr(torch, dtype or ("float16" if device.startswith("cuda") else "float32")))
+        pipe = load(source, **settings)
     except Exception as error:  # diffusers raises errors of many classes if it cannot download or read a checkpoint
         raise RuntimeError(_loading_failed(source, error)) from error
     return pipe.to(device)
 
 
 def load_chosen(args: argparse.Namespace) -> DreamMoverPipeline:
-    """Load the model that the options of `add_model_options` name, and put it on the device that they name."""
-    return load_pipeline(args.model, args.dtype, choose_device(args.device), args.allow_pickle)
+    """Load the model that the options of `add_model_options` name, and put it on the device that they name.
+
+    A ControlNet is loaded with it where `add_controlnet_option` has added that option and it is typed.
+    """
+    return load_pipeline(
+        args.model, args.dtype, choose_device(args.device), args.allow_pickle, getattr(args, "controlnet", None)
+    )
+
+
+def _load_controlnet(source: str, dtype: torch.dtype, safe: bool | None) -> ControlNetModel:
+    """A ControlNet from a Hub id or a folder, from safetensors only if `safe`.
+
+    Raises:
+        RuntimeError: It cannot be downloaded or read.
+    """
+    from diffusers import ControlNetModel
+
+    try:
+        return ControlNetModel.from_pretrained(source, torch_dtype=dtype, use_safetensors=safe)
+    except Exception as error:  # as above
+        raise RuntimeError(f"cannot load the ControlNet '{source}' ({_in_short(error)})") from error
 
 
 def _variant(folder: Path) -> str | None:

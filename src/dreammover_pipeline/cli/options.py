@@ -18,6 +18,7 @@ from ..arguments import (
     Levels,
     Numbers,
     Pictures,
+    Poses,
     Text,
     WholeNumbers,
     arguments_of,
@@ -27,7 +28,7 @@ from ..media.texts import read_json, read_text
 from ..settings import GROUPS, PRESETS, RENDERING, arguments
 
 # The arguments that only make sense for one pair of photos.
-STEERING = ("points", "mask")
+STEERING = ("points", "mask", "poses")
 # What the help calls the value of an option, where that does not follow from the values that the argument takes.
 METAVARS = {"points": "JSON|FILE", "easing": "NAME"}
 
@@ -78,6 +79,8 @@ def _parsing(declared: Argument, gaps: bool) -> dict[str, object]:
         return {"type": float, "metavar": "X", "help": text}
     if isinstance(values, Levels):
         return {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH"), "help": text}
+    if isinstance(values, Poses):
+        return {"nargs": 2, "metavar": ("JSON_A", "JSON_B"), "help": text}
     if isinstance(values, Blocks):
         return {"type": int, "nargs": "+" if values.least else "*", "metavar": "N", "help": text}
     if isinstance(values, Pictures) or (isinstance(values, Text) and values.of_each_photo):
@@ -107,9 +110,9 @@ def call_arguments(args: argparse.Namespace) -> dict[str, object]:
 
 
 def steering_files(args: argparse.Namespace) -> list[str]:
-    """The paths of the files that are read for the options `--points` and `--mask`."""
+    """The paths of the files that are read for the options `--points`, `--mask` and `--poses`."""
     points = getattr(args, "points", "[")
-    return [*([] if _is_json(points) else [points]), *getattr(args, "mask", [])]
+    return [*([] if _is_json(points) else [points]), *getattr(args, "mask", []), *getattr(args, "poses", [])]
 
 
 def read_points(text: str) -> object:
