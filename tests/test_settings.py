@@ -161,7 +161,7 @@ def test_every_argument_has_an_option_unless_only_python_can_say_it():
     only_python = {
         "height", "width", "generator", "prompt_embeds", "negative_prompt_embeds", "cross_attention_kwargs", "times",
         "include_inputs", "output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
-        "control_images",
+        "control_images", "choices",
     }  # fmt: skip
     assert set(arguments()) - set(expected.values()) == only_python
 

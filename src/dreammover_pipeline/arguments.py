@@ -164,6 +164,34 @@ class Poses(Values):
 
 
 @dataclass(frozen=True)
+class Ranking(Values):
+    """Two texts, or a function."""
+
+    in_files: ClassVar[bool] = True
+
+    def check(self, name: str, value: object) -> None:
+        """Raise TypeError unless the value is one of these."""
+        if callable(value):
+            return
+        if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(isinstance(text, str) for text in value):
+            raise TypeError(f"`{name}` must be two texts or a function, not {value!r} of type {type(value).__name__}")
+        check_text(name, value)
+
+
+@dataclass(frozen=True)
+class Choices(Values):
+    """A dictionary from times to whole numbers of at least 0."""
+
+    def check(self, name: str, value: object) -> None:
+        """Raise TypeError or ValueError unless the value is such a dictionary."""
+        if not isinstance(value, Mapping):
+            raise TypeError(f"`{name}` must be a dictionary from δ to a number, not {value!r}")
+        for time, index in value.items():
+            check_number(f"{name}: δ", time, 0, maximum=1)
+            check_integer(f"{name}[{time}]", index, 0)
+
+
+@dataclass(frozen=True)
 class Argument:
     """The declaration of one argument.
 

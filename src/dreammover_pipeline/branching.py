@@ -102,6 +102,8 @@ def interpolate_in_noise(
     seed: int,
     on_step: Callable[[int, int, torch.Tensor], torch.Tensor] = lambda i, timestep, latents: latents,
     interrupted: Callable[[], bool] = lambda: False,
+    candidates: int = 1,
+    choose: Callable[[float, torch.Tensor], int] = lambda time, candidates: 0,
 ) -> torch.Tensor:
     """Clean latents of the frames between two pictures.
 
@@ -117,36 +119,38 @@ def interpolate_in_noise(
             that it returns replace those it was given.
         interrupted: Function called before each step; if it returns True, frames that are not made yet are mixed of
             their parents.
+        candidates: How often every frame is made, with other noise. The first is what it is without any others.
+        choose: Function from a time and the clean latents of its candidates, (n, C, h, w), to the index of the one
+            that is kept.
 
     Returns:
         (F, C, h, w), in the order of `times`.
     """
     clean = clean.to(working_dtype(clean))
-    made, fresh, done = {0.0: clean[0], 1.0: clean[1]}, noises(clean[0], seed), 0
+    made, done = {0.0: clean[0], 1.0: clean[1]}, 0
+    fresh = [noises(clean[0], seed + candidate) for candidate in range(candidates)]
     branches = generations(times)
     counts = steps_of_generations(len(branches), levels, len(schedule.timesteps))
-    for branch_of_frames, steps in zip(branches, counts, strict=True):
-        parents = [torch.stack([made[time] for time in branch.parents]) for branch in branch_of_frames]
+    for generation, steps in zip(branches, counts, strict=True):
+        parents = [torch.stack([made[time] for time in branch.parents]) for branch in generation]
         if interrupted():
-            made |= {b.time: torch.lerp(*ends, b.way) for b, ends in zip(branch_of_frames, parents, strict=True)}
+            made |= {b.time: torch.lerp(*ends, b.way) for b, ends in zip(generation, parents, strict=True)}
             continue
-        alpha_bar = schedule.alpha_bars[steps]
-        mixed = torch.stack(
-            [
-                mixed_in_noise(ends, next(fresh), alpha_bar, branch.way)
-                for branch, ends in zip(branch_of_frames, parents, strict=True)
-            ]
-        )
-        predict_noise = predictor([times.index(branch.time) for branch in branch_of_frames], steps)
-        before = done
+        mixed = [
+            mixed_in_noise(ends, next(fresh[candidate]), schedule.alpha_bars[steps], branch.way)
+            for branch, ends in zip(generation, parents, strict=True)
+            for candidate in range(candidates)
+        ]
+        frames = [times.index(branch.time) for branch in generation for _ in range(candidates)]
         latents = denoise(
-            mixed,
-            predict_noise,
+            torch.stack(mixed),
+            predictor(frames, steps),
             schedule,
             steps,
-            lambda i, timestep, x, before=before: on_step(before + i, timestep, x),
+            lambda i, timestep, x, before=done: on_step(before + i, timestep, x),
             interrupted,
         )
-        made |= {branch.time: latent for branch, latent in zip(branch_of_frames, latents, strict=True)}
+        for branch, some in zip(generation, latents.split(candidates), strict=True):
+            made[branch.time] = some[choose(branch.time, some)]
         done += steps
     return torch.stack([made[time] for time in times])

@@ -226,7 +226,7 @@ def finish_frames(
     if output_type == "latent":
         ends = frames.clean_ends
         latents = torch.cat([ends[:1], frames.latents, ends[1:]]) if settings.include_inputs else frames.latents
-        return DreamMoverPipelineOutput(latents[None], [frames.flow], None, [maker.times])
+        return DreamMoverPipelineOutput(latents[None], [frames.flow], None, [maker.times], frames.candidates)
     pictures, flags = [], []
     with stages("Decoding", maker.decodes) as step, models.autoencoder.decoder() as decode:
 
@@ -245,7 +245,7 @@ def finish_frames(
         video = [[picture for (picture,) in pictures]]
     else:
         video = (torch.cat if output_type == "pt" else np.concatenate)(pictures)[None]
-    return DreamMoverPipelineOutput(video, [frames.flow], flagged, [maker.times])
+    return DreamMoverPipelineOutput(video, [frames.flow], flagged, [maker.times], frames.candidates)
 
 
 def picture_dtype(output_type: str) -> torch.dtype:
@@ -410,4 +410,5 @@ def lazy_output(maker: FrameMaker, workplace: Workplace, checked: bool) -> Dream
         checked: Whether a safety checker looks at them.
     """
     frames = LazyFrames.of(maker, workplace)
-    return DreamMoverPipelineOutput([frames], [maker.frames.flow], [frames.flags] if checked else None, [maker.times])
+    flags, made = [frames.flags] if checked else None, maker.frames
+    return DreamMoverPipelineOutput([frames], [made.flow], flags, [maker.times], made.candidates)

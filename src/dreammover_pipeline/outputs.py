@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 
+from .ranking import Chooser
 from .records import BidirectionalFlow
 
 
@@ -26,12 +28,15 @@ class DreamMoverPipelineOutput(BaseOutput):
         nsfw_content_detected: For each pair, whether the safety checker flagged each frame (flagged frames are black);
             None without a safety checker. Of "lazy" frames it tells what is known so far.
         times: For each pair, the time δ of each frame; included inputs are at 0 and 1.
+        candidates: For each pair, what frames were chosen among: `seen` and `chosen` by δ. None where every frame was
+            made once.
     """
 
     frames: list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor
     flow: list[BidirectionalFlow]
     nsfw_content_detected: list[list[bool]] | None
     times: list[tuple[float, ...]]
+    candidates: list[Chooser | None] | None = None
 
     @property
     def blacked_out(self) -> int:
@@ -61,7 +66,14 @@ def joined(outputs: list[DreamMoverPipelineOutput]) -> DreamMoverPipelineOutput:
     flow = [output.flow[0] for output in outputs]
     flagged = [output.nsfw_content_detected for output in outputs]
     flagged = None if flagged[0] is None else [flags for batch in flagged for flags in batch]
-    return DreamMoverPipelineOutput(frames, flow, flagged, [output.times[0] for output in outputs])
+    times = [output.times[0] for output in outputs]
+    return DreamMoverPipelineOutput(frames, flow, flagged, times, joined_candidates(outputs))
+
+
+def joined_candidates(outputs: Sequence[DreamMoverPipelineOutput]) -> list[Chooser | None] | None:
+    """What frames of several outputs were chosen among, None where every frame was made once."""
+    choosers = [None if output.candidates is None else output.candidates[0] for output in outputs]
+    return None if all(chooser is None for chooser in choosers) else choosers
 
 
 def returned(output: DreamMoverPipelineOutput, return_dict: bool) -> DreamMoverPipelineOutput | tuple:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -22,7 +22,7 @@ from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging, replace_example_docstring
-from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
 # From a folder such as a clone's, diffusers copies exactly the modules that this file names by `from .name import`. So
 # this block names every module that any of them needs; those that this file itself has no use for are marked.
@@ -66,6 +66,7 @@ from .poses import (
 from .preparing import fit_lora_of_gaps, prepare_pair
 from .progress import ProgressListener, reported_stage
 from .prompts import NegativeText, pair_negatives
+from .ranking import Chooser, clip_judge
 from .records import Canvas, FrameSources, PosePair, PreparedPair
 from .refinement import refined_flow  # noqa: F401, named for the loader
 from .rendering import DenoisedFrames, render_latents
@@ -135,12 +136,14 @@ class DreamMoverPipeline(
         safety_checker: optional; frames it flags come back black.
         feature_extractor: prepares frames for the safety checker.
         controlnet: optional; a ControlNet for the UNet, by which frames follow `poses` or `control_images`.
+        clip: optional; a CLIP that ranks `candidates`.
+        clip_processor: prepares texts and frames for `clip`.
         requires_safety_checker: whether a missing safety checker deserves a warning.
     """
 
     PRESETS = PRESETS
     model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = ["safety_checker", "feature_extractor", "controlnet"]  # noqa: RUF012, as diffusers declares it
+    _optional_components = ["safety_checker", "feature_extractor", "controlnet", "clip", "clip_processor"]  # noqa: RUF012, as diffusers declares it
     _exclude_from_cpu_offload = ["safety_checker"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
 
@@ -155,6 +158,8 @@ class DreamMoverPipeline(
         safety_checker: StableDiffusionSafetyChecker,
         feature_extractor: CLIPImageProcessor,
         controlnet: ControlNetModel | None = None,
+        clip: CLIPModel | None = None,
+        clip_processor: CLIPProcessor | None = None,
         requires_safety_checker: bool = True,
     ):
         super().__init__()
@@ -174,6 +179,8 @@ class DreamMoverPipeline(
             safety_checker=safety_checker,
             feature_extractor=feature_extractor,
             controlnet=controlnet,
+            clip=clip,
+            clip_processor=clip_processor,
         )
         self.register_to_config(requires_safety_checker=requires_safety_checker)
         self.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
@@ -213,6 +220,9 @@ class DreamMoverPipeline(
         easing: str | Callable[[float], float] = "linear",
         method: str = "flow",
         noise_levels: Sequence[float] = (0.25, 0.65),
+        candidates: int = 1,
+        rank_by: Sequence[str] | Callable = ("high quality, detailed", "blurry, distorted"),
+        choices: Mapping[float, int] | None = None,
         num_inference_steps: int = 50,
         inversion_steps: int = 30,
         feature_step: int = 14,
@@ -284,6 +294,15 @@ class DreamMoverPipeline(
             noise_levels: How far frames are noised where `method` is "noise", as shares of the schedule: the last ones
                 that are made, and the frame in the middle, which is made first. Below a quarter frames look like a
                 cross-fade; above two thirds they leave the photos.
+            candidates: How often every frame is made, with other noise, where `method` is "noise"; the best is kept,
+                and the frames beside it are made of it. More find better frames and take as many times as long. With
+                "flow", where nothing is random, it must be 1.
+            rank_by: What decides which of the `candidates` is the best: two texts, of which CLIP (the components
+                `clip` and `clip_processor`) is to find a frame more like the first than like the second; or a function
+                that gives a larger number for a better image.
+            choices: Which of the `candidates`, from 0, is kept at some δ, whatever `rank_by` says: a dictionary from δ
+                to number. The candidates of a call are in its output's `candidates`; with the same generator, only
+                frames that are made of the chosen ones become others.
             num_inference_steps: Steps N of the whole DDIM schedule. More are finer and take longer.
             inversion_steps: How many of the steps the photos are inverted and the frames denoised, T. Fewer keep
                 closer to the warped photos, more redraw what warping breaks: fewer ghosts, less likeness.
@@ -394,6 +413,7 @@ class DreamMoverPipeline(
         self._check_texts(pairs, guidance_scale)
         check_stackable(pairs, output_type)
         pictures = [self._control_picture(control_images, pair.poses, pair.canvas) for pair in pairs]
+        self._require_judge(rendering)
         with self._turn():
             self._interrupt = False
             outputs = []
@@ -473,6 +493,9 @@ class DreamMoverPipeline(
         easing: str | Callable[[float], float] = "linear",
         method: str = "flow",
         noise_levels: Sequence[float] = (0.25, 0.65),
+        candidates: int = 1,
+        rank_by: Sequence[str] | Callable = ("high quality, detailed", "blurry, distorted"),
+        choices: Mapping[float, int] | None = None,
         attention_blocks: Sequence[int] = (2, 3),
         fusion: str = "two_level",
         motion: str = "rigid",
@@ -517,6 +540,7 @@ class DreamMoverPipeline(
         check_generator(generator, 1)
         seed = pair_seeds(generator, 1)[0] if method == "noise" else None
         picture = self._control_picture(control_images, pair.poses, pair.canvas)
+        self._require_judge(settings)
         with self._turn():
             self._interrupt = False
             return returned(self._render(pair, settings, negative, delivery, seed, picture), return_dict)
@@ -575,7 +599,17 @@ class DreamMoverPipeline(
                 yield step
 
         return render_latents(
-            models, pair, settings, paths, negative, stages, on_step_end, lambda: self.interrupt, seed, picture
+            models,
+            pair,
+            settings,
+            paths,
+            negative,
+            stages,
+            on_step_end,
+            lambda: self.interrupt,
+            seed,
+            picture,
+            self._chooser(settings),
         )
 
     def _finish(
@@ -646,14 +680,16 @@ class DreamMoverPipeline(
         self._check_texts(gaps, rendering[0].guidance_scale)
         images_of_all = ControlContent.of(arguments).control_images
         pictures = [self._control_picture(images_of_all, gap.poses, gap.canvas) for gap in gaps]
+        self._require_judge(rendering[0])
 
         if keep is not None:
             check_no_callback("keep", delivery)
-            if images_of_all is not None:
-                raise ValueError(
-                    "`keep` and `control_images` exclude each other, since nobody can tell whether they are those of "
-                    "the gaps that are kept; pass `poses`, or make the sequence without `keep`"
-                )
+            for name, function in (("control_images", images_of_all), ("rank_by", rendering[0].rank_by)):
+                if callable(function) or (name == "control_images" and function is not None):
+                    raise ValueError(
+                        f"`keep` and such a `{name}` exclude each other, since nobody can tell whether it is that of "
+                        "the gaps that are kept; make the sequence without `keep`"
+                    )
         with self._turn():
             self._interrupt = False
             kept = KeptGaps()
@@ -836,6 +872,25 @@ class DreamMoverPipeline(
             if given is not None:
                 self._require_controlnet(name)
         return control_picture(images, poses, canvas)
+
+    def _require_judge(self, settings: RenderSettings) -> None:
+        """Raise ValueError if there are candidates, and nothing that chooses among them."""
+        judged = callable(settings.rank_by) or (self.clip is not None and self.clip_processor is not None)
+        if settings.candidates > 1 and not judged:
+            raise ValueError(
+                "`candidates` are ranked by CLIP, which this pipeline lacks; load it with `clip=CLIPModel."
+                "from_pretrained(...)` and `clip_processor=CLIPProcessor.from_pretrained(...)`, or pass a function as "
+                "`rank_by`"
+            )
+
+    def _chooser(self, settings: RenderSettings) -> Chooser | None:
+        """What chooses among the candidates of each frame; None where every frame is made once."""
+        if settings.candidates == 1:
+            return None
+        judge = settings.rank_by
+        if not callable(judge):
+            judge = clip_judge(self.clip, self.clip_processor, judge, self._execution_device)
+        return Chooser(judge, settings.choices or {})
 
     def _require_controlnet(self, argument: str) -> None:
         """Raise TypeError or ValueError unless there is a ControlNet that fits the UNet, for an argument's sake."""

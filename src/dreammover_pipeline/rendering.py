@@ -25,9 +25,11 @@ from .fusion import (
 from .inputs import frame_times
 from .layout import holding_layout
 from .models import Models, require_finite
+from .outputs import as_output
 from .paths import MotionPaths
 from .progress import Stages
 from .prompts import NegativeText
+from .ranking import Chooser
 from .records import BidirectionalFlow, Canvas, FusedFrames, PreparedPair
 from .sampling import denoise
 from .settings import RenderSettings, VideoSettings
@@ -48,7 +50,8 @@ class DenoisedFrames:
     `latents` (F, C, h, w) are clean, `times` the δ of each; `clean_ends` (2, C, h, w) are the clean latents of the two
     photos and `images` the photos at the output size, as `fit_to_output` gives them. `pair` is what the frames lie
     between, None if they were kept in a file, which does not hold it; `paths` are the ways of the cells by which
-    detail is looked up, None for those that follow from the flow.
+    detail is looked up, None for those that follow from the flow. `candidates` holds what they were chosen among, None
+    where every frame was made once.
     """
 
     latents: torch.Tensor
@@ -59,6 +62,7 @@ class DenoisedFrames:
     flow: BidirectionalFlow
     pair: PreparedPair | None = None
     paths: MotionPaths | None = None
+    candidates: list[Chooser] | None = None
 
 
 def render_latents(
@@ -72,6 +76,7 @@ def render_latents(
     interrupted: Callable[[], bool] = lambda: False,
     seed: int = 0,
     picture: ControlPicture | None = None,
+    chooser: Chooser | None = None,
 ) -> DenoisedFrames:
     """Place the frames in time and make them, by the method that is asked for.
 
@@ -86,6 +91,7 @@ def render_latents(
         interrupted: Asked before every denoising step; where it says yes the frames stay as they are.
         seed: Decides the noise of frames that are made in noise.
         picture: What the ControlNet is given at each time; None to leave it out.
+        chooser: Chooses among the candidates of each frame; None where every frame is made once.
 
     Raises:
         RuntimeError: The UNet overflowed.
@@ -111,14 +117,16 @@ def render_latents(
 
         if settings.method == "noise":
             latents = _in_noise(
-                models.denoiser, pair, settings, times, conditions, control, seed, on_step, interrupted
+                models, pair, settings, times, conditions, control, seed, chooser, on_step, interrupted
             )
         else:
             latents = _along_flow(
                 models.denoiser, pair, settings, delta, paths, conditions, control, on_step, interrupted
             )
     require_finite(latents, models.denoiser.unet.dtype)
-    return DenoisedFrames(latents, times, pair.inversion.path[0], pair.images, pair.canvas, pair.flow, pair)
+    candidates = None if chooser is None else [chooser]
+    ends = pair.inversion.path[0]
+    return DenoisedFrames(latents, times, ends, pair.images, pair.canvas, pair.flow, pair, candidates=candidates)
 
 
 def denoising_steps(method: str, pair: PreparedPair, times: tuple[float, ...], levels: tuple[float, float]) -> int:
@@ -133,13 +141,14 @@ OnStep = Callable[[int, int, torch.Tensor, Conditions], torch.Tensor]
 
 
 def _in_noise(
-    denoiser: Denoiser,
+    models: Models,
     pair: PreparedPair,
     settings: RenderSettings,
     times: tuple[float, ...],
     conditions: Conditions,
     control: FrameControl | None,
     seed: int,
+    chooser: Chooser | None,
     on_step: OnStep,
     interrupted: Callable[[], bool],
 ) -> torch.Tensor:
@@ -153,8 +162,12 @@ def _in_noise(
             pictures = None if control is None else control.of(frames)
             stack.close()
             return stack.enter_context(
-                denoiser.frame_predictor(pair, now, (), settings.frame_batch_size, pictures, steps)
+                models.denoiser.frame_predictor(pair, now, (), settings.frame_batch_size, pictures, steps)
             )
+
+        def choose(time: float, candidates: torch.Tensor) -> int:
+            decoded = [models.autoencoder.decode(latent)[pair.canvas.content] for latent in candidates.split(1)]
+            return chooser.choose(time, [picture for frame in decoded for picture in as_output(frame, "pil")])
 
         return interpolate_in_noise(
             pair.inversion.path[0],
@@ -165,6 +178,8 @@ def _in_noise(
             seed,
             lambda i, timestep, latents: on_step(i, timestep, latents, now),
             interrupted,
+            settings.candidates,
+            **({} if chooser is None else {"choose": choose}),
         )
 
 

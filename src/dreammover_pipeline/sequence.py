@@ -16,7 +16,7 @@ import torch
 from .images import Photo, decode_images, is_batch
 from .inputs import check_integer
 from .kept_gaps import KeptGaps
-from .outputs import DreamMoverPipelineOutput
+from .outputs import DreamMoverPipelineOutput, joined_candidates
 from .pairs import (
     ModelSizes,
     PairInput,
@@ -250,7 +250,8 @@ def in_a_row(outputs: Sequence[DreamMoverPipelineOutput], photos_included: bool)
     else:  # frames that are made when they are asked for, and know then which of them are flagged
         video = [sum(frames[1:], frames[0])]
         flagged = flagged and [video[0].flags]
-    return DreamMoverPipelineOutput(video, [output.flow[0] for output in outputs], flagged, joined("times"))
+    flow, candidates = [output.flow[0] for output in outputs], joined_candidates(outputs)
+    return DreamMoverPipelineOutput(video, flow, flagged, joined("times"), candidates)
 
 
 def _short(value: object) -> str:

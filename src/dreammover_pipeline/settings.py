@@ -11,7 +11,7 @@ Nothing here imports torch, so that the command line can answer `--help` at once
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from .arguments import (
     Argument,
     Blocks,
     Choice,
+    Choices,
     Function,
     Keywords,
     Levels,
@@ -28,6 +29,7 @@ from .arguments import (
     Pictures,
     Plain,
     Poses,
+    Ranking,
     Settings,
     Switch,
     Text,
@@ -319,6 +321,28 @@ class RenderSettings(VideoSettings):
         "and the frame in the middle, which is made first. Below a quarter frames look like a cross-fade; above two "
         "thirds they leave the photos.",
     )
+    candidates: int = argument(
+        1,
+        WholeNumbers(1, 100),
+        'How often every frame is made, with other noise, where `method` is "noise"; the best is kept, and the frames '
+        'beside it are made of it. More find better frames and take as many times as long. With "flow", where nothing '
+        "is random, it must be 1.",
+    )
+    rank_by: Sequence[str] | Callable = argument(
+        ("high quality, detailed", "blurry, distorted"),
+        Ranking(),
+        "What decides which of the `candidates` is the best: two texts, of which CLIP (the components `clip` and "
+        "`clip_processor`) is to find a frame more like the first than like the second; or a function that gives a "
+        "larger number for a better image.",
+    )
+    choices: Mapping[float, int] | None = argument(
+        None,
+        Choices(),
+        "Which of the `candidates`, from 0, is kept at some δ, whatever `rank_by` says: a dictionary from δ to "
+        "number. The candidates of a call are in its output's `candidates`; with the same generator, only frames that "
+        "are made of the chosen ones become others.",
+        option=ASK_PYTHON,
+    )
     attention_blocks: Sequence[int] = argument(
         (2, 3),
         Blocks(check_attention_blocks, 0),
@@ -387,6 +411,17 @@ class RenderSettings(VideoSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.method == "flow" and self.candidates > 1:
+            raise ValueError(
+                f'`candidates` {self.candidates} need `method` "noise": with "flow" nothing but the LoRA fit is '
+                "random, and all candidates would be the same"
+            )
+        wrong = [index for index in (self.choices or {}).values() if index >= self.candidates]
+        if wrong:
+            raise ValueError(
+                f"`choices` must name candidates from 0 to {self.candidates - 1}, of `candidates` {self.candidates}, "
+                f"not {wrong[0]}"
+            )
         if self.control_guidance_start >= self.control_guidance_end:
             raise ValueError(
                 f"`control_guidance_start` {self.control_guidance_start} must be below `control_guidance_end` "

@@ -178,8 +178,8 @@ class StageMethods:
             return self.safety_checker(images=image, clip_input=clip_input)
 
     def fingerprint(self) -> str:
-        """What decides the frames of given arguments, in short: all weights of UNet, VAE, text encoder and ControlNet,
-        the noise schedule, and the scale of the latents.
+        """What decides the frames of given arguments, in short: all weights of UNet, VAE, text encoder, ControlNet and
+        CLIP, the noise schedule, and the scale of the latents.
 
         It is the same wherever the weights are held, offloaded or not, compiled or not, and in every precision that
         rounds none of them. A LoRA changes it while it acts: loaded and active, at its weight, or fused; loaded and
@@ -253,6 +253,6 @@ class StageMethods:
 
     @property
     def _at_work(self) -> dict[str, torch.nn.Module]:
-        """All models that make frames; a prepared pair does not depend on the ControlNet."""
-        controlnet = getattr(self, "controlnet", None)
-        return self._fingerprinted | ({} if controlnet is None else {"controlnet": controlnet})
+        """All models that make frames; a prepared pair does not depend on ControlNet and CLIP."""
+        others = {"controlnet": self.controlnet, "clip": self.clip}
+        return self._fingerprinted | {name: model for name, model in others.items() if model is not None}

@@ -23,7 +23,7 @@ from ..media.files import check_file_path, check_name_length
 from ..media.pictures import crossfade, picture_of
 from ..scratch import put_in_order
 from ..settings import PREPARING, RENDERING, arguments
-from .loading import add_controlnet_option, add_model_options, check_model, load_chosen, pipeline_class
+from .loading import add_component_options, add_model_options, check_model, load_chosen, pipeline_class
 from .options import add_method_options, call_arguments, seed, size, steering_files
 from .writing import (
     add_output_options,
@@ -88,7 +88,7 @@ def add_interpolate(commands: argparse._SubParsersAction) -> None:
     )
     add("--one-lora", action="store_true", help="Fit one LoRA to all photos, instead of one for every two neighbours.")
     add_model_options(parser, default="sd15")
-    add_controlnet_option(parser)
+    add_component_options(parser)
     add_method_options(parser, gaps=True)
 
 

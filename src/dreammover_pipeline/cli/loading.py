@@ -18,7 +18,6 @@ from ..tiny import CHECKPOINT
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import ControlNetModel
 
     from ..pipeline import DreamMoverPipeline
 
@@ -44,13 +43,11 @@ def add_model_options(parser: argparse.ArgumentParser, default: str) -> None:
     add_device_options(add)
 
 
-def add_controlnet_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option that names a ControlNet, for a command that `load_chosen` loads the model of."""
-    parser.add_argument(
-        "--controlnet",
-        metavar="NAME",
-        help="A ControlNet for the model, which frames with poses follow: a Hub id or a folder.",
-    )
+def add_component_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name optional models, for a command that `load_chosen` loads the model of."""
+    add = parser.add_argument
+    add("--controlnet", metavar="NAME", help="A ControlNet, which frames with poses follow: a Hub id or a folder.")
+    add("--clip", metavar="NAME", help="A CLIP, which ranks candidates: a Hub id or a folder.")
 
 
 def add_device_options(add: Callable[..., object]) -> None:
@@ -136,7 +133,12 @@ def choose_device(name: str | None) -> str:
 
 
 def load_pipeline(
-    model: str, dtype: str | None, device: str, allow_pickle: bool = False, controlnet: str | None = None
+    model: str,
+    dtype: str | None,
+    device: str,
+    allow_pickle: bool = False,
+    controlnet: str | None = None,
+    clip: str | None = None,
 ) -> DreamMoverPipeline:
     """Load a model and put it on a device.
 
@@ -146,6 +148,7 @@ def load_pipeline(
         device: The name of the device, as `choose_device` returns it.
         allow_pickle: Whether a folder or a Hub repository may hold weights in other files than safetensors.
         controlnet: The name of a ControlNet, a Hub id or a folder; None for none.
+        clip: The name of a CLIP, a Hub id or a folder; None for none.
 
     Raises:
         RuntimeError: The model cannot be downloaded or read; the message says what else to try.
@@ -160,8 +163,7 @@ def load_pipeline(
         safe = None if allow_pickle else True
         load = partial(pipeline.from_pretrained, use_safetensors=safe, variant=_variant(Path(source)))
     settings = {"dtype": getattr(torch, dtype or ("float16" if device.startswith("cuda") else "float32"))}
-    if controlnet is not None:
-        settings["controlnet"] = _load_controlnet(controlnet, settings["dtype"], None if allow_pickle else True)
+    settings |= _components(controlnet, clip, settings["dtype"], None if allow_pickle else True)
     try:
         pipe = load(source, **settings)
     except Exception as error:  # diffusers raises errors of many classes if it cannot download or read a checkpoint
@@ -172,25 +174,32 @@ def load_pipeline(
 def load_chosen(args: argparse.Namespace) -> DreamMoverPipeline:
     """Load the model that the options of `add_model_options` name, and put it on the device that they name.
 
-    A ControlNet is loaded with it where `add_controlnet_option` has added that option and it is typed.
+    The models of `add_component_options` are loaded with it where the command has those options.
     """
-    return load_pipeline(
-        args.model, args.dtype, choose_device(args.device), args.allow_pickle, getattr(args, "controlnet", None)
-    )
+    others = {name: getattr(args, name, None) for name in ("controlnet", "clip")}
+    return load_pipeline(args.model, args.dtype, choose_device(args.device), args.allow_pickle, **others)
 
 
-def _load_controlnet(source: str, dtype: torch.dtype, safe: bool | None) -> ControlNetModel:
-    """A ControlNet from a Hub id or a folder, from safetensors only if `safe`.
+def _components(controlnet: str | None, clip: str | None, dtype: torch.dtype, safe: bool | None) -> dict[str, object]:
+    """The optional components of the pipeline that are named, from safetensors only if `safe`.
 
     Raises:
-        RuntimeError: It cannot be downloaded or read.
+        RuntimeError: One of them cannot be downloaded or read.
     """
     from diffusers import ControlNetModel
+    from transformers import CLIPModel, CLIPProcessor
 
+    found = {}
     try:
-        return ControlNetModel.from_pretrained(source, torch_dtype=dtype, use_safetensors=safe)
-    except Exception as error:  # as above
-        raise RuntimeError(f"cannot load the ControlNet '{source}' ({_in_short(error)})") from error
+        if controlnet is not None:
+            found["controlnet"] = ControlNetModel.from_pretrained(controlnet, torch_dtype=dtype, use_safetensors=safe)
+        if clip is not None:
+            found["clip"] = CLIPModel.from_pretrained(clip, dtype=dtype, use_safetensors=safe)
+            found["clip_processor"] = CLIPProcessor.from_pretrained(clip)
+    except Exception as error:  # diffusers and transformers raise errors of many classes
+        name = controlnet if clip is None or (controlnet is not None and "controlnet" not in found) else clip
+        raise RuntimeError(f"cannot load the model '{name}' ({_in_short(error)})") from error
+    return found
 
 
 def _variant(folder: Path) -> str | None:

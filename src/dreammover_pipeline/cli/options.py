@@ -19,6 +19,7 @@ from ..arguments import (
     Numbers,
     Pictures,
     Poses,
+    Ranking,
     Text,
     WholeNumbers,
     arguments_of,
@@ -79,6 +80,8 @@ def _parsing(declared: Argument, gaps: bool) -> dict[str, object]:
         return {"type": float, "metavar": "X", "help": text}
     if isinstance(values, Levels):
         return {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH"), "help": text}
+    if isinstance(values, Ranking):
+        return {"nargs": 2, "metavar": ("GOOD", "BAD"), "help": text}
     if isinstance(values, Poses):
         return {"nargs": 2, "metavar": ("JSON_A", "JSON_B"), "help": text}
     if isinstance(values, Blocks):

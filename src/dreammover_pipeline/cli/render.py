@@ -10,7 +10,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ..inputs import file_fault
-from .loading import add_controlnet_option, add_model_options, check_model, pipeline_class
+from .loading import add_component_options, add_model_options, check_model, pipeline_class
 from .options import add_method_options, call_arguments, seed
 from .writing import add_output_options, check_output_paths, check_sources, make_video, say_if_scaled, settle_length
 
@@ -38,7 +38,7 @@ def add_render(commands: argparse._SubParsersAction) -> None:
         help="Seed of the noise where --method is noise; equal seeds give equal videos (default: %(default)s).",
     )
     add_model_options(parser, default="sd15")
-    add_controlnet_option(parser)
+    add_component_options(parser)
     add_method_options(parser, rendering_only=True)
 
 
