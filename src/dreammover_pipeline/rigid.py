@@ -23,7 +23,7 @@ from .splatting import winner_splat
 UNIT_GRID = 32
 WINDOW_SIGMA = 3.0  # cells; of the Gaussian by which matches count that lie away from a cell
 WINDOW_REACH = 2.7  # of that sigma; how far from a cell, along the rows and the columns, a match counts at all
-# Cells; standard deviation of how far from the fit a match may lie, for each time that the fit is made anew.
+# Cells; standard deviation of how far a match may lie from the fit before, for each time that it is made anew.
 TOLERANCES = (6.0, 3.0, 2.0, 1.5)
 STIFFNESS = 0.5  # squared cells; how strongly turn and scaling are held back where matches lie close together
 LEAST = 1e-6  # of its weight without the fit, what a match keeps that the fit does not explain
