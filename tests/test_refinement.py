@@ -2,6 +2,9 @@
 """Flows refined on the photos."""
 
 import math
+from dataclasses import replace
+from functools import reduce
+from itertools import product
 
 import pytest
 import torch
@@ -11,7 +14,15 @@ from support import naive
 from dreammover_pipeline import refinement
 from dreammover_pipeline.fields import cell_grid
 from dreammover_pipeline.records import BidirectionalFlow
-from dreammover_pipeline.refinement import FROM_FEATURES, Windows, _most_alike, aligned_flow, refined_flow
+from dreammover_pipeline.refinement import (
+    FROM_FEATURES,
+    WITHIN_A_CELL,
+    Windows,
+    _most_alike,
+    aligned_flow,
+    refined_flow,
+)
+from dreammover_pipeline.rigid import nearer_fit, similarities_of
 
 TOLERANCE = 0.06
 
@@ -171,24 +182,62 @@ def test_a_step_is_that_of_the_linearised_window():
     x, y = cell_grid(40, 40, torch.zeros(1).double())[0]
     ramp = torch.stack([x, y, x + y]) / 400
     photos = torch.stack([ramp, ramp + torch.tensor([-0.004, 0.002, -0.002]).reshape(3, 1, 1)])  # moved by (1.6, −0.8)
-    windows = Windows.of(photos, (10, 10), FROM_FEATURES)
-    still = torch.zeros(2, 2, 10, 10).double()
+    reach = replace(FROM_FEATURES, steps=1)
+    windows, still = Windows.of(photos, (10, 10), reach), torch.zeros(2, 2, 10, 10).double()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refinement, "DAMPING", 1e-9)
         patch.setattr(refinement, "OUTLIER", 1e6)
-        shift, turn = windows.stepped(still, still)
+        made = windows.stepped(windows.resting(), torch.ones(2, 1, 10, 10, dtype=torch.bool))
     inner = (0, slice(None), slice(3, 7), slice(3, 7))
     expected = torch.tensor([0.4, -0.2]).double().reshape(2, 1, 1).expand(2, 4, 4)
-    torch.testing.assert_close(shift[inner], expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(turn[inner], torch.zeros_like(turn[inner]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(made.shift[inner], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(made.turn[inner], still[inner], atol=1e-5, rtol=0)
 
 
 def test_a_window_without_texture_takes_no_step():
     windows = Windows.of(torch.full((2, 3, 24, 20), 0.3).double(), (6, 5), FROM_FEATURES)
     shift, turn = randn(2, 2, 6, 5), 0.1 * randn(2, 2, 6, 5, seed=1)
-    stepped = windows.stepped(shift, turn)
-    torch.testing.assert_close(stepped[0], shift)
-    torch.testing.assert_close(stepped[1], turn)
+    fit = windows.compared(shift, turn)
+    stepped = windows.stepped(fit, torch.ones(2, 1, 6, 5, dtype=torch.bool))
+    for part in ("shift", "turn", "residual"):
+        torch.testing.assert_close(getattr(stepped, part), getattr(fit, part))
+
+
+def test_only_chosen_cells_take_steps_and_only_to_smaller_differences():
+    photos, truth = moved_pair(12, 10, 8, 1.0, (1.3, -0.4))
+    windows = Windows.of(photos, (12, 10), FROM_FEATURES)
+    fit = windows.compared(truth.round(), torch.zeros_like(truth))
+    chosen = randn(2, 1, 12, 10) > 0
+    made = windows.stepped(fit, chosen)
+    assert torch.equal(made.shift.where(~chosen, 0), fit.shift.where(~chosen, 0))
+    assert (made.residual <= fit.residual).all()
+    assert made.residual[chosen].mean() < 0.5 * fit.residual[chosen].mean()
+    torch.testing.assert_close(windows.compared(made.shift, made.turn).residual, made.residual)
+
+
+def test_rest_is_compared_like_any_other_similarity():
+    photos = torch.rand(2, 3, 24, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    windows = Windows.of(photos, (6, 5), FROM_FEATURES)
+    still = torch.zeros(2, 2, 6, 5).double()
+    torch.testing.assert_close(windows.resting().residual, windows.compared(still, still).residual)
+
+
+@pytest.mark.parametrize("reach", [FROM_FEATURES, WITHIN_A_CELL])
+def test_the_best_of_the_neighbours_is_that_of_asking_them_one_by_one(reach):
+    photos = torch.rand(2, 3, 36, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    windows = Windows.of(photos, (9, 10), reach)
+    fit = windows.compared(randn(2, 2, 9, 10), 0.2 * randn(2, 2, 9, 10, seed=1))
+    one_by_one = [
+        windows.compared(*similarities_of(fit, down * by, right * by))
+        for by in reach.neighbours
+        for down, right in product((-1, 0, 1), repeat=2)
+        if down or right
+    ]
+    best = reduce(nearer_fit, one_by_one)
+    made, inner = windows.of_neighbours(fit), (..., slice(4, 5), slice(4, 6))  # whose neighbours are all on the grid
+    for part in ("shift", "turn", "residual"):
+        torch.testing.assert_close(getattr(made, part)[inner], getattr(best, part)[inner])
+    assert (made.residual > best.residual - 1e-9).all()
 
 
 def test_a_photo_of_any_number_of_pixels_a_cell_is_compared_alike():

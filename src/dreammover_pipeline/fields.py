@@ -63,6 +63,34 @@ def sampled(images: torch.Tensor, places: torch.Tensor, size: tuple[int, int]) -
     return values, (normalised.abs() < 1).all(1, keepdim=True)
 
 
+def sampled_around(
+    image: torch.Tensor, middle: torch.Tensor, turn: torch.Tensor, offsets: torch.Tensor, size: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values of an image around places, at offsets that are turned and scaled there, and which lie on the image.
+
+    Args:
+        image: (C, H, W).
+        middle: The places, (2, m) in cells of a grid (h, w).
+        turn: By what the offsets are multiplied, as complex numbers less one, (2, m).
+        offsets: (s, 2) in cells, alike for all places.
+        size: (h, w).
+
+    Returns:
+        Bilinear values (C, s, m), the edge's beyond the edge; and (s, m) bool.
+    """
+    (h, w), (x, y), (real, imaginary) = size, middle, turn
+    ones = torch.ones_like(offsets[:, :1])
+    # One matrix product, to coordinates relative to the edges.
+    to_x = torch.stack([(2 * x + 1) / w - 1, 2 / w * (1 + real), -2 / w * imaginary])
+    to_y = torch.stack([(2 * y + 1) / h - 1, 2 / h * imaginary, 2 / h * (1 + real)])
+    there = (torch.cat([ones, offsets], 1) @ torch.cat([to_x, to_y], 1)).unflatten(1, (2, -1))  # (s, 2, m)
+    values = F.grid_sample(
+        image[None], there.movedim(1, 2)[None], mode="bilinear", padding_mode="border", align_corners=False
+    )
+    inside = there.abs() < 1 - 1e-5  # what lies on the edge itself is off the image, however it is rounded
+    return values[0], inside[:, 0] & inside[:, 1]
+
+
 def values_beside(x: torch.Tensor, down: int, right: int) -> torch.Tensor:
     """For every cell of (…, h, w), the value of the cell so far below and to the right; at the edge, less far."""
     h, w = x.shape[-2:]

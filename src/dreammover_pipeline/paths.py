@@ -15,7 +15,7 @@ from .records import BidirectionalFlow
 from .rigid import TINY, Similarity, best_of_neighbours, complex_product, fit_similarities, grid_unit
 
 PATH_SIGMA = 3.2  # cells of the unit grid; of the Gaussian by which neighbours count for the similarity of a path
-PATH_TOLERANCES = (4.0, 2.0, 1.0, 1.0)
+PATH_TOLERANCES = (4.0, 2.0, 1.0)
 PATH_STIFFNESS = 0.05  # squared cells of the unit grid; less than for matches, since the flow is regular already
 CENTRE_REACH = 16.0  # cells of the unit grid; how far away a cell may help to find the centre of what moves as one
 CENTRE_TOLERANCE = 1.5  # cells of the unit grid; how far from a cell's fit another one may lie that moves along

@@ -20,33 +20,35 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 
-from .fields import blurred, cell_grid, sampled
+from .fields import blurred, cell_grid, sampled, sampled_around
 from .flow import agreement, exact_matmul
 from .light import in_one_light
 from .paths import PATH_SIGMA, PATH_STIFFNESS, PATH_TOLERANCES
 from .records import BidirectionalFlow
-from .rigid import Similarity, complex_product, fit_similarities, nearer_fit, similarities_of
+from .rigid import Similarity, complex_product, fit_similarities, nearer_fit
 
 PIXELS = 4  # the photos are compared at this many pixels a cell; in finer ones every other pixel would go unseen
-WINDOW_SAMPLES = 11  # places along a side of the window at which the photos are compared
+WINDOW_RADIUS = 5  # places from the middle of the window to its edge at which the photos are compared
 REFINEMENT_ROUNDS = 2  # how often neighbours are asked and steps are taken
 NEIGHBOUR_GAIN = 0.004  # difference in colour by which a neighbour's similarity must be better to be taken over
 REST_GAIN = 0.01  # difference in colour by which a cell's similarity must be better than rest to be kept
 SCALES = (0.6, 1.6)  # between which a similarity may shrink and grow what it carries
-DAMPING = 0.03  # what is added to the normal equations' diagonal, so that a window without texture stays
+SETTLED = 0.002  # difference in colour of a window that is not worth a step
+DAMPING = 0.0006  # what is added to the normal equations' diagonal, so that a window without texture stays
 OUTLIER = 0.12  # difference in colour that counts a quarter as much as it would without the robust weight
 WORST = 0.25  # difference in colour beyond which it makes no difference how much larger it is
 UNFOUND_WEIGHT = 0.3  # weight of a cell whose colours were not found, when the flow is made regular again
 REGULAR_SIGMA = 1.5  # cells of the unit grid, as of `rigid.WINDOW_SIGMA`
-REGULAR_TOLERANCES = (2.0, 1.0, 0.7, 0.5)  # cells of the unit grid, as `rigid.TOLERANCES`
-WINDOWS_AT_ONCE = 2048  # that are worked on together, so that memory does not grow with the grid
+REGULAR_TOLERANCES = (2.0, 1.0, 0.7)  # cells of the unit grid, as `rigid.TOLERANCES`
+WINDOWS_AT_ONCE = 1024  # that are worked on together, so that memory does not grow with the grid
 SEARCHED_PLACES = 2048  # of a photo at most, each of which is compared with each of the other photo's
-SEARCHED_TURNS = range(-60, 61, 15)  # degrees; by which a window may have turned where it is found
-SEARCH_SAMPLES = 7  # places along a side of a window that is looked for; …
+SEARCHED_TURNS = range(-60, 61, 20)  # degrees; by which a window may have turned where it is found
+SEARCH_RADIUS = 2  # places from the middle to the edge of a window that is looked for; …
 SEARCH_BLUR = 0.5  # … cells; sigma of the Gaussian mean that is taken first, so that they see all of the window
 SEARCH_RETURN = 1.5  # cells; how far from its start the way to what is found and back may end
 DISTINCT = 0.7  # squared difference of what is found, at most, as a share of that of the best place elsewhere, …
 ELSEWHERE = 2.5  # … which is farther away than so many cells
+ROUNDED = 1e-4  # squared difference of windows, less than which is the rounding of their product
 LOST = 0.05  # difference in colour of a cell's window, more than which makes it worth looking elsewhere
 FOUND_GAIN = 0.015  # difference in colour by which what is found must be better in both photos
 ALIGNED_TOLERANCE = 0.1  # difference in colour up to which a window counts as found in the photos' finer detail
@@ -54,22 +56,31 @@ ALIGNED_TOLERANCE = 0.1  # difference in colour up to which a window counts as f
 
 @dataclass(frozen=True)
 class Reach:
-    """How much of a photo a window covers, and how far it may be moved; all but `steps` in cells.
+    """How much of a photo a window covers, and how far it may be moved; lengths are in cells.
 
-    `half` leads from the middle of the window to its edge; `neighbours` are how far away the eight neighbours are that
-    are asked, from near to far; a round takes as many Gauss–Newton `steps`, none of them longer than `longest`, and
+    Windows are compared at `density` places a cell along each side; `neighbours` are how far away the eight neighbours
+    are that are asked; a round takes at most so many Gauss–Newton `steps`, none of them longer than `longest`, and
     may lead as far as `furthest`.
     """
 
-    half: float
+    density: int
     neighbours: tuple[int, ...]
     steps: int
     longest: float
     furthest: float
 
+    @property
+    def half(self) -> float:
+        """From the middle of the window to its edge."""
+        return WINDOW_RADIUS / self.density
 
-FROM_FEATURES = Reach(half=2.5, neighbours=(1, 2, 4), steps=6, longest=0.5, furthest=2.0)
-WITHIN_A_CELL = Reach(half=1.6, neighbours=(1,), steps=3, longest=0.25, furthest=0.5)
+    def counted(self, offsets: torch.Tensor) -> torch.Tensor:
+        """How much samples count whose places from the middle of the window are (…, 2)."""
+        return (-2 * offsets.square().sum(-1) / self.half**2).exp()
+
+
+FROM_FEATURES = Reach(density=2, neighbours=(1, 2, 4), steps=6, longest=0.5, furthest=2.0)
+WITHIN_A_CELL = Reach(density=3, neighbours=(1,), steps=3, longest=0.25, furthest=0.5)
 
 
 def refined_flow(flow: BidirectionalFlow, photos: torch.Tensor, tolerance: float) -> BidirectionalFlow:
@@ -96,7 +107,7 @@ def refined_flow(flow: BidirectionalFlow, photos: torch.Tensor, tolerance: float
         windows = Windows.of(in_one_light(photos, flow), (h, w), FROM_FEATURES)
         best = _found_anywhere(windows, _rest(windows, windows.compared(ways, _turn(flow))))
         for _ in range(REFINEMENT_ROUNDS):
-            best = _steps(windows, _of_neighbours(windows, _rest(windows, best)))
+            best = _bettered(windows, _rest(windows, best))
         found = best.residual <= tolerance
         ways = torch.where(found, best.shift, ways)
         sure = agreement(BidirectionalFlow.of(ways)) * found.to(ways.dtype).clamp(min=UNFOUND_WEIGHT)
@@ -123,8 +134,7 @@ def aligned_flow(flow: BidirectionalFlow, levels: Iterable[torch.Tensor]) -> Bid
         for photos in levels:
             ways = flow.stacked()
             windows = Windows.of(in_one_light(photos.to(ways), flow), size, WITHIN_A_CELL)
-            best = _rest(windows, windows.compared(ways, _turn(flow)))
-            best = _steps(windows, _of_neighbours(windows, best))
+            best = _bettered(windows, _rest(windows, windows.compared(ways, _turn(flow))))
             flow = BidirectionalFlow.of(torch.where(best.residual <= ALIGNED_TOLERANCE, best.shift, ways))
     return flow
 
@@ -137,44 +147,51 @@ def _turn(flow: BidirectionalFlow) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """The windows around the n = h·w cells of both photos, s samples each, and the photo that each is compared with.
+    """The windows around the n = h·w cells of each of two photos, s samples each.
 
-    `own` (2, 3, n, s) are the colours of the samples and `inside` (2, 1, n, s) says which of them lie on the picture;
-    `offsets` (1, 2, 1, s) are their places from the middle, and `weight` (1, 1, 1, s) how much they count. `other`
-    (2, 3, H, W) is for each photo the other one, and `slopes` (2, 6, H, W) its change per cell to the right in three
-    colours and downwards in three. `cells` (1, 2, h, w) are the cells' places,
-    and `reach` says how large windows are.
+    `photos` are the two, (2, 3, H, W), and `slopes` (2, 6, H, W) their change per cell to the right in three colours
+    and downwards in three; `cells` (1, 2, h, w) are the places of the cells. The other fields have all 2n cells in a
+    row, the first photo's first: `own` (3, s, 2n) are the colours of the samples; `weight` (s, 2n) is how much they
+    count, which is nothing off the picture and 1 in all after a division by `total` (2n,). `offsets` (s, 2) are the
+    places of the samples from the middle, and `reach` says how large windows are.
     """
 
-    own: torch.Tensor
-    inside: torch.Tensor
-    offsets: torch.Tensor
-    weight: torch.Tensor
-    other: torch.Tensor
+    photos: torch.Tensor
     slopes: torch.Tensor
     cells: torch.Tensor
+    own: torch.Tensor
+    offsets: torch.Tensor
+    weight: torch.Tensor
+    total: torch.Tensor
     reach: Reach
 
     @classmethod
     def of(cls, photos: torch.Tensor, size: tuple[int, int], reach: Reach) -> Windows:
         """The windows of two photos (2, 3, H, W) around the cells of a grid (h, w)."""
-        half = reach.half
-        side = torch.linspace(-half, half, WINDOW_SAMPLES, dtype=photos.dtype, device=photos.device)
-        y, x = torch.meshgrid(side, side, indexing="ij")
-        offsets = torch.stack([x.flatten(), y.flatten()]).reshape(1, 2, 1, -1)
-        weight = (-2 * offsets.square().sum(1, keepdim=True) / half**2).exp()
         cells = cell_grid(*size, photos)
-        own, inside = sampled(photos, (cells.flatten(2)[..., None] + offsets).expand(2, -1, -1, -1), size)
-        other = photos.flip(0)
-        padded = F.pad(other, (1, 1, 1, 1), mode="replicate")
+        offsets = _lattice(WINDOW_RADIUS, reach.density, photos)
+        there = cells[0].flatten(1)
+        seen = [sampled_around(photo, there, torch.zeros_like(there), offsets, size) for photo in photos]
+        own, inside = (torch.cat(parts, -1) for parts in zip(*seen, strict=True))
+        weight = reach.counted(offsets)[:, None] * inside
+        total = weight.sum(0)
+        padded = F.pad(photos, (1, 1, 1, 1), mode="replicate")
         right = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2 * (photos.shape[-1] / size[1])
         down = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2 * (photos.shape[-2] / size[0])
-        return cls(own, inside, offsets, weight, other, torch.cat([right, down], 1), cells, reach)
+        return cls(photos, torch.cat([right, down], 1), cells, own, offsets, weight / total, total, reach)
 
     @property
     def size(self) -> tuple[int, int]:
         """Size (h, w) of the grid."""
         return tuple(self.cells.shape[-2:])
+
+    def row(self, field: torch.Tensor) -> torch.Tensor:
+        """A field (2, C, h, w) as what it is at the cells in a row, (C, 2n)."""
+        return field.flatten(2).movedim(0, 1).flatten(1)
+
+    def field(self, row: torch.Tensor) -> torch.Tensor:
+        """What (C, 2n) is at the cells in a row as a field (2, C, h, w)."""
+        return row.unflatten(1, (2, *self.size)).movedim(0, 1)
 
     def compared(self, shift: torch.Tensor, turn: torch.Tensor) -> Similarity:
         """Similarities (2, 2, h, w) with how far the colours of the cells' windows are from where they lead.
@@ -182,60 +199,167 @@ class Windows:
         The difference in colour is averaged over the part of the window that lies on its photo; what is carried
         beyond the other photo counts as `WORST`.
         """
-        costs = []
-        for block, targets in self._targets(shift, turn):
-            colours, inside = sampled(self.other, targets, self.size)
-            off = (self.own[:, :, block] - colours).abs().mean(1, keepdim=True).clamp(max=WORST)
-            weight = self.weight * self.inside[:, :, block]
-            costs.append((torch.where(inside, off, WORST) * weight).sum(3) / weight.sum(3))
-        return Similarity(shift, turn, torch.cat(costs, 2).unflatten(2, self.size))
+        shifts, turns = self.row(shift), self.row(turn)
+        residual = torch.empty_like(shifts[:1])
+        for image, cells in self._blocks():
+            colours, inside = self._carried(image, cells, shifts[:, cells], turns[:, cells], self.offsets)
+            off = _difference(self.own[..., cells] - colours, inside)
+            residual[0, cells] = (self.weight[:, cells] * off).sum(0)
+        return Similarity(shift, turn, self.field(residual))
+
+    def resting(self) -> Similarity:
+        """Rest, with how far the colours of the cells' windows are from those of the other photo's."""
+        first, second = self.own.chunk(2, 2)
+        n = first.shape[2]
+        off = _difference(first - second, torch.ones_like(first[0], dtype=torch.bool))
+        cost = (self.weight[:, :n] * off).sum(0).unflatten(0, self.size).expand(2, 1, -1, -1)
+        still = torch.zeros_like(self.cells).expand(2, -1, -1, -1)
+        return Similarity(still, still, cost)
 
     def contrast(self) -> torch.Tensor:
         """How far the colours of every cell's window are from their mean, on average, (2, 1, h, w)."""
-        weight = self.weight * self.inside
-        weight = weight / weight.sum(3, keepdim=True)
-        mean = (weight * self.own).sum(3, keepdim=True)
-        return (weight * (self.own - mean).abs().mean(1, keepdim=True)).sum(3).unflatten(2, self.size)
+        mean = (self.weight * self.own).sum(1, keepdim=True)
+        return self.field((self.weight * (self.own - mean).abs().mean(0)).sum(0, keepdim=True))
 
-    def stepped(self, shift: torch.Tensor, turn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shift and turn (2, 2, h, w) after a Gauss–Newton step towards colours that differ less."""
-        unit = self.reach.half / 2  # turns are counted by how far they move a sample so far from the middle
-        x, y = self.offsets[0, :, 0] / unit
+    def of_neighbours(self, fit: Similarity) -> Similarity:
+        """For every cell the similarity that fits it best of those of its neighbours that do not rest.
+
+        Each similarity is followed once, for the samples of all the windows that might take it over.
+        """
+        h, w = self.size
+        reach, furthest = self.reach, max(self.reach.neighbours)
+        beside = [(y * by, x * by) for by in reach.neighbours for y, x in product((-1, 0, 1), repeat=2) if y or x]
+        samples = _lattice(WINDOW_RADIUS + furthest * reach.density, reach.density, self.offsets)
+        # A cell whose neighbour lies so far below and to the right lies as far above and to the left of the neighbour.
+        apart = samples + self.offsets.new_tensor(beside).flip(1)[:, None]  # (k, samples, 2)
+        kernels = reach.counted(apart) * (apart.abs().amax(2) < reach.half + 0.1)
+        shifts, turns = self.row(fit.shift), self.row(fit.turn)
+        costs = shifts.new_full((len(beside), shifts.shape[1]), torch.inf)
+        for image, cells in self._blocks((shifts != 0).any(0) | (turns != 0).any(0)):
+            still = torch.zeros_like(shifts[:, cells])
+            own, seen = self._carried(1 - image, cells, still, still, samples)
+            colours, inside = self._carried(image, cells, shifts[:, cells], turns[:, cells], samples)
+            costs[:, cells] = kernels @ (_difference(own - colours, inside) * seen)
+        padded = F.pad(self.field(costs), (furthest,) * 4, value=torch.inf)
+        parts = [padded[:, k, furthest + y :, furthest + x :][..., :h, :w] for k, (y, x) in enumerate(beside)]
+        cost, which = torch.stack(parts, 1).min(1, keepdim=True)
+        way = torch.tensor(beside, device=which.device).T.flip(0)[:, which[:, 0]].movedim(1, 0)  # (2, 2, h, w)
+        x, y = (self.cells.long() + way).unbind(1)
+        index = (y.clamp(0, h - 1) * w + x.clamp(0, w - 1)).flatten(1)[:, None].expand(-1, 2, -1)
+        shift, turn = (part.flatten(2).gather(2, index).unflatten(2, (h, w)) for part in (fit.shift, fit.turn))
+        shift = shift - complex_product(turn, way.to(turn))
+        return Similarity(shift, turn, cost / self.field(self.total[None]))
+
+    def stepped(self, fit: Similarity, chosen: torch.Tensor) -> Similarity:
+        """Gauss–Newton steps towards colours that differ less, at chosen cells (2, 1, h, w), as long as they do so."""
+        parts = [self.row(part).clone() for part in (fit.shift, fit.turn, fit.residual)]
+        for image, cells in self._blocks(self.row(chosen)[0]):
+            self._descend(image, cells, *parts)
+        return Similarity(*map(self.field, parts))
+
+    def _descend(
+        self, image: int, cells: torch.Tensor, shifts: torch.Tensor, turns: torch.Tensor, residuals: torch.Tensor
+    ) -> None:
+        """Put what the steps of some of an image's cells lead to into shifts, turns and residuals (…, 2n).
+
+        A step moves the window before it is carried. So its own slopes serve all steps: where it is carried rightly,
+        the other photo's are the same, turned.
+        """
+        begin, shift, turn = shifts[:, cells], shifts[:, cells], turns[:, cells]
+        still = torch.zeros_like(shift)
+        slopes, _ = self._carried(1 - image, cells, still, still, self.offsets, self.slopes)
+        right, down = slopes.split(3)
+        tensor = torch.stack([(a * b).sum(0) for a, b in ((right, right), (right, down), (down, down))])  # (3, s, m)
+        own, weight, squares = self.own[..., cells], self.weight[:, cells], self._squares()
+        for step in range(self.reach.steps + 1):
+            colours, inside = self._carried(image, cells, shift, turn, self.offsets)
+            off = own - colours
+            residual = (weight * _difference(off, inside)).sum(0)
+            if step:
+                near = (shift - begin).norm(dim=0) <= self.reach.furthest
+                better = ((residual < residuals[0, cells]) & near).nonzero()[:, 0]
+                cells, begin, shift, turn, residual, own, weight, slopes, tensor, off, inside = (
+                    part.index_select(-1, better)
+                    for part in (cells, begin, shift, turn, residual, own, weight, slopes, tensor, off, inside)
+                )
+            shifts[:, cells], turns[:, cells], residuals[0, cells] = shift, turn, residual
+            if step == self.reach.steps or not len(cells):
+                return
+            robust = weight * inside * (1 + (off.abs().mean(0) / OUTLIER).square()) ** -2
+            pull = [robust * (part * off).sum(0) for part in slopes.split(3)]
+            square = squares @ (robust * tensor).flatten(0, 1)
+            moved = _solved(square, sum(move @ part for move, part in zip(self._moves(), pull, strict=True)))
+            moved = moved.clamp(-self.reach.longest, self.reach.longest)
+            shift = shift + moved[:2] + _product(turn, moved[:2])
+            grown = moved[2:] / self._unit
+            turn = _held_to_scale(turn + grown + _product(turn, grown))
+
+    @property
+    def _unit(self) -> float:
+        """Turns are counted by how far they move a sample that is so many cells from the middle."""
+        return self.reach.half / 2
+
+    def _moves(self) -> torch.Tensor:
+        """How far each of a step's four numbers moves a sample to the right and downwards, (2, 4, s)."""
+        x, y = self.offsets.T / self._unit
         one, zero = torch.ones_like(x), torch.zeros_like(x)
-        # How far each of the four numbers moves a sample to the right and downwards, (s, 4, 2).
-        moves = torch.stack([torch.stack(part, 1) for part in ([one, zero, x, -y], [zero, one, y, x])], 2)
-        outer = torch.einsum("sia,sjb->abijs", moves, moves)
-        squares = torch.stack([outer[0, 0], outer[0, 1] + outer[1, 0], outer[1, 1]]).flatten(1, 2)  # (3, 16, s)
-        products, rights = [], []
-        for block, targets in self._targets(shift, turn):
-            colours, inside = sampled(self.other, targets, self.size)
-            slopes, _ = sampled(self.slopes, targets, self.size)
-            right, down = slopes.split(3, 1)
-            off = self.own[:, :, block] - colours
-            robust = (1 + (off.abs().mean(1, keepdim=True) / OUTLIER).square()) ** -2
-            weight = (self.weight * (inside & self.inside[:, :, block]) * robust)[:, 0]
-            tensor = torch.stack(
-                [weight * (a * b).sum(1) for a, b in ((right, right), (right, down), (down, down))], 1
-            )
-            towards = torch.stack([weight * (a * off).sum(1) for a in (right, down)], 3)  # (2, n, s, 2)
-            products.append(torch.einsum("ians,abs->inb", tensor, squares))
-            rights.append(torch.einsum("insa,sba->inb", towards, moves))
-        # On the CPU, because not every device solves equations.
-        square = torch.cat(products, 1).unflatten(2, (4, 4)).cpu().double()
-        square = square + DAMPING * torch.eye(4, dtype=square.dtype, device=square.device)
-        step = torch.linalg.solve(square, torch.cat(rights, 1).cpu().double()[..., None])[..., 0].to(shift)
-        longest = self.reach.longest
-        step = step.clamp(-longest, longest).movedim(2, 1).unflatten(2, self.size)
-        return shift + step[:, :2], _held_to_scale(turn + step[:, 2:] / unit)
+        return torch.stack([torch.stack([one, zero, x, -y]), torch.stack([zero, one, y, x])])
 
-    def _targets(self, shift: torch.Tensor, turn: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Where the samples are carried to, (2, 2, m, s), for a few cells at a time."""
-        middle = (self.cells + shift).flatten(2)[..., None]
-        turn = turn.flatten(2)[..., None]
-        offsets = self.offsets.expand(2, -1, -1, -1)
-        for start in range(0, middle.shape[2], WINDOWS_AT_ONCE):
-            block = slice(start, start + WINDOWS_AT_ONCE)
-            yield block, middle[:, :, block] + offsets + complex_product(turn[:, :, block], offsets)
+    def _squares(self) -> torch.Tensor:
+        """What the three parts of a sample's tensor add to the normal equations, (4·4, 3·s)."""
+        outer = torch.einsum("ais,bjs->abijs", self._moves(), self._moves())
+        return torch.stack([outer[0, 0], outer[0, 1] + outer[1, 0], outer[1, 1]], 2).flatten(2).flatten(0, 1)
+
+    def _blocks(self, chosen: torch.Tensor | None = None) -> Iterator[tuple[int, torch.Tensor | slice]]:
+        """The image and the places in the row of chosen cells (2n,) bool, or of all, a few at a time."""
+        n = self.own.shape[2] // 2
+        for image in (0, 1):
+            if chosen is None:
+                starts = range(image * n, (image + 1) * n, WINDOWS_AT_ONCE)
+                yield from ((image, slice(start, min(start + WINDOWS_AT_ONCE, starts.stop))) for start in starts)
+            else:
+                cells = chosen.chunk(2)[image].nonzero()[:, 0] + image * n
+                yield from ((image, block) for block in cells.split(WINDOWS_AT_ONCE) if len(block))
+
+    def _carried(
+        self,
+        image: int,
+        cells: torch.Tensor | slice,
+        shift: torch.Tensor,
+        turn: torch.Tensor,
+        offsets: torch.Tensor,
+        pictures: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What samples at offsets (s, 2) from an image's cells are carried to, (C, s, m), and whether that is inside.
+
+        Colours of the other photo, or values of the other of two `pictures`; inside (s, m) is inside the picture.
+        """
+        middle = self.cells[0].flatten(1).repeat(1, 2)[:, cells] + shift
+        other = (self.photos if pictures is None else pictures)[1 - image]
+        return sampled_around(other, middle, turn, offsets, self.size)
+
+
+def _solved(square: torch.Tensor, towards: torch.Tensor) -> torch.Tensor:
+    """The solutions (4, m) of damped normal equations (16, m) and (4, m); on the CPU, as not every device solves."""
+    square = square.T.unflatten(1, (4, 4)).cpu().double()
+    square = square + DAMPING * torch.eye(4, dtype=square.dtype, device=square.device)
+    return torch.linalg.solve(square, towards.T.cpu().double()[..., None])[..., 0].T.to(towards)
+
+
+def _product(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The products of complex numbers (2, m)."""
+    return complex_product(first[None], second[None])[0]
+
+
+def _difference(off: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """The difference in colour (s, m) of samples that differ by (3, s, m), or `WORST` where they are off the photo."""
+    return off.abs().mean(0).clamp(max=WORST).where(inside, WORST)
+
+
+def _lattice(radius: int, density: int, like: torch.Tensor) -> torch.Tensor:
+    """The places (s, 2) of samples around a middle, as many on all sides, so many a cell."""
+    side = torch.arange(-radius, radius + 1, dtype=like.dtype, device=like.device) / density
+    return torch.stack(torch.meshgrid(side, side, indexing="xy"), 2).flatten(0, 1)
 
 
 def _found_anywhere(windows: Windows, fit: Similarity) -> Similarity:
@@ -246,9 +370,9 @@ def _found_anywhere(windows: Windows, fit: Similarity) -> Similarity:
     photo would else be carried to ground that is hidden in the other.
     """
     shift, turn, matched = _most_alike(windows)
-    made = _steps(windows, windows.compared(shift, turn))
-    could = torch.minimum(fit.residual, windows.contrast()).where(fit.residual > LOST, 0)
-    gain = could - made.residual.where(matched, 1)
+    matched = matched & (fit.residual > LOST)
+    made = windows.stepped(Similarity(shift, turn, torch.ones_like(fit.residual)), matched)
+    gain = torch.minimum(fit.residual, windows.contrast()).where(matched, 0) - made.residual
     there, seen = sampled(gain.flip(0), (windows.cells + made.shift).flatten(2)[..., None], windows.size)
     both = torch.minimum(gain, there.where(seen, -1).reshape(gain.shape))
     return nearer_fit(fit, Similarity(made.shift, made.turn, made.residual.where(both > FOUND_GAIN, torch.inf)))
@@ -268,44 +392,47 @@ def _most_alike(windows: Windows) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     stride = math.ceil(math.sqrt(h * w / SEARCHED_PLACES))
     rows, columns = (torch.arange(min(stride // 2, n - 1), n, stride, device=windows.cells.device) for n in (h, w))
     places = windows.cells[..., rows[:, None], columns]  # (1, 2, r, c)
-    photos = blurred(windows.other.flip(0), SEARCH_BLUR * stride * windows.other.shape[-1] / w)
+    photos = blurred(windows.photos, SEARCH_BLUR * stride * windows.photos.shape[-1] / w)
     half = stride * windows.reach.half
-    side = torch.linspace(-half, half, SEARCH_SAMPLES, dtype=photos.dtype, device=photos.device)
-    offsets = torch.stack(torch.meshgrid(side, side, indexing="xy")).reshape(1, 2, 1, -1)
-    weight = (-offsets.square().sum(1, keepdim=True) / half**2).exp()
-
-    def seen_around(image: int, turn: torch.Tensor) -> torch.Tensor:
-        """The colours (n, 3·s) of the windows around the places of a photo, turned."""
-        around = places.flatten(2)[..., None] + complex_product(turn, offsets)
-        colours, _ = sampled(photos[image, None], around, windows.size)
-        return (weight * colours)[0].movedim(0, 1).flatten(1)
+    offsets = half * _lattice(SEARCH_RADIUS, SEARCH_RADIUS, photos)
+    weight = (-offsets.square().sum(1) / half**2).exp()
 
     angles = photos.new_tensor(list(SEARCHED_TURNS)).deg2rad()
-    turns = torch.stack([angles.cos(), angles.sin()], 1)  # (turns, 2)
-    n = places[0, 0].numel()
-    difference = photos.new_full((n, n), torch.inf)
-    turned = torch.zeros(n, n, dtype=torch.long, device=photos.device)
-    for number, half in enumerate(angles / 2):  # each photo turns half the way, so that both are treated alike
-        first, second = (
-            seen_around(image, torch.stack([angle.cos(), angle.sin()]).reshape(1, 2, 1, 1))
-            for image, angle in enumerate((-half, half))
+    middles = places[0].flatten(1)  # (2, n)
+    colours = []
+    for image, angle in enumerate((-angles / 2, angles / 2)):  # each turns half the way, so both are treated alike
+        turns = torch.stack([angle.cos() - 1, angle.sin()])
+        seen, _ = sampled_around(
+            photos[image],
+            middles.repeat(1, len(angle)),
+            turns.repeat_interleave(middles.shape[1], 1),
+            offsets,
+            windows.size,
         )
-        made = first.square().sum(1, keepdim=True) + second.square().sum(1) - 2 * first @ second.T
-        turned = torch.where(made < difference, number, turned)
-        difference = torch.minimum(difference, made.clamp(min=0))
-    points = places[0].flatten(1).T  # (n, 2)
+        colours.append((weight[:, None] * seen).flatten(0, 1).unflatten(1, (len(angle), -1)))  # (3·s, turns, n)
+    # |a − b|² = |a|² + |b|² − 2 a·b, as one product.
+    squares = [each.square().sum(0, keepdim=True) for each in colours]
+    ones = torch.ones_like(squares[0])
+    first = torch.cat([-2 * colours[0], squares[0], ones]).movedim(0, 2)  # (turns, n, 3·s + 2)
+    second = torch.cat([colours[1], ones, squares[1]]).movedim(0, 1)  # (turns, 3·s + 2, n)
+    difference = first[0] @ second[0]
+    for one, other in zip(first[1:], second[1:], strict=True):
+        torch.minimum(difference, one @ other, out=difference)
+    difference.clamp_(min=ROUNDED)
+    points = middles.T
     near = torch.cdist(points, points) <= ELSEWHERE * stride
     index = [difference.argmin(1), difference.argmin(0)]
     shifts, factors, matched = [], [], []
     for image, way in enumerate((difference, difference.T)):
         there, back = index[image], index[1 - image]
+        least = way.amin(1)
         elsewhere = way.masked_fill(near[there], torch.inf).amin(1)
         returned = (points[back[there]] - points).norm(dim=1) <= SEARCH_RETURN * stride
-        matched.append(returned & (way.amin(1) < DISTINCT * elsewhere))
+        matched.append(returned & (least < DISTINCT * elsewhere))
         shifts.append(points[there] - points)
-        of = turned if image == 0 else turned.T
-        factor = turns[of.gather(1, there[:, None])[:, 0]]
-        factors.append(factor * factor.new_tensor([1, 1 if image == 0 else -1]) - factor.new_tensor([1, 0]))
+        apart = (colours[image] - colours[1 - image][..., there]).square().sum(0)  # (turns, n)
+        angle = angles[apart.argmin(0)] * (1 - 2 * image)
+        factors.append(torch.stack([angle.cos() - 1, angle.sin()], 1))
     # Every cell moves as one with the place that stands for it.
     row, column = (
         (torch.arange(n, device=rows.device) // stride).clamp(max=len(some) - 1)
@@ -316,39 +443,23 @@ def _most_alike(windows: Windows) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
         return values.unflatten(2, (len(rows), len(columns)))[..., row[:, None], column]
 
     turn = spread(torch.stack(factors).mT)
-    shift = spread(torch.stack(shifts).mT) + complex_product(turn, windows.cells - spread(places.flatten(2)))
+    shift = spread(torch.stack(shifts).mT) + complex_product(turn, windows.cells - spread(middles[None]))
     return shift, turn, spread(torch.stack(matched)[:, None])
 
 
 def _rest(windows: Windows, fit: Similarity) -> Similarity:
     """Let every cell rest that fits nearly as well so."""
-    still = torch.zeros_like(fit.shift)
-    return nearer_fit(fit, windows.compared(still, still), -REST_GAIN)
+    return nearer_fit(fit, windows.resting(), -REST_GAIN)
 
 
-def _of_neighbours(windows: Windows, fit: Similarity) -> Similarity:
-    """Let every cell take over a neighbour's similarity that fits better."""
-    best = fit
-    for radius, (dy, dx) in product(windows.reach.neighbours, product((-1, 0, 1), repeat=2)):
-        if dy or dx:
-            shift, turn = similarities_of(fit, dy * radius, dx * radius)
-            best = nearer_fit(best, windows.compared(shift, turn), NEIGHBOUR_GAIN)
-    return best
-
-
-def _steps(windows: Windows, fit: Similarity) -> Similarity:
-    """Gauss–Newton steps; of all places on the way, the one where the colours differ least is kept."""
-    best, shift, turn = fit, fit.shift, fit.turn
-    for _ in range(windows.reach.steps):
-        shift, turn = windows.stepped(shift, turn)
-        made = windows.compared(shift, turn)
-        far = (shift - fit.shift).norm(dim=1, keepdim=True) > windows.reach.furthest
-        best = nearer_fit(best, Similarity(shift, turn, torch.where(far, torch.inf, made.residual)))
-    return best
+def _bettered(windows: Windows, fit: Similarity) -> Similarity:
+    """Let every cell take over a neighbour's similarity that fits better, and take steps from there."""
+    fit = nearer_fit(fit, windows.of_neighbours(fit), NEIGHBOUR_GAIN)
+    return windows.stepped(fit, fit.residual > SETTLED)
 
 
 def _held_to_scale(turn: torch.Tensor) -> torch.Tensor:
-    """Turns (2, 2, h, w) that scale by no less and no more than `SCALES`."""
-    one = turn.new_tensor([1.0, 0]).reshape(1, 2, 1, 1)
-    scale = (one + turn).norm(dim=1, keepdim=True).clamp(min=1e-3)
+    """Turns (2, m) that scale by no less and no more than `SCALES`."""
+    one = turn.new_tensor([1.0, 0])[:, None]
+    scale = (one + turn).norm(dim=0).clamp(min=1e-3)
     return (one + turn) * (scale.clamp(*SCALES) / scale) - one

@@ -22,14 +22,14 @@ from .splatting import winner_splat
 
 UNIT_GRID = 32
 WINDOW_SIGMA = 3.0  # cells; of the Gaussian by which matches count that lie away from a cell
-WINDOW_REACH = 8  # cells; how far from a cell a match counts at all
-# Cells; standard deviation of how far from the fit a match may lie, for each time that the fit is made anew.
-TOLERANCES = (6.0, 3.0, 2.0, 1.5, 1.5)
+WINDOW_REACH = 2.7  # of that sigma; how far from a cell, along the rows and the columns, a match counts at all
+# Cells; standard deviation of how far a match may lie from the fit before, for each time that it is made anew.
+TOLERANCES = (6.0, 3.0, 2.0, 1.5)
 STIFFNESS = 0.5  # squared cells; how strongly turn and scaling are held back where matches lie close together
 LEAST = 1e-6  # of its weight without the fit, what a match keeps that the fit does not explain
 NEIGHBOUR_STEP = 3.0  # cells; between a cell and the next whose similarity it may take over
 TINY = 1e-12
-CELLS_AT_ONCE = 256  # whose windows are held together, so that the workspace does not grow with the grid
+CELLS_AT_ONCE = 128  # whose windows are held together, so that the workspace does not grow with the grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,22 +81,22 @@ def fit_similarities(
     matches = [torch.cat([torch.zeros_like(flow), flow, weight], 1)]
     if both_ways:
         matches.append(_matches_of_the_other(flow, weight))
-    reach = WINDOW_REACH * stride
-    padded = [F.pad(each, (reach, reach, reach, reach)) for each in matches]
+    reach = int(WINDOW_REACH * sigma)
+    margin = reach * stride
+    padded = [F.pad(each, (margin, margin, margin, margin)) for each in matches]
     fits = flow.new_empty(2, 4, h * w)  # shift and turn
     rows = max(1, CELLS_AT_ONCE // w)
     for top in range(0, h, rows):
-        strips = [each[..., top : top + rows + 2 * reach, :] for each in padded]
-        place, vector, given = _matches_around(strips, stride)
+        strips = [each[..., top : top + rows + 2 * margin, :] for each in padded]
+        place, vector, given = _matches_around(strips, reach, stride)
         near = given * (-place.square().sum(1) / (2 * (sigma * unit) ** 2)).exp()
         weights = near
-        for tolerance in tolerances:
-            mean_place, mean_vector, turn = _least_squares(place, vector, weights, stiffness * unit**2)
-            off = vector - mean_vector - complex_product(turn, place - mean_place)
-            explained = (-off.square().sum(1) / (2 * (tolerance * unit) ** 2)).exp()
-            weights = near * (explained + LEAST)
-        fitted = torch.cat([mean_vector - complex_product(turn, mean_place), turn], 1)
-        fits[..., top * w : (top + rows) * w] = fitted[:, :, 0]
+        for tolerance in (*tolerances, None):
+            fitted, off = _least_squares(place, vector, weights, stiffness * unit**2)
+            if tolerance is not None:
+                explained = (off.square().sum(1) * (-0.5 / (tolerance * unit) ** 2)).exp()
+                weights = near * (explained + LEAST)
+        fits[..., top * w : (top + rows) * w] = fitted
     shift, turn = fits.unflatten(2, (h, w)).split(2, 1)
     return Similarity(shift, turn, (flow - shift).square().sum(1, keepdim=True))
 
@@ -154,19 +154,22 @@ def similarity_flow(flow: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return fit_similarities(flow, weight).shift
 
 
-def _matches_around(strips: Sequence[torch.Tensor], stride: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _matches_around(
+    strips: Sequence[torch.Tensor], reach: int, stride: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The matches in the window around every cell: where they start from the cell, where they lead, how sure they are.
 
     Args:
         strips: Matches as `_matches_of_the_other` returns them, (2, 5, r + margins, w + margins), with margins of
-            `WINDOW_REACH` · `stride` cells on every side of the n = r·w cells that are asked about.
+            `reach` · `stride` cells on every side of the n = r·w cells that are asked about.
+        reach: Neighbours on each side of a cell in its window.
         stride: Distance in cells between neighbours in a window.
 
     Returns:
         (2, 2, k, n), (2, 2, k, n) and (2, k, n), for k matches.
     """
-    side = 2 * WINDOW_REACH + 1
-    offsets = (cell_grid(side, side, strips[0]).flatten(2) - WINDOW_REACH) * stride  # (1, 2, side²)
+    side = 2 * reach + 1
+    offsets = (cell_grid(side, side, strips[0]).flatten(2) - reach) * stride  # (1, 2, side²)
     windows = [F.unfold(strip, side, dilation=stride).unflatten(1, (5, side * side)) for strip in strips]
     places = torch.cat([window[:, :2] + offsets[..., None] for window in windows], 2)
     vectors = torch.cat([window[:, 2:4] for window in windows], 2)
@@ -189,16 +192,19 @@ def _matches_of_the_other(flow: torch.Tensor, weight: torch.Tensor) -> torch.Ten
 
 def _least_squares(
     place: torch.Tensor, vector: torch.Tensor, weights: torch.Tensor, stiffness: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weighted means (2, 2, 1, n) of places and vectors, and the turn (2, 2, 1, n) that explains the vectors best."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The similarities that explain vectors (2, 2, k, n) at places best, (2, 4, n), and what they leave of each."""
     weights = weights[:, None]
     total = weights.sum(2, keepdim=True) + TINY
     mean_place, mean_vector = ((weights * x).sum(2, keepdim=True) / total for x in (place, vector))
     arm, moved = place - mean_place, vector - mean_vector
-    spread = (weights * arm.square().sum(1, keepdim=True)).sum(2, keepdim=True)
-    along = (weights * (arm * moved).sum(1, keepdim=True)).sum(2, keepdim=True)
-    across = (weights * (arm[:, :1] * moved[:, 1:] - arm[:, 1:] * moved[:, :1])).sum(2, keepdim=True)
-    return mean_place, mean_vector, torch.cat([along, across], 1) / (spread + stiffness * total)
+    weighted = weights * arm
+    spread = (weighted * arm).sum((1, 2), keepdim=True)
+    along = (weighted * moved).sum((1, 2), keepdim=True)
+    across = (weighted[:, 0] * moved[:, 1] - weighted[:, 1] * moved[:, 0]).sum(1)[:, None, None]
+    turn = torch.cat([along, across], 1) / (spread + stiffness * total)
+    shift = mean_vector - complex_product(turn, mean_place)
+    return torch.cat([shift, turn], 1)[:, :, 0], moved - complex_product(turn, arm)
 
 
 def complex_product(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
