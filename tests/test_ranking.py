@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Candidates for a frame: which of them is kept, and what follows from it."""
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -24,7 +25,7 @@ def grey(level):
 
 
 def brightness(picture):
-    return sum(picture.convert("L").getdata())
+    return int(np.asarray(picture.convert("L"), dtype=int).sum())
 
 
 def seeded(seed=0):
@@ -90,7 +91,7 @@ def clip(pipe):
     """A tiny CLIP with the pipeline's own tokenizer."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**sizes, "vocab_size": len(pipe.tokenizer), "max_position_embeddings": 77}
+    text = {**sizes, "vocab_size": len(pipe.tokenizer), "eos_token_id": pipe.tokenizer.eos_token_id}
     vision = {**sizes, "image_size": 32, "patch_size": 16}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
     crop = {"height": 32, "width": 32}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 
 import torch
 from diffusers import ControlNetModel, DDIMScheduler
@@ -50,6 +51,11 @@ class Denoiser:
         self.guidance_scale = 1.0
         self._forward: Callable[..., torch.Tensor] = self._call_unet
 
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The UNet's precision, which diffusers finds by going through all weights."""
+        return self.unet.dtype
+
     def predict_noise(
         self,
         latents: torch.Tensor,
@@ -82,7 +88,7 @@ class Denoiser:
         with stoppable, advice_on_out_of_memory(f"in the UNet, on latents {tuple(latents.shape)}"):
             # A number for the timestep, or expanded embeddings besides others, would make torch.compile start anew.
             inputs = (
-                latents.to(self.unet.dtype),
+                latents.to(self.dtype),
                 torch.tensor(timestep, device=latents.device),
                 prompt_embeds.contiguous(),
             )
@@ -127,7 +133,7 @@ class Denoiser:
             conditioning_scale=scale,
             return_dict=False,
         )
-        return tuple(part.to(self.unet.dtype) for part in (*down, middle))
+        return tuple(part.to(self.dtype) for part in (*down, middle))
 
     @contextmanager
     def repeated_calls(self) -> Iterator[None]:
@@ -238,4 +244,4 @@ class Denoiser:
         if self.comes_late:
             away = (weight for weight in self.unet.parameters() if weight.device.type != self.device.type)
             to_come = sum(weight.nbytes for weight in away)
-        return self.device, groups * h * w, self.unet.config.block_out_channels[0], self.unet.dtype, to_come
+        return self.device, groups * h * w, self.unet.config.block_out_channels[0], self.dtype, to_come

@@ -76,7 +76,7 @@ class NoiseTraining:
     ):
         _check_trainable(unet)
         self.unet, self.clean, self.prediction_type = unet, clean, prediction_type
-        self.alphas_cumprod = alphas_cumprod.to(clean.device)
+        self.alphas_cumprod, self.dtype = alphas_cumprod.to(clean.device), unet.dtype
         self.checkpointed = gradient_checkpointing or unwrapped(unet).is_gradient_checkpointing
 
     @contextmanager
@@ -117,7 +117,7 @@ class NoiseTraining:
             generator: A CPU generator, from which the images, timesteps and noise of every step are drawn.
             on_step: Function called after each step.
         """
-        device, dtype = self.clean.device, self.unet.dtype
+        device, dtype = self.clean.device, self.dtype
         # A backward pass that is checkpointed runs modules again from the host.
         recorded = device.type == "cuda" and not self.checkpointed and only_kernels(self.unet)
         # Fused AdamW skips a step that overflowed without the CPU waiting for the GPU to report the overflow.
@@ -142,7 +142,7 @@ class NoiseTraining:
         images, noise = self.clean[inputs.drawn], inputs.noise
         alpha_bar = self.alphas_cumprod[inputs.timesteps]
         target = v_from_eps(images, noise, alpha_bar) if self.prediction_type == "v_prediction" else noise
-        noisy = recompose(images, noise, alpha_bar).to(self.unet.dtype)
+        noisy = recompose(images, noise, alpha_bar).to(self.dtype)
         timesteps = inputs.timesteps
         if len(texts) > 1:
             noisy, timesteps, target = (torch.cat([part] * len(texts)) for part in (noisy, timesteps, target))

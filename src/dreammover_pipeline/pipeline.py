@@ -99,6 +99,8 @@ from .turns import interruptible
 
 logger = logging.get_logger(__name__)
 
+ADDED_COMPONENTS = ("controlnet", "clip", "clip_processor")  # which no Stable Diffusion checkpoint has
+
 EXAMPLE_DOC_STRING = """
     Examples:
         ```py
@@ -143,7 +145,7 @@ class DreamMoverPipeline(
 
     PRESETS = PRESETS
     model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = ["safety_checker", "feature_extractor", "controlnet", "clip", "clip_processor"]  # noqa: RUF012, as diffusers declares it
+    _optional_components = ["safety_checker", "feature_extractor", *ADDED_COMPONENTS]  # noqa: RUF012, as in diffusers
     _exclude_from_cpu_offload = ["safety_checker"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
 
@@ -191,6 +193,15 @@ class DreamMoverPipeline(
         self._listeners: dict[int, ProgressListener] = {}
         self._sources: dict[int, list[FrameSources]] = {}  # of the threads that asked for them
         self._autoencoder: Autoencoder | None = None
+
+    @property
+    def components(self) -> dict[str, object]:
+        """All components, by name, for another pipeline's constructor; optional ones that are None are left out.
+
+        So `StableDiffusionPipeline(**pipe.components)` goes on working.
+        """
+        found = super().components
+        return {name: part for name, part in found.items() if part is not None or name not in ADDED_COMPONENTS}
 
     @property
     def guidance_scale(self) -> float:
