@@ -9,12 +9,14 @@ from PIL import Image
 pytest.importorskip("gradio", reason="the extra 'demo' is not installed")
 import gradio as gr
 
+from dreammover_pipeline.settings import arguments
 from dreammover_pipeline.ui import visitors as ui_visitors
 from dreammover_pipeline.ui.events import CANCELLED, EventHandlers
 from dreammover_pipeline.ui.page import MAX_PROMPT, PICTURES, build_components
 from dreammover_pipeline.ui.visitors import COOKIE
 
-DEFAULTS = {"n_frames": 2, "lora_steps": 0, "inversion_steps": 2, "feature_step": 1, "endpoints": "original"}
+CHEAP = {"n_frames": 2, "lora_steps": 0, "inversion_steps": 2, "feature_step": 1}
+DEFAULTS = {name: declared.default for name, declared in arguments().items()} | CHEAP
 REQUEST = SimpleNamespace(cookies={COOKIE: "cookie"}, session_hash="tab")
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:gradio")  # of its own making
