@@ -16,8 +16,9 @@ import pytest
 import torch
 import transformers.utils.logging as transformers_logging
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.tiny import CHECKPOINT
@@ -96,6 +97,23 @@ def pipe(components) -> DreamMoverPipeline:
     pipe = DreamMoverPipeline(**components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def safety_checker() -> tuple[StableDiffusionSafetyChecker, CLIPImageProcessor]:
+    """A safety checker of random weights, and what prepares pictures for it."""
+    torch.manual_seed(0)
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=16)).eval()
+    extractor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return checker, extractor
 
 
 @pytest.fixture

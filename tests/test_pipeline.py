@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, EulerDiscreteScheduler
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from support.pages import EXAMPLES
 from support.snapshot import snapshot
-from transformers import CLIPConfig, CLIPImageProcessor
 
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.fusion import slerp
@@ -543,22 +541,6 @@ def test_a_tiny_autoencoder_will_do(components, photos, fast):
     ).eval()
     pipe = DreamMoverPipeline(**components, requires_safety_checker=False)
     assert pipe(*photos, **fast).frames.shape == (1, 3, 3, 64, 64)
-
-
-@pytest.fixture
-def safety_checker():
-    torch.manual_seed(0)
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 32,
-        "patch_size": 8,
-    }
-    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=16)).eval()
-    extractor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    return checker, extractor
 
 
 @pytest.mark.parametrize("flags", [True, False])

@@ -67,22 +67,55 @@ def click(x, y):
 
 
 def test_a_video_fills_every_result(handlers, uploads, warnings):
-    status, video, beside, scrubber, frame, *pictures = handlers.make(
-        values(handlers, uploads, n_frames=3), REQUEST, progress
+    status, video, beside, scrubber, frame, candidates_of, candidates, *pictures = handlers.make(
+        values(handlers, uploads, n_frames=3, candidates=2), REQUEST, progress
     )
     assert "got to know the two photos, made 3 frames and wrote the video." in status
     assert video.is_file()
     assert beside.is_file()
     assert scrubber.maximum == 4
     assert frame.label == "Frame at δ = 0.000"
+    assert candidates_of.choices == []
+    assert candidates.value == []
     assert [path.stem for path in pictures] == list(PICTURES)
-    assert len(handlers.components.results.changed_by_a_video) == 5 + len(PICTURES)
+    assert len(handlers.components.results.changed_by_a_video) == 7 + len(PICTURES)
     assert handlers.scrub(1, REQUEST).label == "Frame at δ = 0.250"
     assert handlers.scrub(5, REQUEST) == gr.skip()
     text, frame = handlers.moment(0.7, REQUEST, progress)
     assert text == "Made a frame at δ = 0.7; the photos were known already."
     assert frame.label == "Frame at δ = 0.700"
     assert warnings == []
+
+
+def captions(gallery):
+    return [picture["caption"] for picture in gallery.value]
+
+
+def test_a_click_on_a_candidate_makes_the_video_with_it(handlers, uploads, warnings):
+    def chosen(delta, index, **changed):
+        clicked = {handlers.components.results.candidates_of: delta}
+        form = values(handlers, uploads, n_frames=3, method="noise", candidates=2, **changed)
+        return handlers.choose(form | clicked, SimpleNamespace(index=index), REQUEST, progress)
+
+    assert skipped(*chosen(0.5, 1))
+    form = values(handlers, uploads, n_frames=3, method="noise", candidates=2)
+    _, _, _, _, _, candidates_of, candidates, *_ = handlers.make(form, REQUEST, progress)
+    assert candidates_of.choices == [("δ = 0.500", 0.5), ("δ = 0.250", 0.25), ("δ = 0.750", 0.75)]
+    assert candidates_of.value == 0.5
+    assert captions(candidates) == ["1, chosen", "2"]
+
+    assert skipped(*chosen(0.25, 0))
+    status, _, _, _, _, candidates_of, candidates, *_ = chosen(0.25, 1)
+    assert status.endswith("made 3 frames and wrote the video. The photos were known already.")
+    assert candidates_of.value == 0.25
+    assert captions(candidates) == ["1", "2, chosen"]
+    assert captions(handlers.look_at(0.5, REQUEST)) == ["1, chosen", "2"]
+    assert handlers.look_at(0.3, REQUEST) == gr.skip()
+    assert warnings == []
+
+    status, *others = chosen(0.5, 1, seed=1)
+    assert status.startswith("The photos or the settings are no longer those of these candidates")
+    assert skipped(*others)
 
 
 def test_a_slider_makes_a_video_only_of_a_prepared_pair(handlers, uploads, warnings):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a session of the page does, without the page and without Gradio."""
 
+import threading
+
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from support.programs import LATE_FAILURE
 from support.sessions import PREPARING, RENDERING, STAGES, Stages
 from support.snapshot import snapshot
 
-from dreammover_pipeline.ui.session import StoppedError
+from dreammover_pipeline import DreamMoverPipeline
+from dreammover_pipeline.ui.session import Session, StoppedError
 
 
 def all_files(folder):
@@ -93,6 +96,73 @@ def test_what_takes_nothing_from_the_photos_has_no_picture_of_what_it_takes(sess
     ]
     assert names[0] - names[1] == {"sources"}
     assert "sheet" in names[1]
+
+
+NOISE = {**RENDERING, "n_frames": 3, "method": "noise", "detail": "upsampled", "candidates": 2}
+
+
+def contents(rendered):
+    """What the files of rendered frames hold: the frames in their order, and the candidates by δ."""
+    candidates = {time: [path.read_bytes() for path in paths] for time, paths in rendered.candidates.items()}
+    return [path.read_bytes() for path in rendered.files], candidates
+
+
+def test_a_chosen_candidate_takes_the_place_of_the_first(session, files):
+    preparing = {**PREPARING, "lora_steps": 0}
+    first = session.make(files, preparing, NOISE, fps=8).rendered
+    frames, candidates = contents(first)
+    assert list(candidates) == [0.5, 0.25, 0.75]  # as they are made
+    assert frames[1:-1] == [candidates[time][0] for time in (0.25, 0.5, 0.75)]
+
+    report = Stages()
+    finished = session.make(files, preparing, NOISE, fps=8, report=report, choices={0.25: 1})
+    assert finished.work == ("rendered", "written")
+    assert "Inverting" not in report.stages
+    after, _ = contents(finished.rendered)
+    assert after == [frames[0], candidates[0.25][1], *frames[2:]]
+
+    rendered = session.make(files, preparing, NOISE, fps=8, choices={0.5: 1}).rendered
+    after, others = contents(rendered)
+    assert rendered.chosen == {0.5: 1, 0.25: 1, 0.75: 0}
+    assert after[1:-1] == [others[0.25][1], candidates[0.5][1], others[0.75][0]]
+    assert others[0.75] != candidates[0.75]  # which are made of the frame in the middle
+    assert set(rendered.folder.rglob("*.png")) == {
+        *rendered.files,
+        *rendered.pictures.values(),
+        *(path for paths in rendered.candidates.values() for path in paths),
+    }
+    assert not first.folder.exists()
+
+
+def test_choices_are_kept_until_photos_or_settings_change(session, files):
+    preparing = {**PREPARING, "lora_steps": 0}
+    with pytest.raises(ValueError, match="no longer those of these candidates"):
+        session.make(files, preparing, NOISE, fps=8, choices={0.5: 1})
+    session.make(files, preparing, NOISE, fps=8)
+    finished = session.make(files, preparing, NOISE, fps=8, choices={0.5: 1})
+    with pytest.raises(ValueError, match=r"must name candidates from 0 to 1"):
+        session.make(files, preparing, NOISE, fps=8, choices={0.5: 2})
+    report = Stages()
+    for changed in ((files[::-1], preparing, NOISE), (files, preparing, {**NOISE, "easing": "ease-in"})):
+        with pytest.raises(ValueError, match="no longer those of these candidates"):
+            session.make(*changed, fps=8, report=report, choices={0.5: 1})
+    assert report.stages == ["Starting"]
+    faster = session.make(files, preparing, NOISE, fps=16)
+    assert faster.work == ("written",)
+    assert faster.rendered is finished.rendered
+    eased = session.make(files, preparing, {**NOISE, "easing": "ease-in"}, fps=8)
+    assert set(eased.rendered.chosen.values()) == {0}
+    assert session.make(files, preparing, NOISE, fps=8).rendered.chosen[0.5] == 0
+
+
+def test_candidates_that_the_safety_checker_flags_are_black(components, safety_checker, files, tmp_path):
+    checker, extractor = safety_checker
+    checker.concept_embeds_weights.data.fill_(-2.0)  # cosines lie within ±1
+    pipe = DreamMoverPipeline(**components | {"safety_checker": checker, "feature_extractor": extractor})
+    session = Session(pipe, threading.Lock(), tmp_path / "session")
+    rendered = session.make(files, {**PREPARING, "lora_steps": 0}, {**NOISE, "n_frames": 1}, fps=8).rendered
+    for path in (rendered.files[1], *rendered.candidates[0.5]):
+        assert Image.open(path).getextrema() == ((0, 0),) * 3
 
 
 def test_a_moment_of_the_prepared_pair(session, files, pipe):

@@ -15,7 +15,8 @@ import gradio as gr
 
 from ..progress import ProgressListener
 from .page import MAX_PROMPT, PICTURES, PageComponents
-from .session import FinishedVideo, Session, StoppedError
+from .results import FinishedVideo, RenderedFrames
+from .session import Session, StoppedError
 from .studio import Studio
 from .visitors import COOKIE
 
@@ -65,18 +66,24 @@ class EventHandlers:
 
     def make(self, values: dict, request: gr.Request, progress=PROGRESS):
         """Make a video of what the form says, and show all results."""
+        return self._make(values, {}, request, progress)
+
+    def _make(self, values: dict, choices: Mapping[float, int], request: gr.Request, progress: gr.Progress):
         start = time.perf_counter()
         with errors_on_page() as messages:
             wanted = self._wanted(values, request)
             self.studio.visitors.check_room()
-            finished = self._session(request).make(**wanted, report=_shown_by(progress))
+            finished = self._session(request).make(**wanted, report=_shown_by(progress), choices=choices)
             rendered = finished.rendered
+            looked_at = next(iter([*choices, *rendered.candidates]), None)
             return (
                 _summary(finished, time.perf_counter() - start),
                 finished.video,
                 finished.comparison,
                 gr.Slider(maximum=len(rendered.files) - 1, value=0),
                 _frame(rendered.files[0], rendered.times[0]),
+                gr.Dropdown([(f"δ = {delta:.3f}", delta) for delta in rendered.candidates], value=looked_at),
+                _candidates(rendered, looked_at),
                 *(rendered.pictures.get(name) for name in PICTURES),
             )
         return messages[0], *self._unchanged()
@@ -90,6 +97,20 @@ class EventHandlers:
         if not self._session(request).has_prepared(wanted["photos"], wanted["preparing"]):
             return gr.skip(), *self._unchanged()
         return self.make(values, request, progress)
+
+    def look_at(self, delta: float | None, request: gr.Request):
+        """Show the candidates for one of the frames of the video that was finished last."""
+        finished = self._session(request).finished
+        if finished is None or delta not in finished.rendered.candidates:
+            return gr.skip()
+        return _candidates(finished.rendered, delta)
+
+    def choose(self, values: dict, event: gr.SelectData, request: gr.Request, progress=PROGRESS):
+        """Make the video anew with a candidate that is clicked, for the frame whose candidates are shown."""
+        delta, finished = values[self.components.results.candidates_of], self._session(request).finished
+        if finished is None or finished.rendered.chosen.get(delta) == event.index:
+            return gr.skip(), *self._unchanged()
+        return self._make(values, {delta: event.index}, request, progress)
 
     def moment(self, delta: float, request: gr.Request, progress=PROGRESS):
         """Make and show a single frame at a δ of the visitor's choice."""
@@ -171,7 +192,10 @@ class EventHandlers:
                 "spots": list(zip(*form["spots"], strict=False)),
                 "seed": form["seed"] or 0,
             },
-            "rendering": {name: form[name] for name in ("n_frames", "easing", "endpoints", "method")},
+            "rendering": {
+                **{name: form[name] for name in ("n_frames", "easing", "endpoints", "method")},
+                "candidates": form["candidates"] if form["method"] == "noise" else 1,
+            },
             "fps": form["fps"],
             "hold": form["hold"],
             "ping_pong": form["ping_pong"],
@@ -199,8 +223,11 @@ def connect(page: gr.Blocks, components: PageComponents, handlers: EventHandlers
     ]
     moment = results.moment
     jobs.append(moment.release(handlers.moment, [moment], [results.status, results.frame], **latest, **job))
+    choosing = wanted | {results.candidates_of}
+    jobs.append(results.candidates.select(handlers.choose, choosing, shown, **job))
     buttons.cancel.click(handlers.cancel, None, results.status, cancels=jobs, **UNQUEUED)
     results.scrubber.input(handlers.scrub, results.scrubber, results.frame, **latest, **UNQUEUED)
+    results.candidates_of.input(handlers.look_at, results.candidates_of, results.candidates, **latest, **UNQUEUED)
 
     spots, photos = form["spots"], [form["first"], form["last"]]
     marked = [spots, marking.first, marking.last]
@@ -249,6 +276,16 @@ def _shown_by(progress: gr.Progress) -> ProgressListener:
 
 def _frame(path: Path, time: float) -> gr.Image:
     return gr.Image(value=str(path), label=f"Frame at δ = {time:.3f}")
+
+
+def _candidates(rendered: RenderedFrames, time: float | None) -> gr.Gallery:
+    """The candidates for the frame at a time, of which the chosen one says so; none where the time is None."""
+    if time is None:
+        return gr.Gallery([], label="Candidates")
+    chosen = rendered.chosen[time]
+    captions = [f"{i + 1}, chosen" if i == chosen else f"{i + 1}" for i in range(len(rendered.candidates[time]))]
+    pictures = list(zip(map(str, rendered.candidates[time]), captions, strict=True))
+    return gr.Gallery(pictures, label=f"Candidates for the frame at δ = {time:.3f}", selected_index=chosen)
 
 
 def _summary(finished: FinishedVideo, seconds: float) -> str:

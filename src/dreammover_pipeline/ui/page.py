@@ -24,6 +24,11 @@ POINTS_HELP = """
 Where the video mixes up what belongs together, click a spot in the first photo and then the same spot in the last one.
 A few spots are enough. Then make the video again.
 """
+CANDIDATES_HELP = """
+Where frames are mixed in noise and *Candidates* (under *More*) is above 1, every frame is made several times. Click
+another one to have the video made with it. The frames that are made of this one then change too, so begin at the top
+of the list.
+"""
 # By name; each picture has its headline in itself.
 PICTURES = ("flow", "matches", "confidence", "occlusion", "sources", "sheet")
 MAX_PROMPT = 500  # characters
@@ -57,20 +62,23 @@ class SpotMarking:
 
 @dataclass(frozen=True)
 class Results:
-    """What shows the results, and the sliders that choose or make one of the frames."""
+    """What shows the results, and what chooses or makes one of the frames."""
 
     status: gr.Markdown
     video: gr.Video
     frame: gr.Image
     scrubber: gr.Slider
     moment: gr.Slider
+    candidates_of: gr.Dropdown
+    candidates: gr.Gallery
     pictures: list[gr.Image]
     beside: gr.Video
 
     @property
     def changed_by_a_video(self) -> list[Component]:
         """What a new video changes, in the order in which `EventHandlers.make` returns its values."""
-        return [self.status, self.video, self.beside, self.scrubber, self.frame, *self.pictures]
+        shown = [self.status, self.video, self.beside, self.scrubber, self.frame]
+        return [*shown, self.candidates_of, self.candidates, *self.pictures]
 
 
 @dataclass(frozen=True)
@@ -167,6 +175,15 @@ def _more_settings(defaults: Mapping[str, object]) -> dict[str, Component]:
             label="Method",
             elem_id="method",
         )
+        candidates = gr.Slider(
+            1,
+            6,
+            defaults["candidates"],
+            step=1,
+            label="Candidates",
+            info="How often every frame that is mixed in noise is made, for you to choose from. More take longer.",
+            elem_id="candidate-count",
+        )
         lora_steps = _slider("lora_steps", defaults, label="LoRA steps", elem_id="lora-steps", explained=True)
         inversion_steps = _slider(
             "inversion_steps", defaults, label="Inversion steps", elem_id="inversion-steps", explained=True
@@ -185,6 +202,7 @@ def _more_settings(defaults: Mapping[str, object]) -> dict[str, Component]:
     return {
         "lora_steps": lora_steps,
         "method": method,
+        "candidates": candidates,
         "embedding_steps": embedding_steps,
         "inversion_steps": inversion_steps,
         "hold": hold,
@@ -213,8 +231,15 @@ def _results() -> Results:
         frame = gr.Image(label="Frame", height=420, elem_id="frame", **PICTURE_VIEW)
         scrubber = gr.Slider(0, 1, 0, step=1, label="Frame", elem_id="scrubber")
         moment = gr.Slider(0.01, 0.99, 0.5, step=0.01, label="A moment δ of your own, made anew", elem_id="moment")
+    with gr.Tab("Candidates"):
+        gr.Markdown(CANDIDATES_HELP)
+        candidates_of = gr.Dropdown([], label="Frame, in the order in which they are made", elem_id="candidates-of")
+        # A preview would cover the others, and looking through it would choose.
+        candidates = gr.Gallery(
+            label="Candidates", columns=3, allow_preview=False, interactive=False, buttons=[], elem_id="candidates"
+        )
     with gr.Tab("Flow and confidence"):
         pictures = [gr.Image(show_label=False, elem_id=name, **PICTURE_VIEW) for name in PICTURES]
     with gr.Tab("Beside a cross-fade"):
         beside = gr.Video(label="Beside a cross-fade", loop=True, buttons=["download"], elem_id="beside")
-    return Results(status, video, frame, scrubber, moment, pictures, beside)
+    return Results(status, video, frame, scrubber, moment, candidates_of, candidates, pictures, beside)

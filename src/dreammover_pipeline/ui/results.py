@@ -35,6 +35,9 @@ class RenderedFrames:
         times: the δ of every frame.
         pictures: the files of the pictures that explain the frames, by their names.
         flagged: how many frames the safety checker has blacked out.
+        candidates: the files that each frame was chosen among, by its δ, in the order in which frames are made; empty
+            where every frame was made once.
+        chosen: which of its candidates each frame is, by its δ.
     """
 
     key: str
@@ -43,6 +46,8 @@ class RenderedFrames:
     times: tuple[float, ...]
     pictures: dict[str, Path]
     flagged: int
+    candidates: dict[float, tuple[Path, ...]]
+    chosen: dict[float, int]
 
 
 @dataclass(frozen=True)

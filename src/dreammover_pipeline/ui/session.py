@@ -12,22 +12,29 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
 from ..media.files import check_ffmpeg, check_fps, write_picture, write_video
-from ..media.pictures import comparison, crossfade
+from ..media.pictures import comparison, crossfade, picture_of
 from ..media.playback import check_hold, play
 from ..memory import free_cache, is_out_of_memory
 from ..pipeline import DreamMoverPipeline
 from ..progress import ProgressListener
+from ..ranking import Chooser
 from ..settings import RenderSettings
 from .photos import WHICH, DecodedPhotos, Spot, marked_photo, points_of_spots
 from .results import FinishedVideo, PreparedPhotos, RenderedFrames, explaining_pictures
+
+
+def equally_good(picture: Image.Image) -> float:
+    """The same mark for every candidate, so that the first one is taken until the visitor chooses another."""
+    return 0.0
 
 
 class StoppedError(Exception):
@@ -95,6 +102,7 @@ class Session:
         hold: float = 0.0,
         ping_pong: bool = False,
         report: ProgressListener = lambda stage, done, total: None,
+        choices: Mapping[float, int] | None = None,
     ) -> FinishedVideo:
         """Make a video, and do only the part of the work that this session's last video did not do already.
 
@@ -103,15 +111,18 @@ class Session:
             preparing: arguments of `DreamMoverPipeline.prepare` but for the photos. A "seed" takes the place of the
                 generator. "spots" take the place of the points: a pair of spots ((x0, y0), (x1, y1)) for each place
                 that both photos show, in pixels of the pictures that `mark` returns.
-            rendering: arguments of `DreamMoverPipeline.render` but for the pair.
+            rendering: arguments of `DreamMoverPipeline.render` but for the pair, "rank_by" and "choices".
             fps: frames per second of the video.
             hold: seconds for which the first and the last frame stand still.
             ping_pong: whether the video also runs back to its beginning.
             report: called as (stage name, steps done, steps in all) when a stage begins and after each of its steps.
+            choices: which of its candidates a frame of the last video is to be from now on, by the frame's δ. The
+                others stay what they were chosen to be, as long as the photos and all other settings are the same.
 
         Raises:
             StoppedError: the visitor cancelled the job or left.
-            TypeError, ValueError: an argument or a photo is not what it may be; raised before any model runs.
+            TypeError, ValueError: an argument or a photo is not what it may be, or there are choices for frames that
+                are not those of these photos and settings; raised before any model runs.
             RuntimeError: the work failed. If only writing failed, the frames are kept for the next call.
         """
         check_ffmpeg()
@@ -119,13 +130,20 @@ class Session:
         check_fps(fps, "video.mp4")
         check_hold(hold)
         with self._job(report):
+            key = f"{_key(photos, preparing)} {sorted(rendering.items())}"
+            known = self._rendered is not None and self._rendered.key == key
+            chosen = self._rendered.chosen if known else {}
+            wanted = {**chosen, **(choices or {})}
+            if wanted.keys() != chosen.keys():
+                raise ValueError(
+                    "the photos or the settings are no longer those of these candidates; make a new video"
+                )
             work = []
             if not self.has_prepared(photos, preparing):
                 self._prepared = self._prepare(photos, preparing)
                 work.append("prepared")
-            key = f"{self._prepared.key} {sorted(rendering.items())}"
-            if self._rendered is None or self._rendered.key != key:
-                self._replace_rendered(self._render(key, rendering))
+            if not known or wanted != chosen:
+                self._replace_rendered(self._render(key, rendering, wanted))
                 work.append("rendered")
             try:
                 return self._write(self._rendered, fps, hold, ping_pong, (*work, "written"))
@@ -215,19 +233,35 @@ class Session:
         """What decides the noise of frames that are made in noise: the visitor's seed, as for all else."""
         return torch.Generator("cpu").manual_seed(self._prepared.seed)
 
-    def _render(self, key: str, rendering: Mapping[str, object]) -> RenderedFrames:
+    def _render(self, key: str, rendering: Mapping[str, object], choices: Mapping[float, int]) -> RenderedFrames:
         pair = self._prepared.pair
         with self._pipe.keeping_sources() as sources:
-            output = self._pipe.render(pair, **rendering, include_inputs=True, generator=self._frames_generator())
+            output = self._pipe.render(
+                pair,
+                **rendering,
+                rank_by=equally_good,
+                choices=choices,
+                include_inputs=True,
+                generator=self._frames_generator(),
+            )
         (frames,), (times,) = output.frames, output.times
+        (chooser,) = output.candidates or [Chooser(equally_good, {})]  # one that nothing was shown to
         folder = self._new_folder()
-        write_video(frames, folder / "frames", fps=1)
+        files = _write_pictures(frames, folder / "frames")
+        candidates = {
+            time: _write_pictures(map(self._checked, seen), folder / f"candidates_{number}")
+            for number, (time, seen) in enumerate(chooser.seen.items())
+        }
         pictures = explaining_pictures(pair, frames, times, sources, RenderSettings.of(rendering).motion)
         paths = {name: folder / f"{name}.png" for name in pictures}
         for name, picture in pictures.items():
             write_picture(picture, paths[name])
-        files = tuple(sorted((folder / "frames").iterdir()))
-        return RenderedFrames(key, folder, files, times, paths, output.blacked_out)
+        return RenderedFrames(key, folder, files, times, paths, output.blacked_out, candidates, chooser.chosen)
+
+    def _checked(self, candidate: Image.Image) -> Image.Image:
+        """A candidate as it may be shown: black if the safety checker flags it, as a finished frame is."""
+        (picture,), _ = self._pipe.run_safety_checker(torch.from_numpy(np.array(candidate)).movedim(-1, 0)[None])
+        return picture_of(picture)
 
     def _replace_rendered(self, rendered: RenderedFrames) -> None:
         """Keep these frames instead of those before them, which are removed unless the finished video is of them."""
@@ -275,6 +309,12 @@ class Session:
         folder = self.folder / secrets.token_hex(16)
         folder.mkdir(parents=True)
         return folder
+
+
+def _write_pictures(pictures: Iterable[Image.Image], folder: Path) -> tuple[Path, ...]:
+    """Write pictures to files in a new folder, and return the files in the order of the pictures."""
+    write_video(pictures, folder, fps=1)
+    return tuple(sorted(folder.iterdir()))
 
 
 def _key(photos: Sequence[Path], preparing: Mapping[str, object]) -> str:
