@@ -236,7 +236,13 @@ def _results() -> Results:
         candidates_of = gr.Dropdown([], label="Frame, in the order in which they are made", elem_id="candidates-of")
         # A preview would cover the others, and looking through it would choose.
         candidates = gr.Gallery(
-            label="Candidates", columns=3, allow_preview=False, interactive=False, buttons=[], elem_id="candidates"
+            label="Candidates",
+            columns=3,
+            object_fit="contain",
+            allow_preview=False,
+            interactive=False,
+            buttons=[],
+            elem_id="candidates",
         )
     with gr.Tab("Flow and confidence"):
         pictures = [gr.Image(show_label=False, elem_id=name, **PICTURE_VIEW) for name in PICTURES]
