@@ -27,6 +27,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextM
 # From a folder such as a clone's, diffusers copies exactly the modules that this file names by `from .name import`. So
 # this block names every module that any of them needs; those that this file itself has no use for are marked.
 from .adapters import check_new_adapter_name, load_beside
+from .affine import Affine  # noqa: F401, named for the loader
 from .arguments import Settings
 from .attention import reference_attention  # noqa: F401, named for the loader
 from .autoencoder import Autoencoder
@@ -231,6 +232,7 @@ class DreamMoverPipeline(
         easing: str | Callable[[float], float] = "linear",
         method: str = "flow",
         noise_levels: Sequence[float] = (0.25, 0.65),
+        affine: Sequence[float] | None = None,
         candidates: int = 1,
         rank_by: Sequence[str] | Callable = ("high quality, detailed", "blurry, distorted"),
         choices: Mapping[float, int] | None = None,
@@ -305,6 +307,10 @@ class DreamMoverPipeline(
             noise_levels: How far frames are noised where `method` is "noise", as shares of the schedule: the last ones
                 that are made, and the frame in the middle, which is made first. Below a quarter frames look like a
                 cross-fade; above two thirds they leave the photos.
+            affine: Motion that is added where `method` is "noise": (zoom, degrees, right, down) by which the whole
+                first photo moves on its way to the last one; it becomes `zoom` times as large, turns clockwise about
+                its middle and shifts by shares of its width and height. The last photo comes from the other way, and
+                both stand still at their own times. With "flow", motion is found in the photos.
             candidates: How often every frame is made, with other noise, where `method` is "noise"; the best is kept,
                 and the frames beside it are made of it. More find better frames and take as many times as long. With
                 "flow", where nothing is random, it must be 1.
@@ -504,6 +510,7 @@ class DreamMoverPipeline(
         easing: str | Callable[[float], float] = "linear",
         method: str = "flow",
         noise_levels: Sequence[float] = (0.25, 0.65),
+        affine: Sequence[float] | None = None,
         candidates: int = 1,
         rank_by: Sequence[str] | Callable = ("high quality, detailed", "blurry, distorted"),
         choices: Mapping[float, int] | None = None,
