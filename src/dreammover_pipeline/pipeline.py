@@ -256,9 +256,9 @@ class DreamMoverPipeline(
         layout_hold: float = 1.0,
         detail: str = "photos",
         guidance_scale: float = 1.0,
-        control_guidance_end: float = 1.0,
-        control_guidance_start: float = 0.0,
         controlnet_conditioning_scale: float = 1.0,
+        control_guidance_start: float = 0.0,
+        control_guidance_end: float = 1.0,
         negative_prompt: str | Sequence[str] | None = None,
         lora_steps: int = 80,
         lora_rank: int = 16,
@@ -376,9 +376,9 @@ class DreamMoverPipeline(
                 1.5's UNet.
             guidance_scale: Classifier-free guidance of the frames. Above 1 they follow the prompt more, at twice the
                 cost; the paper uses none.
-            control_guidance_end: Share of the denoising steps after which the `controlnet` ceases to act.
-            control_guidance_start: Share of the denoising steps after which the `controlnet` begins to act.
             controlnet_conditioning_scale: Factor of what the `controlnet` adds to the UNet; 0 adds nothing.
+            control_guidance_start: Share of the denoising steps after which the `controlnet` begins to act.
+            control_guidance_end: Share of the denoising steps after which the `controlnet` ceases to act.
             negative_prompt: What guidance leads away from; it acts where `guidance_scale` is above 1.
             lora_steps: Training steps of the pair's LoRA. More keep identity better, move less freely and take longer;
                 0 skips the fit.
@@ -521,9 +521,9 @@ class DreamMoverPipeline(
         layout_hold: float = 1.0,
         detail: str = "photos",
         guidance_scale: float = 1.0,
-        control_guidance_end: float = 1.0,
-        control_guidance_start: float = 0.0,
         controlnet_conditioning_scale: float = 1.0,
+        control_guidance_start: float = 0.0,
+        control_guidance_end: float = 1.0,
         negative_prompt: str | Sequence[str] | None = None,
         frame_batch_size: int | None = None,
         include_inputs: bool = False,

@@ -15,6 +15,7 @@ from dreammover_pipeline.ui.page import MAX_PROMPT, PICTURES, build_components
 from dreammover_pipeline.ui.visitors import COOKIE
 
 DEFAULTS = {"n_frames": 2, "lora_steps": 0, "inversion_steps": 2, "feature_step": 1, "endpoints": "original"}
+DEFAULTS |= {"method": "flow", "embedding_steps": 0}
 REQUEST = SimpleNamespace(cookies={COOKIE: "cookie"}, session_hash="tab")
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:gradio")  # of its own making
