@@ -821,8 +821,9 @@ class DreamMoverPipeline(
         What is left out has its default. Photos, texts, points and masks are looked at where they are used; what is no
         argument of the method is left alone.
         """
-        groups = (PrepareSettings, RenderSettings, Delivery)
-        self._check_model_fits(*(group.of(arguments) for group in groups))
+        rendering = RenderSettings.of(arguments)
+        self._check_model_fits(PrepareSettings.of(arguments), rendering, Delivery.of(arguments))
+        self._require_judge(rendering)
 
     def canvas(self, image: torch.Tensor, height: int | None = None, width: int | None = None) -> Canvas:
         """Working size and output size for a first image (C, H, W), and for the size asked for, if any."""
