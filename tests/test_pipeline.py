@@ -25,12 +25,14 @@ def close(a, b, tolerance=1e-4):
 def test_call_signature_holds_the_papers_defaults_but_for_nine():
     parameters = inspect.signature(DreamMoverPipeline.__call__).parameters
     order = """
-        self img0 img1 prompt height width n_frames times easing num_inference_steps inversion_steps
-        feature_step feature_block distance_penalty rest_tolerance flow_smoothing flow_fit
-        photo_tolerance flow points mask attention_blocks fusion motion importance layout_hold detail
-        guidance_scale negative_prompt lora_steps lora_rank lora_learning_rate lora_scale
+        self img0 img1 prompt height width n_frames times easing method noise_levels affine
+        candidates rank_by choices num_inference_steps inversion_steps feature_step feature_block
+        distance_penalty rest_tolerance flow_smoothing flow_fit photo_tolerance flow points mask
+        poses attention_blocks fusion motion importance layout_hold detail guidance_scale
+        controlnet_conditioning_scale control_guidance_start control_guidance_end negative_prompt
+        lora_steps lora_rank lora_learning_rate embedding_steps embedding_learning_rate lora_scale
         frame_batch_size include_inputs endpoints generator prompt_embeds negative_prompt_embeds
-        output_type return_dict cross_attention_kwargs clip_skip callback_on_step_end
+        control_images output_type return_dict cross_attention_kwargs clip_skip callback_on_step_end
         callback_on_step_end_tensor_inputs
     """
     assert list(parameters) == order.split()

@@ -154,6 +154,22 @@ class Levels(Values):
 
 
 @dataclass(frozen=True)
+class Motion(Values):
+    """Four numbers: a zoom above 0, an angle in degrees, and shares of the picture's sides."""
+
+    in_files: ClassVar[bool] = True
+
+    def check(self, name: str, value: object) -> None:
+        """Raise TypeError or ValueError unless the value is such numbers."""
+        if not isinstance(value, (list, tuple)) or len(value) != 4:
+            raise TypeError(f"`{name}` must be four numbers, (zoom, degrees, right, down), not {value!r}")
+        for number, least, inclusive, largest in zip(
+            value, (0, -3600, -10, -10), (False, True, True, True), (100, 3600, 10, 10), strict=True
+        ):
+            check_number(name, number, least, inclusive, largest)
+
+
+@dataclass(frozen=True)
 class Pictures(Values):
     """A picture, or two, one for each photo."""
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .affine import Affine
 from .ddim import recompose, working_dtype
 from .fusion import slerp
 from .noise_training import gaussian
@@ -104,6 +105,7 @@ def interpolate_in_noise(
     interrupted: Callable[[], bool] = lambda: False,
     candidates: int = 1,
     choose: Callable[[float, torch.Tensor], int] = lambda time, candidates: 0,
+    affine: Affine | None = None,
 ) -> torch.Tensor:
     """Clean latents of the frames between two pictures.
 
@@ -122,6 +124,7 @@ def interpolate_in_noise(
         candidates: How often every frame is made, with other noise. The first is what it is without any others.
         choose: Function from a time and the clean latents of its candidates, (n, C, h, w), to the index of the one
             that is kept.
+        affine: Motion that is added to all frames; None for none.
 
     Returns:
         (F, C, h, w), in the order of `times`.
@@ -132,7 +135,10 @@ def interpolate_in_noise(
     branches = generations(times)
     counts = steps_of_generations(len(branches), levels, len(schedule.timesteps))
     for generation, steps in zip(branches, counts, strict=True):
-        parents = [torch.stack([made[time] for time in branch.parents]) for branch in generation]
+        parents = [
+            torch.stack([_moved(made[time], affine, time, branch.time) for time in branch.parents])
+            for branch in generation
+        ]
         if interrupted():
             made |= {b.time: torch.lerp(*ends, b.way) for b, ends in zip(generation, parents, strict=True)}
             continue
@@ -154,3 +160,7 @@ def interpolate_in_noise(
             made[branch.time] = some[choose(branch.time, some)]
         done += steps
     return torch.stack([made[time] for time in times])
+
+
+def _moved(latents: torch.Tensor, affine: Affine | None, start: float, end: float) -> torch.Tensor:
+    return latents if affine is None else affine.moved(latents, start, end)

@@ -27,6 +27,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextM
 # From a folder such as a clone's, diffusers copies exactly the modules that this file names by `from .name import`. So
 # this block names every module that any of them needs; those that this file itself has no use for are marked.
 from .adapters import check_new_adapter_name, load_beside
+from .affine import Affine  # noqa: F401, named for the loader
 from .arguments import Settings
 from .attention import reference_attention  # noqa: F401, named for the loader
 from .autoencoder import Autoencoder
@@ -231,6 +232,7 @@ class DreamMoverPipeline(
         easing: str | Callable[[float], float] = "linear",
         method: str = "flow",
         noise_levels: Sequence[float] = (0.25, 0.65),
+        affine: Sequence[float] | None = None,
         candidates: int = 1,
         rank_by: Sequence[str] | Callable = ("high quality, detailed", "blurry, distorted"),
         choices: Mapping[float, int] | None = None,
@@ -254,9 +256,9 @@ class DreamMoverPipeline(
         layout_hold: float = 1.0,
         detail: str = "photos",
         guidance_scale: float = 1.0,
-        control_guidance_end: float = 1.0,
-        control_guidance_start: float = 0.0,
         controlnet_conditioning_scale: float = 1.0,
+        control_guidance_start: float = 0.0,
+        control_guidance_end: float = 1.0,
         negative_prompt: str | Sequence[str] | None = None,
         lora_steps: int = 80,
         lora_rank: int = 16,
@@ -305,6 +307,10 @@ class DreamMoverPipeline(
             noise_levels: How far frames are noised where `method` is "noise", as shares of the schedule: the last ones
                 that are made, and the frame in the middle, which is made first. Below a quarter frames look like a
                 cross-fade; above two thirds they leave the photos.
+            affine: Motion that is added where `method` is "noise": (zoom, degrees, right, down) by which the whole
+                first photo moves on its way to the last one; it becomes `zoom` times as large, turns clockwise about
+                its middle and shifts by shares of its width and height. The last photo comes from the other way, and
+                both stand still at their own times. With "flow", motion is found in the photos.
             candidates: How often every frame is made, with other noise, where `method` is "noise"; the best is kept,
                 and the frames beside it are made of it. More find better frames and take as many times as long. With
                 "flow", where nothing is random, it must be 1.
@@ -370,9 +376,9 @@ class DreamMoverPipeline(
                 1.5's UNet.
             guidance_scale: Classifier-free guidance of the frames. Above 1 they follow the prompt more, at twice the
                 cost; the paper uses none.
-            control_guidance_end: Share of the denoising steps after which the `controlnet` ceases to act.
-            control_guidance_start: Share of the denoising steps after which the `controlnet` begins to act.
             controlnet_conditioning_scale: Factor of what the `controlnet` adds to the UNet; 0 adds nothing.
+            control_guidance_start: Share of the denoising steps after which the `controlnet` begins to act.
+            control_guidance_end: Share of the denoising steps after which the `controlnet` ceases to act.
             negative_prompt: What guidance leads away from; it acts where `guidance_scale` is above 1.
             lora_steps: Training steps of the pair's LoRA. More keep identity better, move less freely and take longer;
                 0 skips the fit.
@@ -504,6 +510,7 @@ class DreamMoverPipeline(
         easing: str | Callable[[float], float] = "linear",
         method: str = "flow",
         noise_levels: Sequence[float] = (0.25, 0.65),
+        affine: Sequence[float] | None = None,
         candidates: int = 1,
         rank_by: Sequence[str] | Callable = ("high quality, detailed", "blurry, distorted"),
         choices: Mapping[float, int] | None = None,
@@ -514,9 +521,9 @@ class DreamMoverPipeline(
         layout_hold: float = 1.0,
         detail: str = "photos",
         guidance_scale: float = 1.0,
-        control_guidance_end: float = 1.0,
-        control_guidance_start: float = 0.0,
         controlnet_conditioning_scale: float = 1.0,
+        control_guidance_start: float = 0.0,
+        control_guidance_end: float = 1.0,
         negative_prompt: str | Sequence[str] | None = None,
         frame_batch_size: int | None = None,
         include_inputs: bool = False,
@@ -814,8 +821,9 @@ class DreamMoverPipeline(
         What is left out has its default. Photos, texts, points and masks are looked at where they are used; what is no
         argument of the method is left alone.
         """
-        groups = (PrepareSettings, RenderSettings, Delivery)
-        self._check_model_fits(*(group.of(arguments) for group in groups))
+        rendering = RenderSettings.of(arguments)
+        self._check_model_fits(PrepareSettings.of(arguments), rendering, Delivery.of(arguments))
+        self._require_judge(rendering)
 
     def canvas(self, image: torch.Tensor, height: int | None = None, width: int | None = None) -> Canvas:
         """Working size and output size for a first image (C, H, W), and for the size asked for, if any."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .affine import Affine
 from .branching import generations, interpolate_in_noise, steps_of_generations
 from .conditioning import Conditions
 from .control import ControlPicture, FrameControl, frame_control
@@ -179,7 +180,8 @@ def _in_noise(
             lambda i, timestep, latents: on_step(i, timestep, latents, now),
             interrupted,
             settings.candidates,
-            **({} if chooser is None else {"choose": choose}),
+            choose if settings.candidates > 1 else lambda time, candidates: 0,
+            Affine.of(settings.affine),
         )
 
 

@@ -24,6 +24,7 @@ from .arguments import (
     Function,
     Keywords,
     Levels,
+    Motion,
     Names,
     Numbers,
     Pictures,
@@ -321,6 +322,14 @@ class RenderSettings(VideoSettings):
         "and the frame in the middle, which is made first. Below a quarter frames look like a cross-fade; above two "
         "thirds they leave the photos.",
     )
+    affine: Sequence[float] | None = argument(
+        None,
+        Motion(),
+        'Motion that is added where `method` is "noise": (zoom, degrees, right, down) by which the whole first photo '
+        "moves on its way to the last one; it becomes `zoom` times as large, turns clockwise about its middle and "
+        "shifts by shares of its width and height. The last photo comes from the other way, and both stand still at "
+        'their own times. With "flow", motion is found in the photos.',
+    )
     candidates: int = argument(
         1,
         WholeNumbers(1, 100),
@@ -415,6 +424,10 @@ class RenderSettings(VideoSettings):
             raise ValueError(
                 f'`candidates` {self.candidates} need `method` "noise": with "flow" nothing but the LoRA fit is '
                 "random, and all candidates would be the same"
+            )
+        if self.method == "flow" and self.affine is not None:
+            raise ValueError(
+                '`affine` needs `method` "noise": with "flow", motion is found in the photos, or given as `flow`'
             )
         wrong = [index for index in (self.choices or {}).values() if index >= self.candidates]
         if wrong:

@@ -120,7 +120,7 @@ def test_what_cannot_be_kept_or_rendered_is_refused_before_preparing(tmp_path, m
         ("--lora-steps 0", "unrecognized arguments: --lora-steps 0"),
         ("--prompt fish", "unrecognized arguments: --prompt fish"),
         ("--size 64x64", "unrecognized arguments: --size 64x64"),
-        ("--seed 1", "unrecognized arguments: --seed 1"),
+        ("--seed x", "is no seed"),
         ("--frames 0", "n_frames"),
         ("--fusion none", "'two_level'"),
         ("--sheet {pair}", "allowed are .png"),

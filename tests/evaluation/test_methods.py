@@ -19,7 +19,7 @@ from dreammover_pipeline.images import load_images
 from dreammover_pipeline.settings import PRESETS
 
 # The methods that need no weights but the pipeline's; those that do have their own tests.
-OWN = {name: method for name, method in METHODS.items() if not method.weights}
+OWN = {name: method for name, method in METHODS.items() if not (method.weights or method.component)}
 SHORT = {"num_inference_steps": 6, "inversion_steps": 4, "feature_step": 2, "lora_steps": 1}
 MATCHED = {"ours", "photometric", "direct_fusion", "released_fusion", "no_attention", "latent_splat", "pixel_splat"}
 MATCHED |= {"straight", "no_hold", "upsampled", "diffusion"}

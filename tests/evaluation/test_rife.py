@@ -5,6 +5,7 @@ import hashlib
 import io
 import sys
 from dataclasses import replace
+from functools import partial
 from zipfile import ZipFile
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 pytest.importorskip("skimage")
 pytest.importorskip("cv2")
 
-from dreammover_pipeline.evaluation.methods import METHODS, EvaluationCase, methods_without_weights
+from dreammover_pipeline.evaluation.methods import METHODS, EvaluationCase, methods_left_out
 from dreammover_pipeline.evaluation.report import markdown
 from dreammover_pipeline.evaluation.rife import PACKAGE, load_rife
 from dreammover_pipeline.evaluation.run import RunFile
@@ -36,6 +37,9 @@ class IFNet(torch.nn.Module):
         scale_list[0] *= 2
         return [], None, [None] * 3 + [blend(x[:, :3], x[:, 3:], timestep) + self.light]
 """
+
+
+left_out = partial(methods_left_out, ("controlnet", "clip"))
 
 
 @pytest.fixture
@@ -77,7 +81,7 @@ def test_frames_at_any_time_and_of_any_size(fetched, case):
     assert frames.shape == (3, 3, 70, 131)
     assert not frames.requires_grad
     assert frames.flatten(1).unique(dim=1).flatten().tolist() == [0.25, 0.375, 0.625]
-    assert methods_without_weights() == {}
+    assert left_out() == {}
 
 
 def test_an_archive_that_was_exchanged_does_not_run(fetched, case):
@@ -88,11 +92,11 @@ def test_an_archive_that_was_exchanged_does_not_run(fetched, case):
 
 
 def test_without_its_archive_rife_is_left_out_and_says_how_to_get_it(checkpoints, case, tmp_path):
-    (reason,) = methods_without_weights().values()
+    (reason,) = left_out().values()
     assert reason.endswith("get them with: dreammover fetch-weights rife")
     with pytest.raises(OSError, match="dreammover fetch-weights rife"):
         METHODS["rife"].require_weights()
     names = ("model", "weights", "dtype", "device", "seed", "settings", "warping_flow")
     file = RunFile(tmp_path, dict.fromkeys(names, "x") | {"unavailable": {}, "suites": {}}, [])
-    assert f"- the method rife is left out: {reason}" in markdown(file, left_out=methods_without_weights())
+    assert f"- the method rife is left out: {reason}" in markdown(file, left_out=left_out())
     assert "left out" not in markdown(file)

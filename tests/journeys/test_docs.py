@@ -173,3 +173,8 @@ def test_readme_commands_are_two():
 def test_relative_links_lead_somewhere(path):
     for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", path.read_text()):
         assert (path.parent / target).exists(), target
+
+
+def test_the_page_on_different_photos_runs_as_printed(clone):
+    session = run_python("docs/different_photos.md")
+    assert len(session["frames"]) == 3

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..arguments import arguments_of
 from ..settings import PrepareSettings, RenderSettings, VideoSettings
-from .loading import add_model_options, check_model, load_chosen, pipeline_class
+from .loading import add_component_options, add_model_options, check_model, load_chosen, pipeline_class
 
 FULL = {"pairs": 32, "frames": 7}  # sizes of a suite without --quick
 # Sizes of a suite with --quick, which takes about six minutes on two cores with the embedded checkpoint.
@@ -77,6 +77,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     add("--seed", type=int, default=0, metavar="N", help="decides drawn scenes and LoRAs (default: %(default)s)")
     add("--quiet", action="store_true", help="show no progress bar")
     add_model_options(parser, default="tiny")
+    add_component_options(parser)
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:
@@ -134,12 +135,16 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.size is not None:
         check_integer("--size", args.size, *SIDES)
     pipeline_class()  # first, since it hushes third parties before they are imported
-    from ..evaluation.methods import METHODS, methods_without_weights
+    from ..evaluation.methods import METHODS, methods_left_out
 
     for method in args.methods or ():
         check_choice("--methods", method, tuple(METHODS))
         METHODS[method].require_weights()
-    left_out = {} if args.methods else methods_without_weights()
+    missing = methods_left_out([name for name in ("controlnet", "clip") if getattr(args, name) is not None])
+    for method in args.methods or ():
+        if method in missing:
+            raise ValueError(f"the method {method} cannot be evaluated: {missing[method]}")
+    left_out = {} if args.methods else missing
     methods = [method for method in dict.fromkeys(args.methods or METHODS) if method not in left_out]
     from ..evaluation.networks import FLOWS, find_tools
 

@@ -122,6 +122,8 @@ def _make_pair(args: argparse.Namespace) -> None:
         pair = pipe.prepare(*photos, **taken(call, *PREPARING))
         if args.save_pair:
             pipe.save_pair(pair, args.save_pair)
+        import torch
+
         generator = torch.Generator("cpu").manual_seed(args.seed)
         return pair, pipe.render(pair, **taken(call, *RENDERING), output_type="lazy", generator=generator)
 

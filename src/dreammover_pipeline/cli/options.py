@@ -16,6 +16,7 @@ from ..arguments import (
     Argument,
     Blocks,
     Levels,
+    Motion,
     Numbers,
     Pictures,
     Poses,
@@ -80,6 +81,8 @@ def _parsing(declared: Argument, gaps: bool) -> dict[str, object]:
         return {"type": float, "metavar": "X", "help": text}
     if isinstance(values, Levels):
         return {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH"), "help": text}
+    if isinstance(values, Motion):
+        return {"type": float, "nargs": 4, "metavar": ("ZOOM", "DEGREES", "RIGHT", "DOWN"), "help": text}
     if isinstance(values, Ranking):
         return {"nargs": 2, "metavar": ("GOOD", "BAD"), "help": text}
     if isinstance(values, Poses):

@@ -7,8 +7,8 @@ were made with, which is None for a method without flow.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,10 @@ from ..fields import backward_warp, cell_grid, upsampled_flow
 from ..framing import unfit
 from ..fusion import agreement_importance, fuse_high_level, photometric_importance
 from ..paths import MotionPaths, motion_paths
-from ..records import BidirectionalFlow
+from ..poses import pose_pair
+from ..records import BidirectionalFlow, PreparedPair
 from ..settings import PREPARING, PRESETS, RENDERING, PrepareSettings
+from ..tiny.skeletons import poses_of
 from .case import UNREPORTED, EvaluationCase, Result
 from .ceilings import true_flow, true_flow_straight, true_path, true_splat, true_visibility, vae_of_truth
 from .diffmorpher import diffmorpher
@@ -29,6 +31,7 @@ from .suites import Pair
 from .weights import weights_file
 
 FITTED_EMBEDDING_STEPS, GUIDANCE = 200, 2.0  # of the method "noise_embeddings"
+CANDIDATES_RANKED = 4  # of the method "noise_candidates"
 
 
 def ours(case: EvaluationCase) -> Result:
@@ -194,6 +197,29 @@ def noise_embeddings(case: EvaluationCase) -> Result:
     return case.render(pair, method="noise", detail="upsampled", guidance_scale=GUIDANCE)[0], None
 
 
+def noise_poses(case: EvaluationCase) -> Result:
+    """Wang and Golland's interpolation in noise, led by the true poses of both images through a ControlNet."""
+    return case.render(_posed(case, case.prepared(lora_steps=0)), method="noise", detail="upsampled")[0], None
+
+
+def noise_candidates(case: EvaluationCase) -> Result:
+    """Wang and Golland's interpolation in noise, each frame the best of four by CLIP."""
+    pair = case.prepared(lora_steps=0)
+    return case.render(pair, method="noise", detail="upsampled", candidates=CANDIDATES_RANKED)[0], None
+
+
+def poses(case: EvaluationCase) -> Result:
+    """Ours, led by the true poses of both images through a ControlNet."""
+    return case.render(_posed(case, case.prepared()))
+
+
+def _posed(case: EvaluationCase, pair: PreparedPair) -> PreparedPair:
+    """A prepared pair with the true poses of its scene."""
+    ends = [poses_of(case.pair.motion, time)[0].tolist() for time in (0.0, 1.0)]
+    sizes = [tuple(image.shape[-2:]) for image in case.pair.images]
+    return replace(pair, poses=pose_pair(ends, sizes, case.canvas))
+
+
 def noise_lora(case: EvaluationCase) -> Result:
     """Interpolation in noise with the pair's LoRA."""
     return case.render(case.prepared(), method="noise", detail="upsampled")[0], None
@@ -213,6 +239,7 @@ class Method:
     make: Callable[[EvaluationCase], Result]
     needs: str = ""  # "truth" or "motion" for a method that cannot do without that attribute of a pair
     weights: str = ""  # the name in `WEIGHTS` of weights that the method cannot do without
+    component: str = ""  # the optional component of the pipeline that the method cannot do without
 
     @torch.no_grad()
     def __call__(self, case: EvaluationCase) -> Result:
@@ -259,6 +286,9 @@ METHODS = {
     "noise": Method(noise),
     "noise_embeddings": Method(noise_embeddings),
     "noise_lora": Method(noise_lora),
+    "noise_poses": Method(noise_poses, "motion", component="controlnet"),
+    "noise_candidates": Method(noise_candidates, component="clip"),
+    "poses": Method(poses, "motion", component="controlnet"),
     "diffmorpher": Method(morph),
     "crossfade": Method(crossfade),
     "dis_warp": Method(dis_warp),
@@ -267,10 +297,16 @@ METHODS = {
 }
 
 
-def methods_without_weights() -> dict[str, str]:
-    """The methods whose weights are not there, each with the reason."""
+def methods_left_out(components: Collection[str]) -> dict[str, str]:
+    """The methods whose weights or components are not there, each with the reason.
+
+    Args:
+        components: Names of the optional components that the pipeline has.
+    """
     found = {}
     for name, method in METHODS.items():
+        if method.component and method.component not in components:
+            found[name] = f"it needs --{method.component}"
         try:
             method.require_weights()
         except OSError as error:

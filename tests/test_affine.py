@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Motion that is added to interpolation in noise."""
+
+import pytest
+import torch
+
+from dreammover_pipeline.affine import Affine
+from dreammover_pipeline.branching import interpolate_in_noise
+from dreammover_pipeline.records import Schedule
+
+
+def smooth(seed=0, h=24, w=32):
+    noise = torch.randn(1, 4, h // 8, w // 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.nn.functional.interpolate(noise, (h, w), mode="bicubic")[0]
+
+
+def inside(latents):
+    return latents[:, 8:-8, 8:-8]
+
+
+MOTION = Affine(1.1, 12.0, 0.05, -0.04)
+
+
+def test_nothing_moves_where_no_time_passes():
+    assert torch.allclose(MOTION.moved(smooth(), 0.3, 0.3), smooth(), atol=1e-9)
+    assert torch.allclose(Affine(1.0, 0.0, 0.0, 0.0).moved(smooth(), 0.0, 1.0), smooth(), atol=1e-9)
+
+
+def test_a_shift_to_the_right_and_down_moves_cells_there():
+    moved = Affine(1.0, 0.0, 4 / 32, 3 / 24).moved(smooth(), 0.0, 1.0)
+    assert torch.allclose(moved[:, 3:, 4:], smooth()[:, :-3, :-4], atol=1e-9)
+
+
+def test_a_quarter_turn_is_clockwise():
+    square = smooth(h=16, w=16)
+    moved = Affine(1.0, 90.0, 0.0, 0.0).moved(square, 0.0, 1.0)
+    assert torch.allclose(moved, square.rot90(-1, (-2, -1)), atol=1e-9)
+
+
+def test_a_zoom_brings_places_away_from_the_middle():
+    moved = Affine(2.0, 0.0, 0.0, 0.0).moved(smooth(h=33, w=33), 0.0, 1.0)
+    assert torch.allclose(moved[:, 16, ::2], smooth(h=33, w=33)[:, 16, 8:25], atol=1e-9)
+
+
+def test_ways_join_and_lead_back():
+    there = MOTION.moved(smooth(), 0.0, 0.4)
+    assert torch.allclose(inside(MOTION.moved(there, 0.4, 0.9)), inside(MOTION.moved(smooth(), 0.0, 0.9)), atol=0.1)
+    assert torch.allclose(inside(MOTION.moved(there, 0.4, 0.0)), inside(smooth()), atol=0.1)
+
+
+def test_frames_between_a_picture_and_its_moved_self_are_it_on_its_way():
+    """With a model that changes nothing at hardly any noise, the two parents of every frame agree."""
+    schedule = Schedule((1, 2), (1.0, 1 - 1e-6, 1 - 2e-6))
+    ends = torch.stack([smooth(), MOTION.moved(smooth(), 0.0, 1.0)])
+
+    def predictor(frames, steps):
+        return lambda latents, timestep: torch.zeros_like(latents)
+
+    made = interpolate_in_noise(ends, (0.25, 0.5), predictor, schedule, (0.5, 0.5), seed=0, affine=MOTION)
+    for time, latents in zip((0.25, 0.5), made, strict=True):
+        assert torch.allclose(inside(latents), inside(MOTION.moved(smooth(), 0.0, time)), atol=0.15)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"affine": (1.0, 0.0, 0.0, 0.0)}, ValueError, "`affine` needs `method`"),
+        ({"method": "noise", "affine": (1.0, 0.0)}, TypeError, "`affine` must be four numbers"),
+        ({"method": "noise", "affine": (0.0, 0.0, 0.0, 0.0)}, ValueError, "`affine` must be finite and above 0"),
+        ({"method": "noise", "affine": (1.0, float("nan"), 0.0, 0.0)}, ValueError, "`affine` must be finite"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(pipe, photos, fast, wrong, error, message):
+    with pytest.raises(error, match=message):
+        pipe(*photos, **fast | wrong)
+
+
+def test_it_moves_the_frames_and_not_the_photos(pipe, photos, fast):
+    settings = fast | {"method": "noise", "lora_steps": 0, "n_frames": 1, "include_inputs": True, "output_type": "pt"}
+
+    def frames(**more):
+        return pipe(*photos, **settings, **more, generator=torch.Generator().manual_seed(0)).frames[0]
+
+    still, moved = frames(), frames(affine=(1.2, 20.0, 0.1, 0.0))
+    assert torch.equal(still[[0, 2]], moved[[0, 2]])
+    assert not torch.allclose(still[1], moved[1], atol=1e-3)
