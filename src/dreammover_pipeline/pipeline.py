@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import PIL.Image
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
@@ -47,7 +48,7 @@ from .flow import match_features  # noqa: F401, named for the loader
 from .framing import fit  # noqa: F401, named for the loader
 from .fusion import fuse_high_level  # noqa: F401, named for the loader
 from .given_flow import given_flow  # noqa: F401, named for the loader
-from .images import rgb  # noqa: F401, named for the loader
+from .images import decode_images
 from .inputs import check_choice, check_integer
 from .kept_gaps import KeptGaps, kept_gaps
 from .layout import holding_layout  # noqa: F401, named for the loader
@@ -57,7 +58,7 @@ from .memory import free_cache  # noqa: F401, named for the loader
 from .model_checks import check_guidance, check_model_fits, check_no_callback, check_texts
 from .models import Models
 from .noise_training import NoiseTraining  # noqa: F401, named for the loader
-from .outputs import DreamMoverPipelineOutput, joined, returned
+from .outputs import DreamMoverPipelineOutput, as_output, joined, returned
 from .pairs import ModelSizes, PairInput, check_generator, check_stackable, checked_pair, checked_pairs, pair_seeds
 from .paths import motion_paths
 from .poses import (
@@ -909,7 +910,14 @@ class DreamMoverPipeline(
         judge = settings.rank_by
         if not callable(judge):
             judge = clip_judge(self.clip, self.clip_processor, judge, self._execution_device)
-        return Chooser(judge, settings.choices or {})
+        return Chooser(judge, settings.choices or {}, self._checked)
+
+    def _checked(self, picture: PIL.Image.Image) -> PIL.Image.Image:
+        """A picture as it may be shown: black if the safety checker flags it, as a finished frame is."""
+        if self.safety_checker is None:
+            return picture
+        checked, _ = self.run_safety_checker(decode_images(picture, "candidate")[0][None])
+        return as_output(checked, "pil")[0]
 
     def _require_controlnet(self, argument: str) -> None:
         """Raise TypeError or ValueError unless there is a ControlNet that fits the UNet, for an argument's sake."""

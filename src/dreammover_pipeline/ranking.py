@@ -23,12 +23,13 @@ Judge = Callable[[PIL.Image.Image], float]
 class Chooser:
     """Chooses one of several pictures for each time, and keeps all of them.
 
-    `judge` finds the best; what `choices` has for a time prevails. `seen` has the pictures of every time in the order
-    of the candidates, and `chosen` which of them was taken.
+    `judge` finds the best; what `choices` has for a time prevails. `checked` makes of a picture what may be shown.
+    `seen` has the pictures of every time so, in the order of the candidates, and `chosen` which of them was taken.
     """
 
     judge: Judge | None
     choices: Mapping[float, int]
+    checked: Callable[[PIL.Image.Image], PIL.Image.Image] = lambda picture: picture
     seen: dict[float, list[PIL.Image.Image]] = field(default_factory=dict)
     chosen: dict[float, int] = field(default_factory=dict)
 
@@ -43,7 +44,7 @@ class Chooser:
             with interruptible():
                 marks = [_mark(self.judge, picture) for picture in pictures] if self.judge is not None else [0.0]
             index = marks.index(max(marks))
-        self.seen[time], self.chosen[time] = list(pictures), index
+        self.seen[time], self.chosen[time] = [self.checked(picture) for picture in pictures], index
         return index
 
 

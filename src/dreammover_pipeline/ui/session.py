@@ -16,12 +16,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
 from ..media.files import check_ffmpeg, check_fps, write_picture, write_video
-from ..media.pictures import comparison, crossfade, picture_of
+from ..media.pictures import comparison, crossfade
 from ..media.playback import check_hold, play
 from ..memory import free_cache, is_out_of_memory
 from ..pipeline import DreamMoverPipeline
@@ -249,7 +248,7 @@ class Session:
         folder = self._new_folder()
         files = _write_pictures(frames, folder / "frames")
         candidates = {
-            time: _write_pictures(map(self._checked, seen), folder / f"candidates_{number}")
+            time: _write_pictures(seen, folder / f"candidates_{number}")
             for number, (time, seen) in enumerate(chooser.seen.items())
         }
         pictures = explaining_pictures(pair, frames, times, sources, RenderSettings.of(rendering).motion)
@@ -257,11 +256,6 @@ class Session:
         for name, picture in pictures.items():
             write_picture(picture, paths[name])
         return RenderedFrames(key, folder, files, times, paths, output.blacked_out, candidates, chooser.chosen)
-
-    def _checked(self, candidate: Image.Image) -> Image.Image:
-        """A candidate as it may be shown: black if the safety checker flags it, as a finished frame is."""
-        (picture,), _ = self._pipe.run_safety_checker(torch.from_numpy(np.array(candidate)).movedim(-1, 0)[None])
-        return picture_of(picture)
 
     def _replace_rendered(self, rendered: RenderedFrames) -> None:
         """Keep these frames instead of those before them, which are removed unless the finished video is of them."""
