@@ -23,6 +23,7 @@ from .evaluate import add_evaluation
 from .export_hub import add_export
 from .fetch_weights import add_fetch_weights
 from .interpolate import add_interpolate
+from .poses import add_poses
 from .render import add_render
 from .train import add_train
 from .ui import add_ui
@@ -103,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_interpolate(commands)
     add_render(commands)
+    add_poses(commands)
     add_batch(commands)
     add_evaluation(commands)
     add_fetch_weights(commands)

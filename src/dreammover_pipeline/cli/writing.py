@@ -118,7 +118,19 @@ def check_output_paths(args: argparse.Namespace, inputs: Sequence[str], others: 
     pictures = [path for path in (args.sheet, args.flow_picture, args.matches, args.sources) if path]
     for path in pictures:
         check_picture_path(path)
-    outputs = [*videos, *pictures, *others]
+    check_replaces_nothing([*videos, *pictures, *others], inputs)
+
+
+def check_replaces_nothing(outputs: Sequence[str | Path], inputs: Sequence[str | Path]) -> None:
+    """Refuse outputs that would replace another output or an input.
+
+    Args:
+        outputs: The paths that are written.
+        inputs: The paths that are read.
+
+    Raises:
+        ValueError: An output is refused.
+    """
     for output, other in [*permutations(outputs, 2), *product(outputs, inputs)]:
         if Path(other).resolve().is_relative_to(Path(output).resolve()):  # an output may be a folder of frames
             raise ValueError(f"writing '{output}' would replace '{other}'; choose another path")
