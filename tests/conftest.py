@@ -18,12 +18,15 @@ import transformers.utils.logging as transformers_logging
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
+from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.tiny import CHECKPOINT
 
 torch.set_num_threads(1)
+# Without the thread that watches progress bars, which may hold their lock at the moment when a test forks a process.
+tqdm.monitor_interval = 0
 
 
 def build_components() -> dict:
