@@ -149,7 +149,8 @@ def test_every_plain_argument_of_the_pipeline_can_be_said_and_reaches_a_stage():
     images = {"self", "img0", "img1", "mask"}
     tensors = {"generator", "prompt_embeds", "negative_prompt_embeds", "cross_attention_kwargs"}
     forms = {"output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
-    assert set(parameters) - set(PARAMETERS) == images | tensors | forms
+    conditions = {"poses", "control_images", "choices"}
+    assert set(parameters) - set(PARAMETERS) == images | tensors | forms | conditions
 
 
 def test_rows_of_a_spreadsheet_that_hold_nothing_are_left_out(album):

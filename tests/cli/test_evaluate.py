@@ -56,7 +56,7 @@ def test_the_command_evaluates_reports_and_compares(tmp_path, capsys):
         ("--frames 0", "--frames"),
         ("--seed -1", "--seed"),
         ("--flow sintel", "'dis', 'raft'"),
-        ("--set lora_steps", "--set takes NAME=VALUE with a name of attention_blocks"),
+        ("--set lora_steps", "--set takes NAME=VALUE with a name of affine, attention_blocks"),
         ("--set n_frames=3", "not 'n_frames=3'"),
         ("--set lora_steps=-1", "lora_steps"),
         ("--set fusion=best", "'two_level'"),

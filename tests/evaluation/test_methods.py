@@ -182,7 +182,10 @@ def test_photos_of_any_shape_are_fitted(pipe, photos):
 
 def test_methods_that_need_truth_say_so(folder):
     bare, full = (folder_suite(folder, 3).load(name) for name in ("bare", "full"))
-    need_motion = {"true_flow", "true_flow_straight", "true_path", "true_visibility", "true_splat"}
+    need_motion = {"true_flow", "true_flow_straight", "true_path", "true_visibility", "true_splat"} | {
+        "poses",
+        "noise_poses",
+    }
     assert {name for name, method in METHODS.items() if not method.suits(bare)} == need_motion | {"vae_of_truth"}
     assert {name for name, method in METHODS.items() if not method.suits(full)} == need_motion
 
