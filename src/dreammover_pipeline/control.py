@@ -60,9 +60,7 @@ def frame_control(
     return FrameControl(frames, ends, scale, *window)
 
 
-def control_picture(
-    images: object, poses: PosePair | None, canvas: Canvas, name: str = "control_images"
-) -> ControlPicture | None:
+def control_picture(images: object, poses: PosePair | None, canvas: Canvas) -> ControlPicture | None:
     """What draws the pictures for a ControlNet; None where there are none.
 
     Args:
@@ -70,7 +68,6 @@ def control_picture(
             None for the poses.
         poses: Of the pair, None for no poses.
         canvas: Where the pictures are put, as the photos are.
-        name: Name of the checked argument, for error messages.
 
     Raises:
         TypeError, ValueError: `images` is not what it may be, or comes beside poses.
@@ -80,18 +77,18 @@ def control_picture(
             return None
         return lambda time: draw_pose(*poses.at(time), canvas.height, canvas.width)
     if poses is not None:
-        raise ValueError(f"pass `poses` or `{name}`, not both, since a ControlNet takes one picture")
+        raise ValueError("pass `poses` or `control_images`, not both, since a ControlNet takes one picture")
 
     def fitted(image: Photo, which: str) -> torch.Tensor:
         return fit(rgb(decode_images(image, which)[0]), canvas)
 
     if callable(images):
-        return lambda time: fitted(images(time), f"{name}({time:g})")
+        return lambda time: fitted(images(time), f"control_images({time:g})")
     if not isinstance(images, list | tuple) or len(images) != 2:
         raise TypeError(
-            f"`{name}` must be two images, or a function of δ that returns one, not {type(images).__name__}"
+            f"`control_images` must be two images, or a function of δ that returns one, not {type(images).__name__}"
         )
-    first, last = (fitted(image, f"{name}[{i}]") for i, image in enumerate(images))
+    first, last = (fitted(image, f"control_images[{i}]") for i, image in enumerate(images))
     return lambda time: torch.lerp(first, last, time)
 
 

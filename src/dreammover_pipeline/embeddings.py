@@ -15,7 +15,7 @@ import torch
 
 from .adapters import unwrapped
 from .inputs import check_integer, check_number
-from .noise_training import NoiseTraining
+from .noise_training import NoiseTraining, require_converged
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,8 @@ def fit_embeddings(
 
         training.descend(fitted, texts, fit.steps, fit.learning_rate, generator, on_step)
         positive, *negative = (embeds.detach() for embeds in fitted)
-    if not all(embeds.isfinite().all() for embeds in (positive, *negative)):
-        raise RuntimeError(
-            f"the fit of the text embeddings diverged in {dtype}; lower `embedding_learning_rate`, or load the model "
-            "in bfloat16 or float32"
-        )
+    what = "the fit of the text embeddings"
+    require_converged((positive, *negative), dtype, what, "embedding_learning_rate", fit.learning_rate)
     return positive.to(dtype), negative[0].to(dtype) if negative else None
 
 

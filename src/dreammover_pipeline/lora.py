@@ -25,7 +25,7 @@ from .adapters import (
 )
 from .attention import separate_projections
 from .inputs import check_integer, check_number
-from .noise_training import FIT_DTYPES, NoiseTraining, gaussian
+from .noise_training import FIT_DTYPES, NoiseTraining, gaussian, require_converged
 
 
 @dataclass(frozen=True)
@@ -94,17 +94,8 @@ def fit_pair_lora(
         parameters = _initialise(layers, generator)
         training.descend(parameters, lambda drawn: [texts[drawn]], fit.steps, fit.learning_rate, generator, on_step)
         weights = {name: parameter.detach().clone() for name, parameter in adapter_weights(layers).items()}
-    _check_converged(weights, dtype, fit.learning_rate)
+    require_converged(weights.values(), dtype, "the LoRA fit", "lora_learning_rate", fit.learning_rate)
     return weights
-
-
-def _check_converged(weights: dict[str, torch.Tensor], dtype: torch.dtype, learning_rate: float) -> None:
-    """Raise RuntimeError unless all fitted weights are finite."""
-    if not all(weight.isfinite().all() for weight in weights.values()):
-        remedy = "lower `lora_learning_rate`"
-        if dtype == torch.float16:
-            remedy += ", or load the model in bfloat16 or float32"
-        raise RuntimeError(f"the LoRA fit diverged in {dtype} at learning rate {learning_rate}; {remedy}")
 
 
 def _initialise(layers: dict[str, torch.nn.Module], generator: torch.Generator) -> list[torch.nn.Parameter]:

@@ -6,7 +6,7 @@ The weights are a LoRA's (`lora.py`) or those of text embeddings (`embeddings.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -149,6 +149,25 @@ class NoiseTraining:
         embeds = torch.cat(texts) if len(texts) > 1 else texts[0]
         predicted = self.unet(noisy, timesteps, embeds, return_dict=False)[0]
         return F.mse_loss(predicted.to(target.dtype), target)
+
+
+def require_converged(
+    fitted: Iterable[torch.Tensor], dtype: torch.dtype, what: str, argument: str, learning_rate: float
+) -> None:
+    """Raise RuntimeError unless all that was fitted is finite.
+
+    Args:
+        fitted: What was fitted.
+        dtype: The UNet's precision.
+        what: What error messages call the fit.
+        argument: The name of the argument that is its learning rate.
+        learning_rate: That learning rate.
+    """
+    if not all(values.isfinite().all() for values in fitted):
+        remedy = f"lower `{argument}`"
+        if dtype == torch.float16:
+            remedy += ", or load the model in bfloat16 or float32"
+        raise RuntimeError(f"{what} diverged in {dtype} at learning rate {learning_rate}; {remedy}")
 
 
 def gaussian(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:

@@ -669,12 +669,12 @@ class DreamMoverPipeline(
             return_dict: return a `DreamMoverPipelineOutput` rather than a tuple of its fields.
             keep: a folder in which every finished gap is kept, so that after a kill or an error the same call goes on
                 from there; by default nothing is kept. Only what is as it was asked for is taken from it. Remove it
-                when the video is done. It excludes `callback_on_step_end`, and a `flow` that is a function, for whose
-                results it could not answer.
+                when the video is done. It excludes `callback_on_step_end` and `control_images`, and a `flow` or
+                a `rank_by` that is a function, for whose results it could not answer.
             **arguments: any others of `__call__` but `img0` and `img1`. They hold for every gap, `times` and `easing`
-                too; `points` and `mask` are lists with those of each gap, None for a gap without; a list as `flow`
-                holds one per gap, and a list of generators one per LoRA; `prompt_embeds` are (1, L, D), or (n, L, D)
-                with one per image.
+                too; `points`, `mask` and `poses` are lists with those of each gap, None for a gap without; a list as
+                `flow` holds one per gap, and a list of generators one per LoRA; `prompt_embeds` are (1, L, D), or
+                (n, L, D) with one per image.
 
         Returns:
             `DreamMoverPipelineOutput`, or the tuple of its fields: the video as `frames[0]`, and one entry per gap in
@@ -703,8 +703,9 @@ class DreamMoverPipeline(
 
         if keep is not None:
             check_no_callback("keep", delivery)
-            for name, function in (("control_images", images_of_all), ("rank_by", rendering[0].rank_by)):
-                if callable(function) or (name == "control_images" and function is not None):
+            unknown = {"control_images": images_of_all is not None, "rank_by": callable(rendering[0].rank_by)}
+            for name, given in unknown.items():
+                if given:
                     raise ValueError(
                         f"`keep` and such a `{name}` exclude each other, since nobody can tell whether it is that of "
                         "the gaps that are kept; make the sequence without `keep`"

@@ -250,7 +250,7 @@ def invert_pair(
             settings.inversion_steps,
             step,
         )
-    require_finite(inversion.path[-1], denoiser.unet.dtype)
+    require_finite(inversion.path[-1], denoiser.dtype)
     return inversion
 
 

@@ -27,7 +27,7 @@ class Chooser:
     `seen` has the pictures of every time so, in the order of the candidates, and `chosen` which of them was taken.
     """
 
-    judge: Judge | None
+    judge: Judge
     choices: Mapping[float, int]
     checked: Callable[[PIL.Image.Image], PIL.Image.Image] = lambda picture: picture
     seen: dict[float, list[PIL.Image.Image]] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Chooser:
         index = next((choice for at, choice in self.choices.items() if abs(at - time) < 1e-6), None)
         if index is None:
             with interruptible():
-                marks = [_mark(self.judge, picture) for picture in pictures] if self.judge is not None else [0.0]
+                marks = [_mark(self.judge, picture) for picture in pictures]
             index = marks.index(max(marks))
         self.seen[time], self.chosen[time] = [self.checked(picture) for picture in pictures], index
         return index

@@ -124,7 +124,7 @@ def render_latents(
             latents = _along_flow(
                 models.denoiser, pair, settings, delta, paths, conditions, control, on_step, interrupted
             )
-    require_finite(latents, models.denoiser.unet.dtype)
+    require_finite(latents, models.denoiser.dtype)
     candidates = None if chooser is None else [chooser]
     ends = pair.inversion.path[0]
     return DenoisedFrames(latents, times, ends, pair.images, pair.canvas, pair.flow, pair, candidates=candidates)
@@ -167,6 +167,8 @@ def _in_noise(
             )
 
         def choose(time: float, candidates: torch.Tensor) -> int:
+            if chooser is None:
+                return 0
             decoded = [models.autoencoder.decode(latent)[pair.canvas.content] for latent in candidates.split(1)]
             return chooser.choose(time, [picture for frame in decoded for picture in as_output(frame, "pil")])
 
@@ -180,7 +182,7 @@ def _in_noise(
             lambda i, timestep, latents: on_step(i, timestep, latents, now),
             interrupted,
             settings.candidates,
-            choose if settings.candidates > 1 else lambda time, candidates: 0,
+            choose,
             Affine.of(settings.affine),
         )
 
