@@ -173,9 +173,11 @@ def test_every_pixel_is_that_of_the_equation():
             here = (k, *at)
             weight = between(((key == key[here]) * plan.sources.weight).sum(0), y, x)
             found = [
-                looked_up(photo, source)
+                looked_up(photo, source.reshape(2))
                 for photo, source in zip(
-                    (first, last), plan.candidates.sources(plan.sources.index[here], z), strict=True
+                    (first, last),
+                    plan.candidates.sources(plan.sources.index[here].reshape(1, 1, 1), z.reshape(2, 1, 1)),
+                    strict=True,
                 )
             ]
             shares = [float(share[here]) * on for share, (_, on) in zip((first_share, last_share), found, strict=True)]

@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from support import naive
 
-from dreammover_pipeline.fields import backward_warp, cell_grid, flow_at_cell_centres, pixel_flow, upsampled_flow
+from dreammover_pipeline.fields import (
+    backward_warp,
+    cell_grid,
+    distances,
+    flow_at_cell_centres,
+    pixel_flow,
+    upsampled_flow,
+    values_beside,
+)
 from dreammover_pipeline.records import BidirectionalFlow, Canvas
 
 
@@ -57,6 +65,26 @@ def test_backward_warp_leaves_its_inputs_alone():
     before = x.clone(), flow.clone()
     backward_warp(x, flow)
     assert all(map(torch.equal, (x, flow), before))
+
+
+@pytest.mark.parametrize("steps", [[(0, 0)], [(2, -1)], [(-9, 9), (0, 1), (1, 0)]])
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 4, 1)])
+def test_values_beside_a_cell_are_those_of_other_cells_within_the_field(steps, shape):
+    x = randn(*shape)
+    h, w = shape[-2:]
+    for (down, right), made in zip(steps, values_beside(x, steps), strict=True):
+        assert made.shape == x.shape
+        for row in range(h):
+            for column in range(w):
+                there = min(max(row + down, 0), h - 1), min(max(column + right, 0), w - 1)
+                assert torch.equal(made[..., row, column], x[(..., *there)])
+
+
+def test_distances_are_exact_and_zero_from_a_place_to_itself():
+    places, others = 30 * randn(2, 40).float(), randn(2, 3).float()
+    assert torch.equal(distances(places, places).diagonal(), torch.zeros(40))
+    expected = (places.double()[:, :, None] - others.double()[:, None]).norm(dim=0)
+    torch.testing.assert_close(distances(places, others).double(), expected, rtol=1e-6, atol=0)
 
 
 def test_upsampled_flow_is_in_cells_of_the_finer_grid():

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from threading import Lock
 
 import torch
 from diffusers.utils import logging
@@ -23,11 +25,12 @@ from .memory import free_cache, is_out_of_memory
 
 logger = logging.get_logger(__name__)
 
-WARM_UP_STEPS = 3  # before the record, in which kernels are chosen and buffers made
 REPLAY_TOLERANCE = 0.05  # by how much what is replayed may differ from what was recorded, as a share of its length
 
 # Where a training step has been compared with its replay in this process, which takes as long as two steps.
 _trusted: set[tuple[torch.device, torch.dtype]] = set()
+# Held while the stream for records is in use, since a record takes in all that is done on its stream.
+_recording = Lock()
 
 
 @dataclass(eq=False)
@@ -103,28 +106,35 @@ def replayed(step: TrainingStep, dtype: torch.dtype) -> Callable[[], None]:
 
 def _recorded_step(step: TrainingStep, device: torch.device) -> Callable[[], None]:
     """The replay of a step that is recorded on a GPU."""
-    _warm_up(lambda: [step() for _ in range(WARM_UP_STEPS)], device)
+    _warm_up(step, device)  # in which kernels are chosen, and what the optimizer keeps is made
     step.optimizer.zero_grad()  # so that gradients are made among the memory of the record
-    replay, _ = _recorded(step)
+    replay, _ = _recorded(step, device)
     step.reset()
     return replay
 
 
+@cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which all is recorded; torch keeps a workspace for every stream that there has ever been."""
+    return torch.cuda.Stream(device)
+
+
 def _warm_up(work: Callable[[], object], device: torch.device) -> object:
     """Do something beside the default stream, as torch asks for, so that nothing of a record hangs on that stream."""
-    aside = torch.cuda.Stream(device)
-    aside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(aside):
-        result = work()
-    torch.cuda.current_stream(device).wait_stream(aside)
+    aside = _aside(device)
+    with _recording:
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside):
+            result = work()
+        torch.cuda.current_stream(device).wait_stream(aside)
     return result
 
 
-def _recorded(work: Callable[[], object]) -> tuple[Callable[[], None], object]:
+def _recorded(work: Callable[[], object], device: torch.device) -> tuple[Callable[[], None], object]:
     """The replay of some work on a GPU, and its result, which every replay fills anew."""
     graph = torch.cuda.CUDAGraph()
     # By default a record forbids all threads, such as those of other pipelines, what only this one must not do.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with _recording, torch.cuda.graph(graph, stream=_aside(device), capture_error_mode="thread_local"):
         result = work()
     return graph.replay, result
 
@@ -178,7 +188,7 @@ class RecordedCall:
         self._inputs = [value.clone() for value in inputs]
         result = _warm_up(lambda: self.function(*self._inputs), device)
         try:
-            self._replay, self._output = _recorded(lambda: self.function(*self._inputs))
+            self._replay, self._output = _recorded(lambda: self.function(*self._inputs), device)
             self._replay()
             if not same_result(self._output, result):
                 raise RuntimeError("what was replayed is not what the call computes")

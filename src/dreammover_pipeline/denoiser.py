@@ -87,9 +87,10 @@ class Denoiser:
         stoppable = nullcontext() if "scale" in (self.cross_attention_kwargs or {}) else interruptible()
         with stoppable, advice_on_out_of_memory(f"in the UNet, on latents {tuple(latents.shape)}"):
             # A number for the timestep, or expanded embeddings besides others, would make torch.compile start anew.
+            # `torch.tensor` would wait until a GPU has it, with all that was asked of that GPU before.
             inputs = (
                 latents.to(self.dtype),
-                torch.tensor(timestep, device=latents.device),
+                torch.full((), timestep, dtype=torch.long, device=latents.device),
                 prompt_embeds.contiguous(),
             )
             added = () if control is None else self._added_by_controlnet(*inputs, control, control_scale)

@@ -20,12 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 
 import torch
 import torch.nn.functional as F
 
-from .fields import blurred, cell_grid, sampled, values_beside
+from .fields import blurred, cell_grid, distances, sampled, values_beside
 from .flow import agreement
 from .framing import fit
 from .light import gain_maps, light_gains
@@ -56,8 +57,8 @@ LIGHT_BLUR = 2.0  # places; sigma of the Gaussian mean that is the light of a di
 LIGHT_TRUSTED_ERROR = 0.01  # mean error of the VAE, in colours of 1, at which its light is trusted half as much
 LIGHT_OUTLIER = 0.04  # difference in colour that is more likely one of content than of light
 FAINT = 1e-4  # share of a photo that is not meant to be seen, so that a place is never without any
-CELLS_AT_ONCE_NEARBY = 2048  # for which candidates are looked for together, so that the workspace stays bounded
-EXACT_DISTANCES = "donot_use_mm_for_euclid_dist"  # matrix products would be rounded
+# For which candidates are looked for together, so that the workspace stays bounded. A GPU takes as long for a few.
+CELLS_AT_ONCE_NEARBY, CELLS_AT_ONCE_NEARBY_ON_GPU = 128, 2048
 STRIP_PIXELS = 2**19  # of a frame that are made together
 
 
@@ -107,8 +108,13 @@ class PairDetail:
         # A checkpoint that does not know what is in a tenth of the photos may draw anything into the rest.
         error = error.clamp(min=error.quantile(STRANGE_SHARE))
         photos = tuple(photo.to(flow.forward) for photo in photos)
-        gains = light_gains(colours, flow)
+        gains = light_gains(colours, flow).to(flow.forward)
         return cls(photos, torch.cat([colours, error], 1), gains, canvas, flow, paths, agreement(flow))
+
+    @cached_property
+    def taps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which rows of the picture on the canvas make up each row of a frame, as `_taps` gives them."""
+        return _taps(self.canvas.content_height, self.canvas.output_height, self.small)
 
     @property
     def content(self) -> tuple[float, float]:
@@ -156,7 +162,7 @@ class Candidates:
         cells = cell_grid(*ways.shape[-2:], ways)[0]
         landing, places, factors = [], ([], []), ([], [])
         for image in (0, 1):
-            gone = torch.tensor([time if image == 0 else 1 - time], dtype=torch.float32, device="cpu")
+            gone = torch.full((1,), time if image == 0 else 1 - time, dtype=torch.float32, device=ways.device)
             landing.append(cells + pair.paths.displacements(image, gone)[0])
             places[image].append(cells)
             places[1 - image].append(cells + ways[image])
@@ -165,7 +171,7 @@ class Candidates:
         landing.append(cells)
         for image in (0, 1):
             places[image].append(cells)
-            factors[image].append(torch.ones_like(cells) * cells.new_tensor([1, 0]).reshape(2, 1, 1))
+            factors[image].append(torch.stack([torch.ones_like(cells[0]), torch.zeros_like(cells[0])]))
 
         def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
             return torch.cat([part.flatten(1) for part in parts], 1)
@@ -178,8 +184,13 @@ class Candidates:
         )
 
     def sources(self, index: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where places z (2, …) of the frame come from in the two photos, by the candidates of an index (…)."""
-        away = z - self.landing[:, index]
+        """Where places z (2, h', w') of the frame come from in the two photos, (2, K, h', w') each.
+
+        Args:
+            index: K candidates for each place, (K, h', w').
+            z: The places.
+        """
+        away = z[:, None] - self.landing[:, index]
         first, second = (
             place[:, index] + complex_product(factor[None, :, index], away[None])[0]
             for place, factor in zip(self.places, self.factors, strict=True)
@@ -189,13 +200,12 @@ class Candidates:
     def nearest(self, cells: torch.Tensor) -> torch.Tensor:
         """The indices (n, `CANDIDATES` + 1) of those that land nearest to the n cells (2, n), and of rest there."""
         moving = self.landing.shape[1] - cells.shape[1]
-        landing, bonus = self.landing[:, :moving].T, SURE_BONUS * (1 - self.doubt[:moving])
+        landing, bonus = self.landing[:, :moving], SURE_BONUS * (1 - self.doubt[:moving])
+        together = CELLS_AT_ONCE_NEARBY if cells.device.type == "cpu" else CELLS_AT_ONCE_NEARBY_ON_GPU
         nearest = torch.cat(
             [
-                (torch.cdist(some, landing, compute_mode=EXACT_DISTANCES) - bonus)
-                .topk(min(CANDIDATES, moving), largest=False)
-                .indices
-                for some in cells.T.split(CELLS_AT_ONCE_NEARBY)
+                (distances(some, landing) - bonus).topk(min(CANDIDATES, moving), largest=False).indices
+                for some in cells.split(together, 1)
             ]
         )
         return torch.cat([nearest, torch.arange(moving, self.landing.shape[1], device=nearest.device)[:, None]], 1)
@@ -255,19 +265,14 @@ def choose_sources(
     cells = cell_grid(h, w, frame)[0]
     nearest = candidates.nearest(cells.flatten(1)).T.unflatten(1, (h, w))
     nearest = nearest.repeat_interleave(SAMPLES, 1).repeat_interleave(SAMPLES, 2)
-    costs = torch.stack([_costs(pair, candidates, index, lit, frame, time) for index in nearest], 1)  # (3, K, h', w')
+    costs = _costs(pair, candidates, nearest, lit, frame, time)
     best = blurred(costs, FIRST_BLUR).flatten(0, 1).argmin(0)
     index = nearest.gather(0, (best % len(nearest))[None])[0]
     shown = best // len(nearest)
-    around = _neighbours(index), _neighbours(shown)
-    costs = torch.stack(
-        [
-            _costs(pair, candidates, index, lit, frame, time).gather(0, shown[None])[0]
-            for index, shown in zip(*around, strict=True)
-        ]
-    )
+    index, shown = _neighbours(index), _neighbours(shown)
+    costs = _costs(pair, candidates, index, lit, frame, time).gather(0, shown[None])[0]
     weight = (-blurred(costs, SECOND_BLUR) / SOFTNESS).softmax(0)
-    return Sources(*around, weight).kept(CANDIDATES_KEPT)
+    return Sources(index, shown, weight).kept(CANDIDATES_KEPT)
 
 
 def _costs(
@@ -278,8 +283,8 @@ def _costs(
     frame: torch.Tensor,
     time: float,
 ) -> torch.Tensor:
-    """What a candidate costs at every place, (3, h', w'): seen in both photos, in the first, in the second only."""
-    z = places(frame)
+    """What candidates (K, h', w') cost, (3, K, h', w'): seen in both photos, in the first, in the second only."""
+    frame, z = frame[:, None], places(frame)
     (first, on_first), (second, on_second) = (
         _small_at(pair, lit[image], source) for image, source in enumerate(candidates.sources(index, z))
     )
@@ -290,7 +295,7 @@ def _costs(
 
     apart = (first[:3] - second[:3]).abs().mean(0).clamp(max=COST_CLIP)
     mixed = (1 - time) * first[:3] + time * second[:3]
-    far = (z - candidates.landing[:, index]).norm(dim=0)
+    far = (z[:, None] - candidates.landing[:, index]).norm(dim=0)
     costs = [
         PHOTOS_WEIGHT * apart + off(mixed) + OFF_PICTURE * ~(on_first & on_second),
         ONE_PHOTO + off(first[:3]) + OFF_PICTURE * ~on_first,
@@ -308,13 +313,14 @@ def _neighbours(field: torch.Tensor) -> torch.Tensor:
     """The values of a field (h', w') at every place and at its neighbours, (17, h', w'), within the field."""
     around = [(dy, dx) for dy, dx in product((-1, 0, 1), repeat=2) if dy or dx]
     steps = [(0, 0)] + [(dy * far, dx * far) for far in NEIGHBOURHOOD for dy, dx in around]
-    return torch.stack([values_beside(field, *step) for step in steps])
+    return torch.stack(values_beside(field, steps))
 
 
 def _small_at(pair: PairDetail, small: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values (C, h', w') of a photo on the grid of places where a frame's places come from, and which are on it."""
-    values, _ = sampled(small[None], z[None], pair.flow.forward.shape[-2:])  # which tells of the whole canvas
-    return values[0], _on_picture(pair, z)
+    """What is at places (2, …) of a photo (C, h', w') that is small as the grid is, (C, …), and which are on it."""
+    values, _ = sampled(small[None], z.flatten(1)[None, ..., None], pair.flow.forward.shape[-2:])
+    # `sampled` would tell which places lie on the canvas; the picture may fill only a part of it.
+    return values[0, ..., 0].unflatten(1, z.shape[1:]), _on_picture(pair, z)
 
 
 def _looked_up(image: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -371,16 +377,13 @@ def plan_detail(pair: PairDetail, frame: torch.Tensor, time: float) -> FrameDeta
     lit = torch.cat([pair.small[:, :3] * gains, pair.small[:, 3:]], 1)
     candidates = Candidates.at(pair, time)
     sources = choose_sources(pair, candidates, lit, frame, time)
-    mixed = torch.zeros_like(frame)
-    for index, first, second, weight in zip(sources.index, *sources.shares(time), sources.weight, strict=True):
-        z = candidates.sources(index, places(frame))
-        (one, on_one), (other, on_other) = (_small_at(pair, lit[image], z[image]) for image in (0, 1))
-        first, second = first * on_one, second * on_other
-        total = (first + second).clamp(min=FAINT)
-        mixed += weight * (first * one[:3] + second * other[:3]) / total
-    z = candidates.sources(sources.index[0], places(frame))
+    z = candidates.sources(sources.index, places(frame))
+    (one, on_one), (other, on_other) = (_small_at(pair, lit[image], z[image]) for image in (0, 1))
+    first, second = (share * on for share, on in zip(sources.shares(time), (on_one, on_other), strict=True))
+    mixed = (first * one[:3] + second * other[:3]) / (first + second).clamp(min=FAINT)
+    mixed = (sources.weight * mixed).sum(1)
     (one, on_one), (other, on_other) = (
-        _small_at(pair, torch.cat([pair.small[image, 3:], gains[image]]), z[image]) for image in (0, 1)
+        _small_at(pair, torch.cat([pair.small[image, 3:], gains[image]]), z[image][:, 0]) for image in (0, 1)
     )
     error = _seen_mean(one[0], on_one, other[0], on_other)
     rest = frame - mixed
@@ -399,11 +402,10 @@ def frame_sources(pair: PairDetail, plan: FrameDetail, time: float) -> FrameSour
         plan: What `plan_detail` decided for the frame.
         time: Its δ.
     """
-    sources, total = plan.sources, torch.zeros_like(plan.added[:2])
-    for index, *shares, weight in zip(sources.index, *sources.shares(time), sources.weight, strict=True):
-        z = plan.candidates.sources(index, places(plan.added))
-        seen = torch.stack([share * _on_picture(pair, there) for share, there in zip(shares, z, strict=True)])
-        total += weight * seen / seen.sum(0).clamp(min=FAINT)
+    z = plan.candidates.sources(plan.sources.index, places(plan.added))
+    shares = zip(plan.sources.shares(time), z, strict=True)
+    seen = torch.stack([share * _on_picture(pair, there) for share, there in shares])  # (2, K, h', w')
+    total = (plan.sources.weight * seen / seen.sum(0).clamp(min=FAINT)).sum(1)
     return FrameSources(time, (total / total.sum(0).clamp(min=FAINT)).cpu(), plan.taken.cpu())
 
 
@@ -436,7 +438,7 @@ def with_detail(
     height, width = canvas.output_height, canvas.output_width
     content = frame[canvas.content].to(pair.small)
     wide = F.interpolate(content[None], (canvas.content_height, width), mode="bicubic", antialias=True)[0]
-    taps, shares = _taps(canvas.content_height, height, wide)
+    taps, shares = pair.taps
     h, w = pair.small.shape[-2:]
     across, down = canvas.content_on(h, w)
     rows, columns = Axis.of(height, down, h, wide), Axis.of(width, across, w, wide)
@@ -529,18 +531,17 @@ class _Lines:
         """The lines of a frame."""
         width, height = pair.content
         sources, candidates = plan.sources, plan.candidates
-        unit = plan.added.new_tensor([2 / width, 2 / height]).reshape(2, 1, 1)
-        z = places(plan.added)
-        middle = [torch.stack(candidates.sources(index, z)) for index in sources.index]
-        step = [torch.stack([factor[:, index] for factor in candidates.factors]) for index in sources.index]
+        x, y = torch.stack(candidates.sources(sources.index, places(plan.added)), 1).add(0.5).movedim(2, 0).unbind(1)
+        factors = torch.stack([factor[:, sources.index] for factor in candidates.factors])
         key = 3 * sources.index + sources.shown
-        weights = []
-        for beside in product((-1, 0, 1), repeat=2):
-            same = key[:, None] == values_beside(key, *beside)
-            weights.append((same * values_beside(sources.weight, *beside)).sum(1))
+        around = list(product((-1, 0, 1), repeat=2))
+        weights = [
+            ((key[:, None] == there) * weight).sum(1)
+            for there, weight in zip(*(values_beside(part, around) for part in (key, sources.weight)), strict=True)
+        ]
         return cls(
-            (torch.stack(middle) + 0.5) * unit - 1,
-            torch.stack(step) * (2 / width),
+            torch.stack([x * (2 / width) - 1, y * (2 / height) - 1], 2),
+            factors.movedim(2, 0) * (2 / width),
             width / height,
             torch.stack(sources.shares(time), 1),
             torch.stack(weights).unflatten(0, (3, 3)),

@@ -9,6 +9,7 @@ have integer coordinates (`align_corners=True`), so an integer flow moves values
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -43,10 +44,17 @@ def backward_warp(x: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
     dtype = working_dtype(x)
     # Cells have integer centres. Coordinates relative to the grid's edges (align_corners=False) can express that even
     # on a grid of one cell.
-    target = cell_grid(h, w, flow.to(dtype)) + flow.to(dtype)
-    extent = torch.tensor([w, h], device=x.device, dtype=dtype).reshape(1, 2, 1, 1)
-    normalised = ((2 * target + 1) / extent - 1).movedim(1, -1)  # (B, h, w, 2)
-    return F.grid_sample(x.to(dtype), normalised, mode="bilinear", padding_mode="zeros", align_corners=False)
+    target = between_edges(cell_grid(h, w, flow.to(dtype)) + flow.to(dtype), (h, w))
+    return F.grid_sample(
+        x.to(dtype), target.movedim(1, -1), mode="bilinear", padding_mode="zeros", align_corners=False
+    )
+
+
+def between_edges(places: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Places (B, 2, …) in cells of a grid (h, w), as coordinates that run from −1 to 1 from edge to edge."""
+    # The extents are numbers, since a GPU would have to be waited for until it has a tensor of them.
+    extents = zip(places.split(1, 1), reversed(size), strict=True)
+    return torch.cat([(2 * place + 1) / extent - 1 for place, extent in extents], 1)
 
 
 def sampled(images: torch.Tensor, places: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,12 +63,9 @@ def sampled(images: torch.Tensor, places: torch.Tensor, size: tuple[int, int]) -
     Returns:
         Bilinear values (B, C, n, s), the edge's beyond the edge; and (B, 1, n, s) bool.
     """
-    extent = places.new_tensor(size[::-1]).reshape(1, 2, 1, 1)
-    normalised = (2 * places + 1) / extent - 1
-    values = F.grid_sample(
-        images, normalised.movedim(1, -1), mode="bilinear", padding_mode="border", align_corners=False
-    )
-    return values, (normalised.abs() < 1).all(1, keepdim=True)
+    there = between_edges(places, size)
+    values = F.grid_sample(images, there.movedim(1, -1), mode="bilinear", padding_mode="border", align_corners=False)
+    return values, (there.abs() < 1).all(1, keepdim=True)
 
 
 def sampled_around(
@@ -91,11 +96,24 @@ def sampled_around(
     return values[0], inside[:, 0] & inside[:, 1]
 
 
-def values_beside(x: torch.Tensor, down: int, right: int) -> torch.Tensor:
-    """For every cell of (…, h, w), the value of the cell so far below and to the right; at the edge, less far."""
+def distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """How far places (2, n) are from places (2, m), (n, m)."""
+    # `torch.cdist` rounds where it multiplies matrices, and where it does not, it keeps a GPU busy for long.
+    return torch.hypot(first[0, :, None] - second[0], first[1, :, None] - second[1])
+
+
+def values_beside(x: torch.Tensor, steps: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    """For every cell of (…, h, w), the values of other cells, a tensor (…, h, w) for each step to one.
+
+    Args:
+        x: The values.
+        steps: How far below and how far to the right of a cell the other one lies; at the edge of the grid, less far.
+    """
     h, w = x.shape[-2:]
-    row, column = ((torch.arange(n, device=x.device) + by).clamp(0, n - 1) for n, by in ((h, down), (w, right)))
-    return x[..., row[:, None], column]
+    far = max(abs(by) for step in steps for by in step)
+    row, column = (torch.arange(-far, n + far, device=x.device).clamp(0, n - 1) for n in (h, w))
+    wider = x[..., row[:, None], column]
+    return [wider[..., far + down :, far + right :][..., :h, :w] for down, right in steps]
 
 
 def blurred(x: torch.Tensor, sigma: float) -> torch.Tensor:

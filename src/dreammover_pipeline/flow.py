@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .ddim import working_dtype
-from .fields import backward_warp, cell_grid
+from .fields import backward_warp, cell_grid, distances
 from .records import BidirectionalFlow
 
 # Rows of the similarity matrix held at once: at 512² a block is 1024 × 4096 float32, 16 MiB.
@@ -120,11 +120,10 @@ def distance_bias(size: tuple[int, int], penalty: float, like: torch.Tensor) -> 
     """
     if not penalty:
         return None
-    cells = cell_grid(*size, like.to(working_dtype(like)))[0].flatten(1).T / min(size)  # (h·w, 2)
+    cells = cell_grid(*size, like.to(working_dtype(like)))[0].flatten(1) / min(size)  # (2, h·w)
 
     def bias(rows: slice) -> torch.Tensor:
-        # A matrix product would be rounded, so that the distance of a cell from itself would not be zero.
-        return -penalty * torch.cdist(cells[rows], cells, compute_mode="donot_use_mm_for_euclid_dist")
+        return -penalty * distances(cells[:, rows], cells)
 
     return bias
 

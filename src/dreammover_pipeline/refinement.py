@@ -40,7 +40,8 @@ WORST = 0.25  # difference in colour beyond which it makes no difference how muc
 UNFOUND_WEIGHT = 0.3  # weight of a cell whose colours were not found, when the flow is made regular again
 REGULAR_SIGMA = 1.5  # cells of the unit grid, as of `rigid.WINDOW_SIGMA`
 REGULAR_TOLERANCES = (2.0, 1.0, 0.7)  # cells of the unit grid, as `rigid.TOLERANCES`
-WINDOWS_AT_ONCE = 1024  # that are worked on together, so that memory does not grow with the grid
+# That are worked on together, so that memory does not grow with the grid. A GPU takes as long for a few.
+WINDOWS_AT_ONCE, WINDOWS_AT_ONCE_ON_GPU = 1024, 4096
 SEARCHED_PLACES = 2048  # of a photo at most, each of which is compared with each of the other photo's
 SEARCHED_TURNS = range(-60, 61, 20)  # degrees; by which a window may have turned where it is found
 SEARCH_RADIUS = 2  # places from the middle to the edge of a window that is looked for; …
@@ -313,13 +314,14 @@ class Windows:
     def _blocks(self, chosen: torch.Tensor | None = None) -> Iterator[tuple[int, torch.Tensor | slice]]:
         """The image and the places in the row of chosen cells (2n,) bool, or of all, a few at a time."""
         n = self.own.shape[2] // 2
+        few = WINDOWS_AT_ONCE if self.own.device.type == "cpu" else WINDOWS_AT_ONCE_ON_GPU
         for image in (0, 1):
             if chosen is None:
-                starts = range(image * n, (image + 1) * n, WINDOWS_AT_ONCE)
-                yield from ((image, slice(start, min(start + WINDOWS_AT_ONCE, starts.stop))) for start in starts)
+                starts = range(image * n, (image + 1) * n, few)
+                yield from ((image, slice(start, min(start + few, starts.stop))) for start in starts)
             else:
                 cells = chosen.chunk(2)[image].nonzero()[:, 0] + image * n
-                yield from ((image, block) for block in cells.split(WINDOWS_AT_ONCE) if len(block))
+                yield from ((image, block) for block in cells.split(few) if len(block))
 
     def _carried(
         self,
@@ -340,10 +342,12 @@ class Windows:
 
 
 def _solved(square: torch.Tensor, towards: torch.Tensor) -> torch.Tensor:
-    """The solutions (4, m) of damped normal equations (16, m) and (4, m); on the CPU, as not every device solves."""
-    square = square.T.unflatten(1, (4, 4)).cpu().double()
-    square = square + DAMPING * torch.eye(4, dtype=square.dtype, device=square.device)
-    return torch.linalg.solve(square, towards.T.cpu().double()[..., None])[..., 0].T.to(towards)
+    """The solutions (4, m) of damped normal equations (16, m) and (4, m)."""
+    there = {"device": square.device if square.is_cuda else "cpu", "dtype": torch.float64}  # not every device solves
+    square = square.T.unflatten(1, (4, 4)).to(**there) + DAMPING * torch.eye(4, **there)
+    # Unlike `solve`, this does not wait for a GPU to say whether a matrix is singular, which damped ones are not.
+    solved, _ = torch.linalg.solve_ex(square, towards.T.to(**there)[..., None])
+    return solved[..., 0].T.to(towards)
 
 
 def _product(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -460,6 +464,6 @@ def _bettered(windows: Windows, fit: Similarity) -> Similarity:
 
 def _held_to_scale(turn: torch.Tensor) -> torch.Tensor:
     """Turns (2, m) that scale by no less and no more than `SCALES`."""
-    one = turn.new_tensor([1.0, 0])[:, None]
+    one = torch.stack([torch.ones_like(turn[0]), torch.zeros_like(turn[0])])
     scale = (one + turn).norm(dim=0).clamp(min=1e-3)
     return (one + turn) * (scale.clamp(*SCALES) / scale) - one

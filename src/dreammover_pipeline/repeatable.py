@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention whose gradients are the same bits every time on a GPU.
 
-The fused attentions of a GPU add the gradients of keys and values in whatever order its blocks finish, so that two
-LoRA fits with one seed differ. Their forward pass does repeat. So here the forward pass is theirs, and the backward
-pass is written out in matrix products, for a few queries at a time, so that it takes no more memory than theirs.
+The fused attentions of a GPU share the keys of an image among blocks, which add their parts of a gradient in whatever
+order they finish, so that two LoRA fits with one seed differ. Torch's memory-efficient attention can leave all keys to
+one block; then it repeats its bits, but has few blocks. So here it is given a few queries at a time as if they were
+images of their own, and what each of these adds to the gradients of keys and values is summed in one order.
+
+Where that attention does not work, the gradients are written out in matrix products.
 """
 
 from __future__ import annotations
@@ -15,26 +18,93 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-WEIGHTS_AT_ONCE = 2**24  # attention weights that the backward pass holds at once, which are 64 MiB in float32
+QUERY_PARTS = 32  # into which the queries of an image are divided at most, so that all of a GPU has work …
+PART = 64  # … and of so many queries or a multiple is each, as the kernels divide them themselves
+WEIGHTS_AT_ONCE = 2**24  # attention weights that are held at once when written out, which are 64 MiB in float32
 
 
-class RepeatableAttention(torch.autograd.Function):
-    """softmax(s Q Kᵀ) V, whose backward pass adds in one order."""
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+    """softmax(s Q Kᵀ) V, whose gradients are the same bits every time.
+
+    Args:
+        query: (B, heads, L, E).
+        key: (B, heads, S, E).
+        value: (B, heads, S, Eᵥ).
+        scale: s; None for 1/√E.
+
+    Returns:
+        (B, heads, L, Eᵥ).
+    """
+    function = EfficientAttention if is_efficient(query, key, value) else WrittenAttention
+    return function.apply(query, key, value, scale)
+
+
+def is_efficient(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether torch's memory-efficient attention works on these tensors, with as many blocks as it is told."""
+    cuda = torch.backends.cuda
+    if not query.is_cuda or torch.version.hip or query.dim() != 4:
+        return False
+    return cuda.can_use_efficient_attention(cuda.SDPAParams(query, key, value, None, 0.0, False, False))
+
+
+class EfficientAttention(torch.autograd.Function):
+    """Attention by torch's memory-efficient kernels, with one block for all keys in the backward pass."""
 
     @staticmethod
     def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
-        """Attend with the fused attention.
+        """Attend, as `attend` describes it; `ctx` holds what the backward pass needs."""
+        attended, logsumexp, *random = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, scale=scale
+        )
+        ctx.save_for_backward(query, key, value, attended, logsumexp, *random)
+        ctx.scale = scale
+        return attended
 
-        Args:
-            ctx: Holds what the backward pass needs.
-            query: (…, L, E).
-            key: (…, S, E).
-            value: (…, S, Eᵥ).
-            scale: s; None for 1/√E.
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of query, key and value."""
+        query, key, value, attended, logsumexp, *random = (saved.detach() for saved in ctx.saved_tensors)
+        queries = query.shape[2]
+        parts = next(n for n in range(QUERY_PARTS, 0, -1) if n == 1 or queries % (n * PART) == 0)
 
-        Returns:
-            (…, L, Eᵥ).
-        """
+        def divided(x: torch.Tensor) -> torch.Tensor:
+            """(heads, L, …) as parts, in the kernels' layout: (parts, L / parts, heads, …)."""
+            return x.unflatten(1, (parts, -1)).movedim(0, 2)
+
+        def repeated(x: torch.Tensor) -> torch.Tensor:
+            return x.transpose(0, 1).expand(parts, -1, -1, -1)
+
+        gradients = []
+        for q, k, v, out, grad, lse in zip(query, key, value, attended, gradient, logsumexp, strict=True):
+            of_query, *of_both, _ = torch.ops.aten._efficient_attention_backward(
+                divided(grad),
+                divided(q),
+                repeated(k),
+                repeated(v),
+                None,
+                divided(out),
+                None,
+                None,
+                queries // parts,
+                k.shape[1],
+                divided(lse).transpose(1, 2).contiguous(),
+                0.0,
+                *random,
+                0,
+                False,
+                scale=ctx.scale,
+                num_splits_key=1,
+            )
+            gradients.append((of_query.flatten(0, 1), *(x.sum(0, dtype=torch.float32).to(x.dtype) for x in of_both)))
+        return *(torch.stack(of).transpose(1, 2) for of in zip(*gradients, strict=True)), None
+
+
+class WrittenAttention(torch.autograd.Function):
+    """Attention whose backward pass is written out, for a few queries at a time, so that it takes little memory."""
+
+    @staticmethod
+    def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
+        """Attend, as `attend` describes it; `ctx` holds what the backward pass needs."""
         attended = F.scaled_dot_product_attention(query, key, value, scale=scale)
         ctx.save_for_backward(query, key, value, attended)
         ctx.scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -62,14 +132,14 @@ class RepeatableAttention(torch.autograd.Function):
 
 
 class _Repeatable(TorchFunctionMode):
-    """A context in which plain attention is `RepeatableAttention`; attention with a mask or dropout stays as it is."""
+    """A context in which plain attention is `attend`; attention with a mask or dropout stays as it is."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         options = {name: value for name, value in kwargs.items() if value is not None and value is not False}
         plain = len(args) == 3 and (options.keys() <= {"scale", "dropout_p"}) and not options.get("dropout_p")
         if func is F.scaled_dot_product_attention and plain:
-            return RepeatableAttention.apply(*args, options.get("scale"))
+            return attend(*args, options.get("scale"))
         return func(*args, **kwargs)
 
 

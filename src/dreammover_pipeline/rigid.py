@@ -29,7 +29,8 @@ STIFFNESS = 0.5  # squared cells; how strongly turn and scaling are held back wh
 LEAST = 1e-6  # of its weight without the fit, what a match keeps that the fit does not explain
 NEIGHBOUR_STEP = 3.0  # cells; between a cell and the next whose similarity it may take over
 TINY = 1e-12
-CELLS_AT_ONCE = 128  # whose windows are held together, so that the workspace does not grow with the grid
+# Whose windows are held together, so that the workspace does not grow with the grid. A GPU takes as long for a few.
+CELLS_AT_ONCE, CELLS_AT_ONCE_ON_GPU = 128, 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +86,7 @@ def fit_similarities(
     margin = reach * stride
     padded = [F.pad(each, (margin, margin, margin, margin)) for each in matches]
     fits = flow.new_empty(2, 4, h * w)  # shift and turn
-    rows = max(1, CELLS_AT_ONCE // w)
+    rows = max(1, (CELLS_AT_ONCE if flow.device.type == "cpu" else CELLS_AT_ONCE_ON_GPU) // w)
     for top in range(0, h, rows):
         strips = [each[..., top : top + rows + 2 * margin, :] for each in padded]
         place, vector, given = _matches_around(strips, reach, stride)
@@ -127,7 +128,7 @@ def similarities_of(fit: Similarity, down: int, right: int) -> tuple[torch.Tenso
         right: How many cells to the right of it.
     """
     cells = cell_grid(*fit.shift.shape[-2:], fit.shift)
-    shift, turn, there = (values_beside(part, down, right) for part in (fit.shift, fit.turn, cells))
+    shift, turn, there = (values_beside(part, [(down, right)])[0] for part in (fit.shift, fit.turn, cells))
     return shift + complex_product(turn, cells - there), turn
 
 

@@ -8,7 +8,15 @@ from support.snapshot import snapshot
 
 from dreammover_pipeline import repeatable
 from dreammover_pipeline.lora import LoraFit, fit_pair_lora
-from dreammover_pipeline.repeatable import RepeatableAttention, repeatable_attention
+from dreammover_pipeline.repeatable import (
+    EfficientAttention,
+    WrittenAttention,
+    attend,
+    is_efficient,
+    repeatable_attention,
+)
+
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 @pytest.mark.parametrize("scale", [None, 0.7])
@@ -19,7 +27,7 @@ def test_gradients_are_those_of_autograd(monkeypatch, scale, at_once):
     shapes = ((2, 3, 7, 4), (2, 3, 5, 4), (2, 3, 5, 6))
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
     weight = torch.randn(2, 3, 7, 6, generator=generator, dtype=torch.float64)
-    made = RepeatableAttention.apply(*inputs, scale)
+    made = WrittenAttention.apply(*inputs, scale)
     expected = F.scaled_dot_product_attention(*inputs, scale=scale)
     assert torch.allclose(made, expected)
     gradients = [torch.autograd.grad((result * weight).sum(), inputs) for result in (made, expected)]
@@ -51,12 +59,33 @@ def test_attention_of_another_kind_is_left_alone():
         plain = F.scaled_dot_product_attention(query, query, query, attn_mask=None, dropout_p=0.0, is_causal=False)
         masked = F.scaled_dot_product_attention(query, query, query, attn_mask=mask)
         causal = F.scaled_dot_product_attention(query, query, query, is_causal=True)
-    assert "RepeatableAttention" in type(plain.grad_fn).__name__
-    assert "RepeatableAttention" not in type(masked.grad_fn).__name__
+    assert "WrittenAttention" in type(plain.grad_fn).__name__
+    assert "WrittenAttention" not in type(masked.grad_fn).__name__
     assert torch.allclose(masked, causal)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@ON_GPU
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-4), (torch.float16, 5e-3)])
+@pytest.mark.parametrize(("queries", "keys"), [(1024, 1024), (1024, 77), (200, 200)])
+@pytest.mark.parametrize("function", [EfficientAttention, WrittenAttention])
+def test_gradients_on_a_gpu_are_those_of_autograd_and_repeat_their_bits(function, dtype, rounding, queries, keys):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 8, queries, 40), (2, 8, keys, 40), (2, 8, keys, 40))
+    wanted = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    inputs = [value.detach().to("cuda", dtype).requires_grad_() for value in wanted]
+    weight = torch.randn(shapes[0], generator=generator, dtype=torch.float64)
+    assert is_efficient(*inputs)
+    expected = torch.autograd.grad((F.scaled_dot_product_attention(*wanted) * weight).sum(), wanted)
+    made, again = (
+        torch.autograd.grad((function.apply(*inputs, None) * weight.to("cuda", dtype)).sum(), inputs) for _ in range(2)
+    )
+    for gradient, same, right in zip(made, again, expected, strict=True):
+        assert torch.equal(gradient, same)
+        assert (gradient.cpu().double() - right).norm() <= rounding * right.norm()
+    assert function.__name__ in type(attend(*inputs).grad_fn).__name__ or function is WrittenAttention
+
+
+@ON_GPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_two_fits_with_one_seed_are_the_same_bits_on_a_gpu(unet, pair, alphas_cumprod, dtype, checkpointed):
