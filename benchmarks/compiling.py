@@ -6,7 +6,7 @@ Graphs are counted with any backend. Time is only meaningful with the backend "i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -42,8 +42,8 @@ class CountingBackend:
         return run
 
 
-def tables(bench: Bench) -> list[Table]:
-    """Two tables: graphs compiled and run in several renderings, and the time of a rendering against eager mode."""
+def tables(bench: Bench) -> Iterator[Table]:
+    """For every size of batch a table of the time against eager mode; then one of graphs compiled and run."""
     profile, eager = bench.profile, bench.pipe.unet
     pair = bench.prepare(steps=STEPS)
     with_lora = bench.prepare(lora_steps=1, steps=STEPS)
@@ -52,14 +52,15 @@ def tables(bench: Bench) -> list[Table]:
     backend = CountingBackend(profile.compiler)
     compiled = torch.compile(eager, backend=backend)
     try:
+        for chunk in profile.compiled_chunks:
+            yield _time_render(bench, pair, chunk, eager, compiled, backend)
         bench.pipe.unet = compiled
         rows = _count_graphs(bench, backend, pair, with_lora)
         difference = (bench.render(pair) - expected).abs().max().item()
-        seconds = {chunk: _time_render(bench, pair, chunk, eager, compiled) for chunk in profile.compiled_chunks}
+        yield _graphs_table(bench, rows, difference)
     finally:
         bench.pipe.unet = eager
         torch._dynamo.reset()
-    return [_graphs_table(bench, rows, difference), _seconds_table(bench, seconds)]
 
 
 def _count_graphs(bench: Bench, backend: CountingBackend, pair: PreparedPair, with_lora: PreparedPair) -> list[tuple]:
@@ -90,16 +91,32 @@ def _count_graphs(bench: Bench, backend: CountingBackend, pair: PreparedPair, wi
 
 
 def _time_render(
-    bench: Bench, pair: PreparedPair, chunk: int, eager: torch.nn.Module, compiled: torch.nn.Module
-) -> dict[str, list[float]]:
-    """Seconds of rendering, so many frames a call, with the UNet as it is ("off") and compiled ("on")."""
+    bench: Bench,
+    pair: PreparedPair,
+    chunk: int,
+    eager: torch.nn.Module,
+    compiled: torch.nn.Module,
+    backend: CountingBackend,
+) -> Table:
+    """The time of rendering so many frames a call, with the UNet as it is and compiled, and of the first such call."""
+    profile, now, unit = bench.profile, clock(bench.device), clock_name(bench.device)
 
     def render_with(unet):
         bench.pipe.unet = unet
         bench.render(pair, chunk=chunk)
 
+    graphs, start = backend.graphs, now()
+    render_with(compiled)
+    first, graphs = now() - start, backend.graphs - graphs
     arms = {"off": lambda: render_with(eager), "on": lambda: render_with(compiled)}
-    return alternate(arms, bench.profile.few, bench.device)
+    off, on = alternate(arms, profile.few, bench.device).values()
+    return Table(
+        f"Compiled against eager, render of {profile.frames} frames, T = {STEPS}, {profile.few} rounds",
+        "measured",
+        ("frames a call", f"off, {unit}", f"on, {unit}", "off / on", f"first call, {unit}", "new graphs"),
+        [(chunk, spread(off), spread(on), ratio(off, on), first, graphs)],
+        f"Backend {profile.compiler}, model {profile.model}, {profile.dtype}. The first call compiles the graphs.",
+    )
 
 
 def _graphs_table(bench: Bench, rows: list[tuple], difference: float) -> Table:
@@ -110,17 +127,6 @@ def _graphs_table(bench: Bench, rows: list[tuple], difference: float) -> Table:
         ("run", "time", clock_name(bench.device), "new graphs", "graph runs / UNet calls"),
         rows,
         f"{profile.chunk} frames a call at most. Largest difference of a pixel from eager: {difference:.3g}.",
-    )
-
-
-def _seconds_table(bench: Bench, seconds: dict[int, dict[str, list[float]]]) -> Table:
-    profile, unit = bench.profile, clock_name(bench.device)
-    return Table(
-        f"Compiled against eager, render of {profile.frames} frames, {profile.few} rounds",
-        "measured",
-        ("frames a call", f"off, {unit}", f"on, {unit}", "off / on"),
-        [(chunk, *map(spread, arms.values()), ratio(*arms.values())) for chunk, arms in seconds.items()],
-        "" if profile.compiler == "inductor" else "This backend only traces: the ratio is what guards cost.",
     )
 
 

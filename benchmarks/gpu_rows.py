@@ -36,11 +36,11 @@ def job(bench: Bench) -> list[Table]:
     fitted = bench.prepare(1)
     settings = {"inversion_steps": profile.steps, "feature_step": min(14, profile.steps), "prompt": PROMPT}
     arms = {
-        f"LoRA fit, {profile.lora_steps} steps": lambda: _fit(bench, pair, profile.lora_steps),
+        f"LoRA fit, {profile.job_lora_steps} steps": lambda: _fit(bench, pair, profile.job_lora_steps),
         "prepare, without the fit": bench.prepare,
         f"render {profile.frames} frames": lambda: pipe.render(fitted, n_frames=profile.frames),
         "the whole job": lambda: pipe(
-            *bench.images, n_frames=profile.frames, lora_steps=profile.lora_steps, **settings
+            *bench.images, n_frames=profile.frames, lora_steps=profile.job_lora_steps, **settings
         ),
     }
     seconds = alternate(arms, profile.few, bench.device)
@@ -111,38 +111,41 @@ def _with_fused_gradients(work: Callable[[], object]) -> object:
         return work()
 
 
-def cards(bench: Bench) -> list[Table]:
-    """A table of jobs on smaller cards: torch is given as much memory of this one as they have."""
-    profile, now, rows = bench.profile, clock(bench.device), []
-    pipe = bench.pipe
+def cards(bench: Bench) -> Iterator[Table]:
+    """A table for every size, of jobs on smaller cards: torch is given as much memory of this one as they have."""
+    profile, now = bench.profile, clock(bench.device)
     for side in profile.counted_sides:
+        rows = []
         for card in CARDS:
             start = now()
             with _limited_to(card * 1024 - DRIVER, bench.device), _warnings() as warnings:
-                try:
-                    pipe(
-                        *bench.images,
-                        height=side,
-                        width=side,
-                        n_frames=CARD_FRAMES,
-                        inversion_steps=CARD_STEPS,
-                        feature_step=1,
-                        lora_steps=1,
-                        output_type="pt",
-                    )
-                    result = "made"
-                except torch.OutOfMemoryError as error:
-                    result = str(error)
-            rows.append((f"{card} GB", f"{side}²", result, now() - start, " ".join(warnings) or "–"))
-    return [
-        Table(
-            f"{CARD_FRAMES} frames on smaller cards, model {profile.model}, {profile.dtype}",
+                result = _made_on_a_card(bench, side)
+            rows.append((f"{card} GB", result, now() - start, " ".join(warnings) or "–"))
+        yield Table(
+            f"{CARD_FRAMES} frames at {side}² on smaller cards, model {profile.model}, {profile.dtype}",
             "measured",
-            ("card", "size", "result", clock_name(bench.device), "fallbacks, in the pipeline's words"),
+            ("card", "result", clock_name(bench.device), "fallbacks, in the pipeline's words"),
             rows,
             f"{DRIVER} MiB of each card are left to the driver. T = {CARD_STEPS}, a single step of the fit.",
         )
-    ]
+
+
+def _made_on_a_card(bench: Bench, side: int) -> str:
+    """What comes of a job with so little memory."""
+    try:
+        bench.pipe(
+            *bench.images,
+            height=side,
+            width=side,
+            n_frames=CARD_FRAMES,
+            inversion_steps=CARD_STEPS,
+            feature_step=1,
+            lora_steps=1,
+            output_type="pt",
+        )
+        return "made"
+    except torch.OutOfMemoryError as error:
+        return str(error)
 
 
 @contextmanager

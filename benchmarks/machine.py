@@ -10,7 +10,9 @@ from importlib.metadata import version
 
 import torch
 
-PACKAGES = ("dreammover-pipeline", "torch", "diffusers", "transformers", "peft", "accelerate")
+from dreammover_pipeline import __version__
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 def describe(device: torch.device) -> dict:
@@ -24,5 +26,6 @@ def describe(device: torch.device) -> dict:
         "system": platform.system(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
+        "dreammover-pipeline": __version__,
         **{name: version(name) for name in PACKAGES},
     }

@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.adapters import TARGETS
+from dreammover_pipeline.memory import free_cache
 from dreammover_pipeline.tiny import CHECKPOINT
 
 # Stable Diffusion 1.5's configurations ("sd15"), and the smallest ones that run every line of code ("micro").
@@ -102,7 +103,8 @@ def load_pipeline(name: str, device: torch.device, dtype: torch.dtype) -> DreamM
     if name == "tiny":
         pipe = DreamMoverPipeline.from_pretrained(CHECKPOINT)
     else:
-        unet, vae, text_encoder = random_models(name)
+        with torch.device(device):  # where weights are drawn in less time
+            unet, vae, text_encoder = random_models(name)
         scheduler = PNDMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
         )
@@ -117,4 +119,7 @@ def load_pipeline(name: str, device: torch.device, dtype: torch.dtype) -> DreamM
             requires_safety_checker=False,
         )
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device, dtype)
+    # By way of the CPU, since among weights that are cast on a GPU holes are left that no other program can use.
+    pipe.to("cpu", dtype)
+    free_cache(device)
+    return pipe.to(device)

@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="ROW",
         help=f"some of: {', '.join(ROWS)}; default: the rows of the profile",
     )
-    add("-o", "--output", type=Path, metavar="FILE.json", help="write all results to this file, after every row")
+    add("-o", "--output", type=Path, metavar="FILE.json", help="write all results to this file, after every table")
     add("--plot", type=Path, metavar="FILE.png", help="draw the results of the row scaling")
     return parser
 
@@ -82,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for table in SECTIONS[row](bench, **options):
             print(table.markdown(), flush=True)
             result["tables"].append({"row": row, **table.as_json()})
-        if arguments.output:
-            write_json(arguments.output, result)
+            if arguments.output:
+                write_json(arguments.output, result)
 
 
 if __name__ == "__main__":
