@@ -67,11 +67,11 @@ from .poses import (
 )
 from .preparing import fit_lora_of_gaps, prepare_pair
 from .progress import ProgressListener, reported_stage
-from .prompts import NegativeText, pair_negatives
+from .prompts import pair_negatives
 from .ranking import Chooser, clip_judge
 from .records import Canvas, FrameSources, PosePair, PreparedPair
 from .refinement import refined_flow  # noqa: F401, named for the loader
-from .rendering import DenoisedFrames, render_latents
+from .rendering import DenoisedFrames, FramesAsked, render_latents
 from .repeatable import repeatable_attention  # noqa: F401, named for the loader
 from .rigid import similarity_flow  # noqa: F401, named for the loader
 from .sampling import denoise  # noqa: F401, named for the loader
@@ -437,7 +437,8 @@ class DreamMoverPipeline(
             outputs = []
             for pair, picture in zip(pairs, pictures, strict=True):
                 prepared = self._prepare(pair, preparing)
-                outputs.append(self._render(prepared, rendering, pair.negative, delivery, pair.seed, picture))
+                asked = FramesAsked(rendering, pair.negative, pair.seed, picture)
+                outputs.append(self._render(prepared, asked, delivery))
                 if self.interrupt:
                     break
             return returned(joined(outputs), return_dict)
@@ -562,7 +563,8 @@ class DreamMoverPipeline(
         self._require_judge(settings)
         with self._turn():
             self._interrupt = False
-            return returned(self._render(pair, settings, negative, delivery, seed, picture), return_dict)
+            asked = FramesAsked(settings, negative, seed, picture)
+            return returned(self._render(pair, asked, delivery), return_dict)
 
     def _prepare(
         self, pair: PairInput, settings: PrepareSettings, lora: dict[str, torch.Tensor] | None = None
@@ -571,29 +573,13 @@ class DreamMoverPipeline(
         self.maybe_free_model_hooks()
         return prepared
 
-    def _render(
-        self,
-        pair: PreparedPair,
-        settings: RenderSettings,
-        negative: NegativeText,
-        delivery: Delivery,
-        seed: int | None,
-        picture: ControlPicture | None,
-    ) -> DreamMoverPipelineOutput:
-        frames = self._render_latents(pair, settings, negative, delivery, seed, picture)
-        output = self._finish(frames, settings, delivery)
+    def _render(self, pair: PreparedPair, asked: FramesAsked, delivery: Delivery) -> DreamMoverPipelineOutput:
+        output = self._finish(self._render_latents(pair, asked, delivery), asked.settings, delivery)
         self.maybe_free_model_hooks()
         return output
 
-    def _render_latents(
-        self,
-        pair: PreparedPair,
-        settings: RenderSettings,
-        negative: NegativeText,
-        delivery: Delivery,
-        seed: int | None,
-        picture: ControlPicture | None,
-    ) -> DenoisedFrames:
+    def _render_latents(self, pair: PreparedPair, asked: FramesAsked, delivery: Delivery) -> DenoisedFrames:
+        settings = asked.settings
         self._guidance_scale = settings.guidance_scale
         models = self._models(settings.cross_attention_kwargs)
         with interruptible():
@@ -618,17 +604,7 @@ class DreamMoverPipeline(
                 yield step
 
         return render_latents(
-            models,
-            pair,
-            settings,
-            paths,
-            negative,
-            stages,
-            on_step_end,
-            lambda: self.interrupt,
-            seed,
-            picture,
-            self._chooser(settings),
+            models, pair, asked, paths, stages, on_step_end, lambda: self.interrupt, self._chooser(settings)
         )
 
     def _finish(
@@ -722,7 +698,7 @@ class DreamMoverPipeline(
                 (lambda: fit_lora_of_gaps(models, gaps, preparing, self._stage)) if fits_once else None,
                 lambda gap, own: self._prepare(gap, preparing, own),
                 lambda k, pair: self._render_latents(
-                    pair, rendering[k], gaps[k].negative, delivery, gaps[k].seed, pictures[k]
+                    pair, FramesAsked(rendering[k], gaps[k].negative, gaps[k].seed, pictures[k]), delivery
                 ),
                 lambda k, frames: self._finish(frames, rendering[k], delivery),
                 finish_needs_pair=rendering[0].detail == "diffusion",

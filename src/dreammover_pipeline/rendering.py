@@ -45,6 +45,21 @@ StepCallback = Callable[[int, int, dict], dict]
 
 
 @dataclass(frozen=True, eq=False)
+class FramesAsked:
+    """What a call says of the frames of one pair: which, how they are made, and of what beside the pair.
+
+    `settings` are those of all pairs; `negative` is what guidance leads away from, where it is nothing, what was
+    fitted to the pair, if anything was; `seed` decides the noise of frames that are made in noise; `picture` is what
+    the ControlNet is given at each time, None to leave it out.
+    """
+
+    settings: RenderSettings
+    negative: NegativeText
+    seed: int | None = None
+    picture: ControlPicture | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class DenoisedFrames:
     """Frames of a pair that are made and not decoded yet.
 
@@ -69,14 +84,11 @@ class DenoisedFrames:
 def render_latents(
     models: Models,
     pair: PreparedPair,
-    settings: RenderSettings,
+    asked: FramesAsked,
     paths: MotionPaths,
-    negative: NegativeText,
     stages: Stages,
     on_step_end: StepCallback = lambda i, timestep, tensors: {},
     interrupted: Callable[[], bool] = lambda: False,
-    seed: int = 0,
-    picture: ControlPicture | None = None,
     chooser: Chooser | None = None,
 ) -> DenoisedFrames:
     """Place the frames in time and make them, by the method that is asked for.
@@ -84,19 +96,17 @@ def render_latents(
     Args:
         models: What to do it with.
         pair: What `prepare_pair` returned.
-        settings: Which frames, and how; `paths` are taken instead of those that `motion` names.
+        asked: Which frames, and how; `paths` are taken instead of those that the settings' `motion` names.
         paths: The way of every cell of both photos.
-        negative: What guidance leads away from; where it is nothing, what was fitted to the pair, if anything was.
         stages: What is told of progress.
         on_step_end: Called after every denoising step.
         interrupted: Asked before every denoising step; where it says yes the frames stay as they are.
-        seed: Decides the noise of frames that are made in noise.
-        picture: What the ControlNet is given at each time; None to leave it out.
         chooser: Chooses among the candidates of each frame; None where every frame is made once.
 
     Raises:
         RuntimeError: The UNet overflowed.
     """
+    settings, negative = asked.settings, asked.negative
     with interruptible():
         times = place_frames(pair, settings, settings.importance, paths)
     if pair.negative_embeds is not None and negative.prompt is None and negative.embeds is None:
@@ -105,10 +115,11 @@ def render_latents(
     conditions = models.conditioner.frames(pair.prompt_embeds, delta, settings.guidance_scale > 1, negative)
     models.denoiser.guidance_scale = settings.guidance_scale
     control = None
-    if picture is not None:
+    if asked.picture is not None:
         window = (settings.control_guidance_start, settings.control_guidance_end)
+        scale = settings.controlnet_conditioning_scale
         with interruptible():
-            control = frame_control(picture, times, settings.controlnet_conditioning_scale, window, pair.prompt_embeds)
+            control = frame_control(asked.picture, times, scale, window, pair.prompt_embeds)
     total = denoising_steps(settings.method, pair, times, settings.noise_levels)
     with models.denoiser.with_lora(pair.lora, pair.lora_scale), stages("Denoising", total) as step:
 
@@ -118,7 +129,7 @@ def render_latents(
 
         if settings.method == "noise":
             latents = _in_noise(
-                models, pair, settings, times, conditions, control, seed, chooser, on_step, interrupted
+                models, pair, settings, times, conditions, control, asked.seed, chooser, on_step, interrupted
             )
         else:
             latents = _along_flow(

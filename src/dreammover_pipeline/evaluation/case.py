@@ -19,7 +19,7 @@ from ..pipeline import DreamMoverPipeline
 from ..progress import reported_stage
 from ..prompts import NegativeText
 from ..records import BidirectionalFlow, Canvas, PreparedPair
-from ..rendering import render_latents
+from ..rendering import FramesAsked, render_latents
 from ..settings import PREPARING, RENDERING, RenderSettings, arguments
 from .suites import Pair
 
@@ -111,7 +111,7 @@ class EvaluationCase:
         models = self.pipe._models(self.setting("cross_attention_kwargs"))
         settings = RenderSettings.of({**self.settings, "times": self.pair.times})
         negative = NegativeText(self.setting("negative_prompt"), self.setting("negative_prompt_embeds"))
-        frames = render_latents(models, prepared, settings, paths, negative, UNREPORTED)
+        frames = render_latents(models, prepared, FramesAsked(settings, negative), paths, UNREPORTED)
         frames = replace(frames, paths=paths)
         made = finish_frames(models, frames, settings, "pt", self.pipe.run_safety_checker, UNREPORTED)
         return made.frames[0].float(), prepared.flow

@@ -29,7 +29,7 @@ from .models import build_scheduler, edit_json, initialised
 from .recipes import Plan, drawn_moments, from_bytes, seed_of, to_bytes
 from .skeletons import pose_pictures
 from .stages import DROPPED, fast_on_cpu, generator_of, noise_error, noise_loss
-from .trainer import Trainer, load_weights, read_state
+from .trainer import Stage, Trainer, load_weights, read_state
 from .world import World
 
 CHANNELS = (16, 32, 96, 256)  # of the network that shrinks poses to the latent grid, in diffusers' own ControlNet
@@ -57,7 +57,7 @@ CONTROL_PRESETS = {
 }
 
 
-class ControlStage:
+class ControlStage(Stage):
     """The ControlNet's training, as `Trainer` takes it.
 
     Args:
@@ -113,9 +113,6 @@ class ControlStage:
         predict = with_poses(self.unet, model["controlnet"], embeds, poses[chosen].float() / 255)
         return noise_loss(predict, latents[chosen], self.alphas, generator)
 
-    def finish(self, model: nn.ModuleDict) -> None:
-        """Do nothing, because an averaged ControlNet can be used as it is."""
-
     @torch.no_grad()
     def measure(self, model: nn.ModuleDict, step: int) -> dict[str, float]:
         """Figures of an averaged model beside those of the UNet alone, "plain_…"; also writes a sheet of frames.
@@ -134,13 +131,7 @@ class ControlStage:
 
     @staticmethod
     def better(row: dict, kept: dict | None, history: list[dict]) -> bool:
-        """Whether a model is to be kept in place of the one kept so far.
-
-        Args:
-            row: the figures of the model.
-            kept: the figures of the model kept so far; None before the first evaluation.
-            history: the figures of all evaluations, which end with `row`.
-        """
+        """Whether a model has at most the noise error of the one kept so far."""
         return kept is None or noise_error(row) <= noise_error(kept)
 
     @torch.no_grad()

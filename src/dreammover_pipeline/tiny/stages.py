@@ -30,6 +30,7 @@ from .models import (
     normalise_latents,
 )
 from .recipes import Recipe, draw_images, from_bytes, seed_of
+from .trainer import Stage
 
 FULL_FRAMES = 0.2  # share of the VAE's steps, at the end, that see whole images
 POOLED = 0.2  # share of the VAE's steps that decode latents pooled to half their size
@@ -46,7 +47,7 @@ def generator_of(device: torch.device, *parts: str | int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed_of(*parts))
 
 
-class VaeStage:
+class VaeStage(Stage):
     """The autoencoder's stage: it learns from crops of images that are drawn during the training.
 
     The method warps latents, so warped latents should decode to warped images. Some steps therefore move the latents
@@ -104,10 +105,11 @@ class VaeStage:
             crops.append(self.pool[i, :, y : y + crop, x : x + crop])
         return from_bytes(torch.stack(crops))
 
-    def finish(self, model: nn.ModuleDict) -> None:
-        """Bring the latents of an averaged model to unit variance."""
+    def finish(self, model: nn.ModuleDict) -> nn.ModuleDict:
+        """An averaged model with its latents brought to unit variance."""
         images, _ = draw_images(self.recipe.world, 256, seed_of("latent statistics"), self.device)
         normalise_latents(model["vae"], from_bytes(images))
+        return model
 
     def measure(self, model: nn.ModuleDict, step: int) -> dict[str, float]:
         """Figures of an averaged model that `finish` has treated."""
@@ -115,13 +117,7 @@ class VaeStage:
 
     @staticmethod
     def better(row: dict, kept: dict | None, history: list[dict]) -> bool:
-        """Whether a model is to be kept in place of the one kept so far.
-
-        Args:
-            row: the figures of the model.
-            kept: the figures of the model kept so far; None before the first evaluation.
-            history: the figures of all evaluations, which end with `row`.
-        """
+        """Whether a model has at least the PSNR of the one kept so far."""
         return kept is None or row["psnr"] >= kept["psnr"]
 
 
@@ -152,7 +148,7 @@ def _kl(posterior) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
-class UnetStage:
+class UnetStage(Stage):
     """The UNet's stage: with its text encoder, it learns to predict noise on the latents of the shards."""
 
     name = "unet"
@@ -202,9 +198,6 @@ class UnetStage:
 
         return noise_loss(predict, latents, self.alphas, generator)
 
-    def finish(self, model: nn.ModuleDict) -> None:
-        """Do nothing, because an averaged UNet can be used as it is."""
-
     def measure(self, model: nn.ModuleDict, step: int) -> dict[str, float]:
         """Figures of an averaged model; also writes a sheet of its samples."""
         figures = {}
@@ -223,13 +216,7 @@ class UnetStage:
 
     @staticmethod
     def better(row: dict, kept: dict | None, history: list[dict]) -> bool:
-        """Whether a model is to be kept in place of the one kept so far.
-
-        Args:
-            row: the figures of the model.
-            kept: the figures of the model kept so far; None before the first evaluation.
-            history: the figures of all evaluations, which end with `row`.
-        """
+        """Whether a model matches at least as well as the one kept so far, and its noise error is near the lowest."""
         limit = (1 + TOLERANCE) * min(map(noise_error, history))
         if kept is None or noise_error(kept) > limit:
             return True

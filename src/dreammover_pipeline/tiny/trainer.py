@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
@@ -14,14 +15,54 @@ from torch import nn
 from tqdm import tqdm
 
 from .optim import Average, MuonAdamW, rate_factor
+from .recipes import Plan
 from .validation import draw_curves
+
+
+class Stage(ABC):
+    """What a `Trainer` trains, and how it is judged.
+
+    `name` is that of its files and `rule` says in words which weights are kept; `plan` is how it is trained, and
+    `recipe.save_seconds` the longest time between two writings of its state.
+    """
+
+    name: str
+    rule: str
+    plan: Plan
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The untrained model."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, step: int) -> torch.Tensor:
+        """The loss of a training step, which the number of the step decides."""
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """An averaged model in the form that it is used in; by default it has that form already."""
+        return model
+
+    @abstractmethod
+    def measure(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Figures of an averaged model that `finish` has treated."""
+
+    @staticmethod
+    @abstractmethod
+    def better(row: dict, kept: dict | None, history: list[dict]) -> bool:
+        """Whether a model is to be kept in place of the one kept so far.
+
+        Args:
+            row: the figures of the model.
+            kept: the figures of the model kept so far; None before the first evaluation.
+            history: the figures of all evaluations, which end with `row`.
+        """
 
 
 class Trainer:
     """Trains the network of one stage: takes steps, evaluates the averaged weights, keeps the best, and saves.
 
     Args:
-        stage: what is trained and how it is judged, a `VaeStage` or a `UnetStage`.
+        stage: what is trained and how it is judged.
         identity: what decides the training; a saved state is only continued if its identity is equal.
         folder: the folder of the states; a state that it holds is continued.
         device: the device to train on.
@@ -30,7 +71,7 @@ class Trainer:
         ValueError: the folder holds a state of another identity.
     """
 
-    def __init__(self, stage, identity: dict, folder: Path, device: torch.device):
+    def __init__(self, stage: Stage, identity: dict, folder: Path, device: torch.device):
         self.stage, self.identity, self.folder, self.device = stage, identity, folder, device
         folder.mkdir(parents=True, exist_ok=True)
         self.model = stage.build().to(device, memory_format=torch.channels_last).train()
@@ -88,7 +129,7 @@ class Trainer:
         """Measure the averaged weights, note the figures, and keep the weights if they are the best so far."""
         model = copy.deepcopy(self.model).eval()
         load_weights(model, self.average.weights)
-        self.stage.finish(model)
+        model = self.stage.finish(model)
         loss = (self.loss_sum / self.loss_count).item() if self.loss_count else None
         row = {"step": self.step, "seconds": round(self._seconds()), "loss": loss}
         row |= self.stage.measure(model, self.step)
