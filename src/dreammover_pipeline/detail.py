@@ -229,11 +229,12 @@ class Sources:
     def kept(self, count: int) -> Sources:
         """The `count` of them with the most weight, where those that are the same are taken together."""
         key = 3 * self.index + self.shown
-        weight = torch.zeros_like(self.weight)
-        for k in range(len(key)):
-            first = (key == key[k]).to(torch.uint8).argmax(0, keepdim=True)
-            weight.scatter_add_(0, first, self.weight[k : k + 1])
-        most, where = weight.topk(min(count, len(key)), 0)
+        left, weights = self.weight, []
+        for k in range(len(key)):  # the first of those that are the same takes the weights of all
+            taken = left * (key[k:] == key[k])
+            weights.append(taken.sum(0))
+            left = (left - taken)[1:]
+        most, where = torch.stack(weights).topk(min(count, len(key)), 0)
         return Sources(self.index.gather(0, where), self.shown.gather(0, where), most / most.sum(0))
 
     def shares(self, time: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -295,7 +296,7 @@ def _costs(
 
     apart = (first[:3] - second[:3]).abs().mean(0).clamp(max=COST_CLIP)
     mixed = (1 - time) * first[:3] + time * second[:3]
-    far = (z[:, None] - candidates.landing[:, index]).norm(dim=0)
+    far = torch.hypot(*(z[:, None] - candidates.landing[:, index]))
     costs = [
         PHOTOS_WEIGHT * apart + off(mixed) + OFF_PICTURE * ~(on_first & on_second),
         ONE_PHOTO + off(first[:3]) + OFF_PICTURE * ~on_first,

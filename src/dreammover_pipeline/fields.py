@@ -129,8 +129,13 @@ def blurred(x: torch.Tensor, sigma: float) -> torch.Tensor:
     weights = [weight / sum(weights) for weight in weights]
     padded = F.pad(x.reshape(1, -1, h, w), (reach,) * 4, mode="replicate")
     # Slices rather than a convolution, whose precision the caller's settings may lower.
-    rows = sum(weight * padded[..., i : i + h, :] for i, weight in enumerate(weights))
-    return sum(weight * rows[..., i : i + w] for i, weight in enumerate(weights)).reshape(x.shape)
+    rows = weights[0] * padded[..., :h, :]
+    for i, weight in enumerate(weights[1:], 1):
+        rows.add_(padded[..., i : i + h, :], alpha=weight)
+    means = weights[0] * rows[..., :w]
+    for i, weight in enumerate(weights[1:], 1):
+        means.add_(rows[..., i : i + w], alpha=weight)
+    return means.reshape(x.shape)
 
 
 def upsampled_flow(flow: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -155,7 +155,7 @@ def round_trip_error(flow: BidirectionalFlow) -> torch.Tensor:
     """
     there, back = flow.stacked(), flow.reversed().stacked()
     found = backward_warp(torch.cat([back, torch.ones_like(back[:, :1])], 1), there)
-    error = (there + found[:, :2]).norm(dim=1, keepdim=True)
+    error = torch.hypot(*(there + found[:, :2]).split(1, 1))
     return torch.where(found[:, 2:] > 0.999, error, torch.inf)
 
 

@@ -277,7 +277,7 @@ class Windows:
             off = own - colours
             residual = (weight * _difference(off, inside)).sum(0)
             if step:
-                near = (shift - begin).norm(dim=0) <= self.reach.furthest
+                near = torch.hypot(*(shift - begin)) <= self.reach.furthest
                 better = ((residual < residuals[0, cells]) & near).nonzero()[:, 0]
                 cells, begin, shift, turn, residual, own, weight, slopes, tensor, off, inside = (
                     part.index_select(-1, better)
@@ -431,7 +431,7 @@ def _most_alike(windows: Windows) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
         there, back = index[image], index[1 - image]
         least = way.amin(1)
         elsewhere = way.masked_fill(near[there], torch.inf).amin(1)
-        returned = (points[back[there]] - points).norm(dim=1) <= SEARCH_RETURN * stride
+        returned = torch.hypot(*(points[back[there]] - points).T) <= SEARCH_RETURN * stride
         matched.append(returned & (least < DISTINCT * elsewhere))
         shifts.append(points[there] - points)
         apart = (colours[image] - colours[1 - image][..., there]).square().sum(0)  # (turns, n)
@@ -465,5 +465,5 @@ def _bettered(windows: Windows, fit: Similarity) -> Similarity:
 def _held_to_scale(turn: torch.Tensor) -> torch.Tensor:
     """Turns (2, m) that scale by no less and no more than `SCALES`."""
     one = torch.stack([torch.ones_like(turn[0]), torch.zeros_like(turn[0])])
-    scale = (one + turn).norm(dim=0).clamp(min=1e-3)
+    scale = torch.hypot(*(one + turn)).clamp(min=1e-3)
     return (one + turn) * (scale.clamp(*SCALES) / scale) - one
