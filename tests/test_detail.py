@@ -78,8 +78,8 @@ def test_strips_are_the_whole_to_the_bit(canvas):
     pair = pair_of(first, last, canvas, flow)
     base = fit(picture(canvas.output_height, canvas.output_width, 4), canvas)
     whole = with_detail(pair, base, 0.4, strip_pixels=10**9)
-    for rows in (1, 7, 16):
-        assert torch.equal(with_detail(pair, base, 0.4, strip_pixels=rows * canvas.output_width), whole)
+    for columns in (1, 7, 16):
+        assert torch.equal(with_detail(pair, base, 0.4, strip_pixels=columns * canvas.output_height), whole)
 
 
 @pytest.mark.parametrize("paths", [rigid_paths, straight_paths])

@@ -204,7 +204,7 @@ class Level:
         (top, left), height, width = self.pixels.corner(tile), self.canvas.output_height, self.canvas.output_width
         rows = Axis.of(height, down, h, free).part(top, top + self.pixels.rows.length)
         columns = Axis.of(width, across, w, free).part(left, left + self.pixels.columns.length)
-        return columns.spread(rows.spread(free, -2), -1)
+        return rows.spread(columns.spread(free, -1), -2)
 
 
 # ── A pair's frames ──────────────────────────────────────────────────────────────────────────────────────────────────

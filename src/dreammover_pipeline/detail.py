@@ -447,17 +447,17 @@ def with_detail(
     fields = torch.cat([1 - plan.taken, plan.taken * plan.added, (plan.taken * plan.light).flatten(0, 1)])
     # In the layout of image files, so that a picture is made of it without a copy.
     result = torch.empty(height, width, 3, dtype=dtype, device="cpu").movedim(-1, 0)
-    step = max(1, strip_pixels // width)
-    for top in range(0, height, step):
-        strip = rows.part(top, min(height, top + step))
-        kept, added, light = columns.spread(strip.spread(fields, -2), -1).split([1, 3, 6])
-        enlarged = sum(
-            shares[top : top + step, i, None] * wide[:, taps[top : top + step, i]] for i in range(taps.shape[1])
-        )
-        seen = lines.looked_up(pair, strip, columns)
+    # In strips of columns: what is small is spread along the columns, and then its rows, which are copied whole.
+    step = max(1, strip_pixels // height)
+    for left in range(0, width, step):
+        strip = columns.part(left, min(width, left + step))
+        kept, added, light = rows.spread(strip.spread(fields, -1), -2).split([1, 3, 6])
+        part = wide[..., left : left + step]
+        enlarged = sum(shares[:, i, None] * part.index_select(1, taps[:, i]) for i in range(taps.shape[1]))
+        seen = lines.looked_up(pair, rows, strip)
         pixels = kept * enlarged.clamp(0, 1) + added + light[:3] * seen[0] + light[3:] * seen[1]
         pixels = pixels.clamp(0, 1)
-        result[:, top : top + step] = pixels if dtype.is_floating_point else (255 * pixels).round()
+        result[..., left : left + step] = pixels if dtype.is_floating_point else (255 * pixels).round()
     return result
 
 
@@ -549,26 +549,26 @@ class _Lines:
         )
 
     def looked_up(self, pair: PairDetail, rows: Axis, columns: Axis) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the pixels of some rows get from the first and from the second photo, (3, n, W) each."""
-        down = rows.offset[:, None]
+        """What the pixels of some columns get from the first and from the second photo, (3, H, n) each."""
+        across, down = columns.offset, rows.offset[:, None]
         weights = sum(
-            weight[:, None] * rows.at(part, -2) for weight, part in zip(rows.weights, self.weights, strict=True)
+            weight * columns.at(part, -1) for weight, part in zip(columns.weights, self.weights.unbind(1), strict=True)
         )
         weights = sum(
-            weight * columns.at(part, -1) for weight, part in zip(columns.weights, weights, strict=True)
-        )  # (K, n, W)
-        real, imaginary = rows.at(self.step, -2).unbind(2)
-        middle_x, middle_y = rows.at(self.middle, -2).unbind(2)
+            weight[:, None] * rows.at(part, -2) for weight, part in zip(rows.weights, weights, strict=True)
+        )  # (K, H, n)
+        real, imaginary = columns.at(self.step, -1).unbind(2)
+        middle_x, middle_y = columns.at(self.middle, -1).unbind(2)
         lines = torch.stack(
-            [middle_x - imaginary * down, real, middle_y + self.ratio * real * down, self.ratio * imaginary], 2
+            [middle_x + real * across, -imaginary, middle_y + self.ratio * imaginary * across, self.ratio * real], 2
         )
-        shares = rows.at(self.shares, -2)
+        shares = columns.at(self.shares, -1)
         sums, total = [0, 0], 0
         for k, weight in enumerate(weights):
-            x0, dx, y0, dy = columns.at(lines[k], -1).unbind(1)  # (2, n, W) each
-            x, y = x0 + dx * columns.offset, y0 + dy * columns.offset
+            x0, dx, y0, dy = rows.at(lines[k], -2).unbind(1)  # (2, H, n) each
+            x, y = x0 + dx * down, y0 + dy * down
             on = (x.abs() < 1) & (y.abs() < 1)
-            share = columns.at(shares[k], -1) * on
+            share = rows.at(shares[k], -2) * on
             share = weight * share / share.sum(0).clamp(min=FAINT)
             for image in (0, 1):
                 sums[image] = sums[image] + share[image] * _looked_up(pair.photos[image], x[image], y[image])
