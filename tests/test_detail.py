@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dreammover_pipeline import detail
 from dreammover_pipeline.arguments import taken
 from dreammover_pipeline.detail import (
     FAINT,
@@ -80,6 +81,17 @@ def test_strips_are_the_whole_to_the_bit(canvas):
     whole = with_detail(pair, base, 0.4, strip_pixels=10**9)
     for columns in (1, 7, 16):
         assert torch.equal(with_detail(pair, base, 0.4, strip_pixels=columns * canvas.output_height), whole)
+
+
+def test_candidates_may_be_compared_a_few_at_a_time(monkeypatch):
+    canvas = CANVASES[0]
+    first, last, base = (picture(canvas.output_height, canvas.output_width, seed) for seed in (1, 2, 4))
+    h, w = canvas.height // CELL, canvas.width // CELL
+    flow = BidirectionalFlow.of(2 * torch.randn(2, 2, h, w, generator=torch.Generator().manual_seed(3)))
+    pair, base = pair_of(first, last, canvas, flow), fit(base, canvas)
+    together = with_detail(pair, base, 0.4)
+    monkeypatch.setattr(detail, "PLACES_AT_ONCE", 3 * pair.small[0, 0].numel())
+    assert torch.equal(with_detail(pair, base, 0.4), together)
 
 
 @pytest.mark.parametrize("paths", [rigid_paths, straight_paths])

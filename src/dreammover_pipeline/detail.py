@@ -59,6 +59,7 @@ LIGHT_OUTLIER = 0.04  # difference in colour that is more likely one of content 
 FAINT = 1e-4  # share of a photo that is not meant to be seen, so that a place is never without any
 # For which candidates are looked for together, so that the workspace stays bounded. A GPU takes as long for a few.
 CELLS_AT_ONCE_NEARBY, CELLS_AT_ONCE_NEARBY_ON_GPU = 128, 2048
+PLACES_AT_ONCE = 2**21  # for which costs are computed together, each candidate's for itself
 STRIP_PIXELS = 2**19  # of a frame that are made together
 
 
@@ -266,12 +267,14 @@ def choose_sources(
     cells = cell_grid(h, w, frame)[0]
     nearest = candidates.nearest(cells.flatten(1)).T.unflatten(1, (h, w))
     nearest = nearest.repeat_interleave(SAMPLES, 1).repeat_interleave(SAMPLES, 2)
-    costs = _costs(pair, candidates, nearest, lit, frame, time)
+    together = max(1, PLACES_AT_ONCE // nearest[0].numel())
+    costs = torch.cat([_costs(pair, candidates, index, lit, frame, time) for index in nearest.split(together)], 1)
     best = blurred(costs, FIRST_BLUR).flatten(0, 1).argmin(0)
     index = nearest.gather(0, (best % len(nearest))[None])[0]
     shown = best // len(nearest)
     index, shown = _neighbours(index), _neighbours(shown)
-    costs = _costs(pair, candidates, index, lit, frame, time).gather(0, shown[None])[0]
+    tried = zip(index.split(together), shown.split(together), strict=True)
+    costs = torch.cat([_costs(pair, candidates, i, lit, frame, time).gather(0, s[None])[0] for i, s in tried])
     weight = (-blurred(costs, SECOND_BLUR) / SOFTNESS).softmax(0)
     return Sources(index, shown, weight).kept(CANDIDATES_KEPT)
 
