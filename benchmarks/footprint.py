@@ -70,10 +70,17 @@ def in_a_process(bench: Bench, points: Points) -> list[float]:
     return told_by_a_process("benchmarks.footprint", bench.name, points)
 
 
-def told_by_a_process(module: str, *arguments: object) -> list[float]:
-    """The JSON that a module of this package prints when it is run in a process of its own with JSON arguments."""
+def told_by_a_process(module: str, *arguments: object, returns_freed: bool = True) -> list[float]:
+    """The JSON that a module of this package prints when it is run in a process of its own with JSON arguments.
+
+    Args:
+        module: its name.
+        arguments: what it is given.
+        returns_freed: whether freed memory is given back at once, so that a peak is one of what is in use; that takes
+            time.
+    """
     command = [sys.executable, "-m", module, *map(json.dumps, arguments)]
-    environment = {**os.environ, **RETURN_FREED}
+    environment = os.environ | (RETURN_FREED if returns_freed else {})
     done = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)
 
