@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 QUERY_PARTS = 32  # into which the queries of an image are divided at most, so that all of a GPU has work …
 PART = 64  # … and of so many queries or a multiple is each, as the kernels divide them themselves
+GRADIENTS_AT_ONCE = 2**26  # of an image's keys, and as many of its values, that the parts hold together at most
 WEIGHTS_AT_ONCE = 2**24  # attention weights that are held at once when written out, which are 64 MiB in float32
 
 
@@ -65,7 +66,8 @@ class EfficientAttention(torch.autograd.Function):
         """The gradients of query, key and value."""
         query, key, value, attended, logsumexp, *random = (saved.detach() for saved in ctx.saved_tensors)
         queries = query.shape[2]
-        parts = next(n for n in range(QUERY_PARTS, 0, -1) if n == 1 or queries % (n * PART) == 0)
+        most = min(QUERY_PARTS, GRADIENTS_AT_ONCE // key[0].numel())
+        parts = next((n for n in range(most, 1, -1) if queries % (n * PART) == 0), 1)
 
         def divided(x: torch.Tensor) -> torch.Tensor:
             """(heads, L, …) as parts, in the kernels' layout: (parts, L / parts, heads, …)."""
