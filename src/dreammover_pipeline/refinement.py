@@ -343,10 +343,11 @@ class Windows:
 
 def _solved(square: torch.Tensor, towards: torch.Tensor) -> torch.Tensor:
     """The solutions (4, m) of damped normal equations (16, m) and (4, m)."""
-    there = {"device": square.device if square.is_cuda else "cpu", "dtype": torch.float64}  # not every device solves
-    square = square.T.unflatten(1, (4, 4)).to(**there) + DAMPING * torch.eye(4, **there)
+    there = square.device if square.is_cuda else "cpu"  # since MPS neither solves nor has float64
+    square = square.T.unflatten(1, (4, 4)).to(there).double()
+    square = square + DAMPING * torch.eye(4, dtype=square.dtype, device=there)
     # Unlike `solve`, this does not wait for a GPU to say whether a matrix is singular, which damped ones are not.
-    solved, _ = torch.linalg.solve_ex(square, towards.T.to(**there)[..., None])
+    solved, _ = torch.linalg.solve_ex(square, towards.T.to(there).double()[..., None])
     return solved[..., 0].T.to(towards)
 
 
