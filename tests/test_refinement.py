@@ -227,12 +227,13 @@ def test_the_best_of_the_neighbours_is_that_of_asking_them_one_by_one(reach):
     photos = torch.rand(2, 3, 36, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     windows = Windows.of(photos, (9, 10), reach)
     fit = windows.compared(randn(2, 2, 9, 10), 0.2 * randn(2, 2, 9, 10, seed=1))
-    one_by_one = [
-        windows.compared(*similarities_of(fit, down * by, right * by))
+    steps = [
+        (down * by, right * by)
         for by in reach.neighbours
         for down, right in product((-1, 0, 1), repeat=2)
         if down or right
     ]
+    one_by_one = [windows.compared(*similarity) for similarity in similarities_of(fit, steps)]
     best = reduce(nearer_fit, one_by_one)
     made, inner = windows.of_neighbours(fit), (..., slice(4, 5), slice(4, 6))  # whose neighbours are all on the grid
     for part in ("shift", "turn", "residual"):

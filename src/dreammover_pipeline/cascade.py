@@ -312,7 +312,7 @@ class PairCascade:
 
         start = schedule.alpha_bars[self.steps] ** 0.5 * latents
         clean = denoise(start, predict_noise, schedule, self.steps)
-        require_finite(clean, models.denoiser.unet.dtype)
+        require_finite(clean, models.denoiser.dtype)
         with models.autoencoder.decoder() as decode:
             for tile in chosen:
                 gained = (decode(cells.cut(clean, tile)) - decode(cells.cut(latents, tile)))[0].to(change)

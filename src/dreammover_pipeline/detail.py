@@ -26,14 +26,14 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 
-from .fields import blurred, cell_grid, distances, sampled, values_beside
+from .fields import at_once, blurred, cell_grid, distances, sampled, values_beside
 from .flow import agreement
 from .framing import fit
 from .light import gain_maps, light_gains
 from .paths import MotionPaths
 from .records import BidirectionalFlow, Canvas, FrameSources
 from .refinement import aligned_flow
-from .rigid import complex_product
+from .rigid import complex_one, complex_product
 
 ALIGNED_PIXELS = (8, 16)  # a cell, at which the flow is aligned with the photos, where they have as many
 SAMPLES = 4  # places along a side of a cell at which it is chosen where a frame comes from
@@ -57,7 +57,7 @@ LIGHT_BLUR = 2.0  # places; sigma of the Gaussian mean that is the light of a di
 LIGHT_TRUSTED_ERROR = 0.01  # mean error of the VAE, in colours of 1, at which its light is trusted half as much
 LIGHT_OUTLIER = 0.04  # difference in colour that is more likely one of content than of light
 FAINT = 1e-4  # share of a photo that is not meant to be seen, so that a place is never without any
-# For which candidates are looked for together, so that the workspace stays bounded. A GPU takes as long for a few.
+# For which candidates are looked for together, so that the workspace stays bounded.
 CELLS_AT_ONCE_NEARBY, CELLS_AT_ONCE_NEARBY_ON_GPU = 128, 2048
 PLACES_AT_ONCE = 2**21  # for which costs are computed together, each candidate's for itself
 STRIP_PIXELS = 2**19  # of a frame that are made together
@@ -172,7 +172,7 @@ class Candidates:
         landing.append(cells)
         for image in (0, 1):
             places[image].append(cells)
-            factors[image].append(torch.stack([torch.ones_like(cells[0]), torch.zeros_like(cells[0])]))
+            factors[image].append(complex_one(cells[0]))
 
         def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
             return torch.cat([part.flatten(1) for part in parts], 1)
@@ -202,7 +202,7 @@ class Candidates:
         """The indices (n, `CANDIDATES` + 1) of those that land nearest to the n cells (2, n), and of rest there."""
         moving = self.landing.shape[1] - cells.shape[1]
         landing, bonus = self.landing[:, :moving], SURE_BONUS * (1 - self.doubt[:moving])
-        together = CELLS_AT_ONCE_NEARBY if cells.device.type == "cpu" else CELLS_AT_ONCE_NEARBY_ON_GPU
+        together = at_once(cells, CELLS_AT_ONCE_NEARBY, CELLS_AT_ONCE_NEARBY_ON_GPU)
         nearest = torch.cat(
             [
                 (distances(some, landing) - bonus).topk(min(CANDIDATES, moving), largest=False).indices
@@ -386,16 +386,14 @@ def plan_detail(pair: PairDetail, frame: torch.Tensor, time: float) -> FrameDeta
     first, second = (share * on for share, on in zip(sources.shares(time), (on_one, on_other), strict=True))
     mixed = (first * one[:3] + second * other[:3]) / (first + second).clamp(min=FAINT)
     mixed = (sources.weight * mixed).sum(1)
-    (one, on_one), (other, on_other) = (
-        _small_at(pair, torch.cat([pair.small[image, 3:], gains[image]]), z[image][:, 0]) for image in (0, 1)
-    )
-    error = _seen_mean(one[0], on_one, other[0], on_other)
+    error = _seen_mean(one[3, 0], on_one[0], other[3, 0], on_other[0])
+    light = torch.stack([_small_at(pair, gains[image], z[image][:, 0])[0] for image in (0, 1)])
     rest = frame - mixed
     added = blurred(rest / (1 + (blurred(rest.abs().mean(0), 1.0) / LIGHT_OUTLIER).square()), LIGHT_BLUR)
     added = added / (1 + (error / LIGHT_TRUSTED_ERROR).square())
     off = blurred((rest - added).abs().mean(0), SECOND_BLUR)
-    taken = (-(off / (TAKEN + TAKEN_FOR_ERROR * error)).square()).exp() * (on_one | on_other)
-    return FrameDetail(sources, candidates, taken[None], added, torch.stack([one[1:], other[1:]]))
+    taken = (-(off / (TAKEN + TAKEN_FOR_ERROR * error)).square()).exp() * (on_one[0] | on_other[0])
+    return FrameDetail(sources, candidates, taken[None], added, light)
 
 
 def frame_sources(pair: PairDetail, plan: FrameDetail, time: float) -> FrameSources:
@@ -535,7 +533,8 @@ class _Lines:
         """The lines of a frame."""
         width, height = pair.content
         sources, candidates = plan.sources, plan.candidates
-        x, y = torch.stack(candidates.sources(sources.index, places(plan.added)), 1).add(0.5).movedim(2, 0).unbind(1)
+        middle = torch.stack(candidates.sources(sources.index, places(plan.added)), 1) + 0.5
+        x, y = middle.movedim(2, 0).unbind(1)  # (K, 2 photos, h', w') each
         factors = torch.stack([factor[:, sources.index] for factor in candidates.factors])
         key = 3 * sources.index + sources.shown
         around = list(product((-1, 0, 1), repeat=2))

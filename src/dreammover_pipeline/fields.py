@@ -83,11 +83,11 @@ def sampled_around(
     Returns:
         Bilinear values (C, s, m), the edge's beyond the edge; and (s, m) bool.
     """
-    (h, w), (x, y), (real, imaginary) = size, middle, turn
+    (h, w), (x, y), (real, imaginary) = size, between_edges(middle[None], size)[0], turn
     ones = torch.ones_like(offsets[:, :1])
     # One matrix product, to coordinates relative to the edges.
-    to_x = torch.stack([(2 * x + 1) / w - 1, 2 / w * (1 + real), -2 / w * imaginary])
-    to_y = torch.stack([(2 * y + 1) / h - 1, 2 / h * imaginary, 2 / h * (1 + real)])
+    to_x = torch.stack([x, 2 / w * (1 + real), -2 / w * imaginary])
+    to_y = torch.stack([y, 2 / h * imaginary, 2 / h * (1 + real)])
     there = (torch.cat([ones, offsets], 1) @ torch.cat([to_x, to_y], 1)).unflatten(1, (2, -1))  # (s, 2, m)
     values = F.grid_sample(
         image[None], there.movedim(1, 2)[None], mode="bilinear", padding_mode="border", align_corners=False
@@ -100,6 +100,11 @@ def distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """How far places (2, n) are from places (2, m), (n, m)."""
     # `torch.cdist` rounds where it multiplies matrices, and where it does not, it keeps a GPU busy for long.
     return torch.hypot(first[0, :, None] - second[0], first[1, :, None] - second[1])
+
+
+def at_once(like: torch.Tensor, few: int, many: int) -> int:
+    """How many things are worked on together: few on a CPU, many elsewhere, where few would take as long."""
+    return few if like.device.type == "cpu" else many
 
 
 def values_beside(x: torch.Tensor, steps: Sequence[tuple[int, int]]) -> list[torch.Tensor]:

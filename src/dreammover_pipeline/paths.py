@@ -12,7 +12,15 @@ import torch
 from .fields import cell_grid
 from .flow import agreement
 from .records import BidirectionalFlow
-from .rigid import TINY, Similarity, best_of_neighbours, complex_product, fit_similarities, grid_unit
+from .rigid import (
+    TINY,
+    Similarity,
+    best_of_neighbours,
+    complex_one,
+    complex_product,
+    fit_similarities,
+    grid_unit,
+)
 
 PATH_SIGMA = 3.2  # cells of the unit grid; of the Gaussian by which neighbours count for the similarity of a path
 PATH_TOLERANCES = (4.0, 2.0, 1.0)
@@ -60,7 +68,7 @@ def straight_paths(flow: BidirectionalFlow) -> MotionPaths:
         return times.to(ways).reshape(-1, 1, 1, 1)
 
     def factors(image: int, times: torch.Tensor) -> torch.Tensor:
-        return ways.new_tensor([1.0, 0]).reshape(1, 2, 1, 1) + shares(times) * turns()[image]
+        return complex_one(ways[0, 0]) + shares(times) * turns()[image]
 
     return MotionPaths(lambda image, times: shares(times) * ways[image], factors)
 

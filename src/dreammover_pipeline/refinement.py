@@ -20,12 +20,12 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 
-from .fields import blurred, cell_grid, sampled, sampled_around
+from .fields import at_once, blurred, cell_grid, sampled, sampled_around
 from .flow import agreement, exact_matmul
 from .light import in_one_light
 from .paths import PATH_SIGMA, PATH_STIFFNESS, PATH_TOLERANCES
 from .records import BidirectionalFlow
-from .rigid import Similarity, complex_product, fit_similarities, nearer_fit
+from .rigid import Similarity, complex_one, complex_product, fit_similarities, nearer_fit
 
 PIXELS = 4  # the photos are compared at this many pixels a cell; in finer ones every other pixel would go unseen
 WINDOW_RADIUS = 5  # places from the middle of the window to its edge at which the photos are compared
@@ -40,7 +40,7 @@ WORST = 0.25  # difference in colour beyond which it makes no difference how muc
 UNFOUND_WEIGHT = 0.3  # weight of a cell whose colours were not found, when the flow is made regular again
 REGULAR_SIGMA = 1.5  # cells of the unit grid, as of `rigid.WINDOW_SIGMA`
 REGULAR_TOLERANCES = (2.0, 1.0, 0.7)  # cells of the unit grid, as `rigid.TOLERANCES`
-# That are worked on together, so that memory does not grow with the grid. A GPU takes as long for a few.
+# That are worked on together, so that memory does not grow with the grid.
 WINDOWS_AT_ONCE, WINDOWS_AT_ONCE_ON_GPU = 1024, 4096
 SEARCHED_PLACES = 2048  # of a photo at most, each of which is compared with each of the other photo's
 SEARCHED_TURNS = range(-60, 61, 20)  # degrees; by which a window may have turned where it is found
@@ -314,7 +314,7 @@ class Windows:
     def _blocks(self, chosen: torch.Tensor | None = None) -> Iterator[tuple[int, torch.Tensor | slice]]:
         """The image and the places in the row of chosen cells (2n,) bool, or of all, a few at a time."""
         n = self.own.shape[2] // 2
-        few = WINDOWS_AT_ONCE if self.own.device.type == "cpu" else WINDOWS_AT_ONCE_ON_GPU
+        few = at_once(self.own, WINDOWS_AT_ONCE, WINDOWS_AT_ONCE_ON_GPU)
         for image in (0, 1):
             if chosen is None:
                 starts = range(image * n, (image + 1) * n, few)
@@ -465,6 +465,6 @@ def _bettered(windows: Windows, fit: Similarity) -> Similarity:
 
 def _held_to_scale(turn: torch.Tensor) -> torch.Tensor:
     """Turns (2, m) that scale by no less and no more than `SCALES`."""
-    one = torch.stack([torch.ones_like(turn[0]), torch.zeros_like(turn[0])])
+    one = complex_one(turn[0])
     scale = torch.hypot(*(one + turn)).clamp(min=1e-3)
     return (one + turn) * (scale.clamp(*SCALES) / scale) - one

@@ -48,8 +48,8 @@ StepCallback = Callable[[int, int, dict], dict]
 class FramesAsked:
     """What a call says of the frames of one pair: which, how they are made, and of what beside the pair.
 
-    `settings` are those of all pairs; `negative` is what guidance leads away from, where it is nothing, what was
-    fitted to the pair, if anything was; `seed` decides the noise of frames that are made in noise; `picture` is what
+    `settings` are those of all pairs; `negative` is what guidance leads away from, and where it is nothing, what was
+    fitted to the pair takes its place; `seed` decides the noise of frames that are made in noise; `picture` is what
     the ControlNet is given at each time, None to leave it out.
     """
 

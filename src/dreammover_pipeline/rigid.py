@@ -10,14 +10,14 @@ Source of all of it: ours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import torch
 import torch.nn.functional as F
 
-from .fields import cell_grid, values_beside
+from .fields import at_once, cell_grid, values_beside
 from .splatting import winner_splat
 
 UNIT_GRID = 32
@@ -29,7 +29,7 @@ STIFFNESS = 0.5  # squared cells; how strongly turn and scaling are held back wh
 LEAST = 1e-6  # of its weight without the fit, what a match keeps that the fit does not explain
 NEIGHBOUR_STEP = 3.0  # cells; between a cell and the next whose similarity it may take over
 TINY = 1e-12
-# Whose windows are held together, so that the workspace does not grow with the grid. A GPU takes as long for a few.
+# Whose windows are held together, so that the workspace does not grow with the grid.
 CELLS_AT_ONCE, CELLS_AT_ONCE_ON_GPU = 128, 2048
 
 
@@ -86,7 +86,7 @@ def fit_similarities(
     margin = reach * stride
     padded = [F.pad(each, (margin, margin, margin, margin)) for each in matches]
     fits = flow.new_empty(2, 4, h * w)  # shift and turn
-    rows = max(1, (CELLS_AT_ONCE if flow.device.type == "cpu" else CELLS_AT_ONCE_ON_GPU) // w)
+    rows = max(1, at_once(flow, CELLS_AT_ONCE, CELLS_AT_ONCE_ON_GPU) // w)
     for top in range(0, h, rows):
         strips = [each[..., top : top + rows + 2 * margin, :] for each in padded]
         place, vector, given = _matches_around(strips, reach, stride)
@@ -113,23 +113,22 @@ def best_of_neighbours(fit: Similarity, flow: torch.Tensor) -> Similarity:
     """
     step = max(1, round(NEIGHBOUR_STEP * grid_unit(*flow.shape[-2:])))
     best = fit
-    for dy, dx in product(range(-2, 3), repeat=2):
-        shift, turn = similarities_of(fit, dy * step, dx * step)
+    for shift, turn in similarities_of(fit, [(dy * step, dx * step) for dy, dx in product(range(-2, 3), repeat=2)]):
         best = nearer_fit(best, Similarity(shift, turn, (flow - shift).square().sum(1, keepdim=True)))
     return best
 
 
-def similarities_of(fit: Similarity, down: int, right: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shift and turn (B, 2, h, w) that every cell would have if it moved as one with another cell.
+def similarities_of(fit: Similarity, steps: Sequence[tuple[int, int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Shift and turn (B, 2, h, w) that every cell would have if it moved as one with another cell, for each step.
 
     Args:
         fit: Of all cells.
-        down: How many cells below the cell the other one lies; at the edge of the grid, fewer.
-        right: How many cells to the right of it.
+        steps: How many cells below the cell and to the right of it the other one lies; at the edge of the grid, fewer.
     """
     cells = cell_grid(*fit.shift.shape[-2:], fit.shift)
-    shift, turn, there = (values_beside(part, [(down, right)])[0] for part in (fit.shift, fit.turn, cells))
-    return shift + complex_product(turn, cells - there), turn
+    parts = (values_beside(part, steps) for part in (fit.shift, fit.turn, cells))
+    for shift, turn, there in zip(*parts, strict=True):
+        yield shift + complex_product(turn, cells - there), turn
 
 
 def nearer_fit(first: Similarity, second: Similarity, gain: float = 0.0) -> Similarity:
@@ -206,6 +205,11 @@ def _least_squares(
     turn = torch.cat([along, across], 1) / (spread + stiffness * total)
     shift = mean_vector - complex_product(turn, mean_place)
     return torch.cat([shift, turn], 1)[:, :, 0], moved - complex_product(turn, arm)
+
+
+def complex_one(like: torch.Tensor) -> torch.Tensor:
+    """The complex number 1 for every element of a real tensor (…), as real and imaginary part, (2, …)."""
+    return torch.stack([torch.ones_like(like), torch.zeros_like(like)])
 
 
 def complex_product(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
