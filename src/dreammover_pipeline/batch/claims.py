@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,8 +37,9 @@ def claimed(job: Job) -> Iterator[Path | None]:
         for left in work.glob(LEFT):
             discard(left, job.output.parent)
         # The name is new, so an encoder that outlives its killed parent process cannot write into this folder.
-        folder = Path(tempfile.mkdtemp(prefix=LEFT.removesuffix("*"), dir=work))
+        folder = work / f"{LEFT.removesuffix('*')}{secrets.token_hex(8)}"
         try:
+            folder.mkdir(mode=0o700)  # in here, since a signal may end the process as soon as the folder is there
             yield folder
         finally:
             discard(folder, job.output.parent)
