@@ -26,7 +26,7 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 
-from .fields import at_once, blurred, cell_grid, distances, sampled, values_beside
+from .fields import at_once, blurred, cell_grid, distances, looked_up, sampled, values_beside
 from .flow import agreement
 from .framing import fit
 from .light import gain_maps, light_gains
@@ -300,10 +300,13 @@ def _costs(
     apart = (first[:3] - second[:3]).abs().mean(0).clamp(max=COST_CLIP)
     mixed = (1 - time) * first[:3] + time * second[:3]
     far = torch.hypot(*(z[:, None] - candidates.landing[:, index]))
+    off_first, off_second, off_either = (
+        OFF_PICTURE * (~on).to(mixed) for on in (on_first, on_second, on_first & on_second)
+    )
     costs = [
-        PHOTOS_WEIGHT * apart + off(mixed) + OFF_PICTURE * ~(on_first & on_second),
-        ONE_PHOTO + off(first[:3]) + OFF_PICTURE * ~on_first,
-        ONE_PHOTO + off(second[:3]) + OFF_PICTURE * ~on_second,
+        PHOTOS_WEIGHT * apart + off(mixed) + off_either,
+        ONE_PHOTO + off(first[:3]) + off_first,
+        ONE_PHOTO + off(second[:3]) + off_second,
     ]
     return torch.stack(costs) + DISTANCE_COST * far + DOUBT_COST * candidates.doubt[index]
 
@@ -332,9 +335,10 @@ def _looked_up(image: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.T
 
     They are interpolated by cubics, since linear interpolation between pixels blurs the finest detail.
     """
-    mode = "bilinear" if image.device.type == "mps" else "bicubic"  # which torch has not had there in all versions
-    grid = torch.stack([x, y], -1)[None]
-    return F.grid_sample(image[None], grid, mode=mode, padding_mode="border", align_corners=False)[0]
+    there = torch.stack([x, y], -1)[None]
+    if image.device.type == "mps":  # which has no cubic interpolation in all versions of torch
+        return looked_up(image[None], there)[0]
+    return F.grid_sample(image[None], there, mode="bicubic", padding_mode="border", align_corners=False)[0]
 
 
 def _on_picture(pair: PairDetail, z: torch.Tensor) -> torch.Tensor:

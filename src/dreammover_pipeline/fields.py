@@ -64,8 +64,25 @@ def sampled(images: torch.Tensor, places: torch.Tensor, size: tuple[int, int]) -
         Bilinear values (B, C, n, s), the edge's beyond the edge; and (B, 1, n, s) bool.
     """
     there = between_edges(places, size)
-    values = F.grid_sample(images, there.movedim(1, -1), mode="bilinear", padding_mode="border", align_corners=False)
-    return values, (there.abs() < 1).all(1, keepdim=True)
+    return looked_up(images, there.movedim(1, -1)), (there.abs() < 1).all(1, keepdim=True)
+
+
+def looked_up(images: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    """Bilinear values of images at places that are told by the images' edges; beyond an edge, the edge's values.
+
+    Args:
+        images: (B, C, H, W).
+        there: x and y of the places, (B, n, s, 2), from −1 at the left and upper edge to 1 at the right and lower one.
+
+    Returns:
+        (B, C, n, s).
+    """
+    if images.device.type in ("cpu", "cuda"):
+        return F.grid_sample(images, there, mode="bilinear", padding_mode="border", align_corners=False)
+    # MPS knows "border" only since torch 2.13. The centres of the outermost pixels have the edge's values.
+    h, w = images.shape[-2:]
+    x, y = (place.clamp(1 / n - 1, 1 - 1 / n) for place, n in zip(there.unbind(-1), (w, h), strict=True))
+    return F.grid_sample(images, torch.stack([x, y], -1), mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def sampled_around(
@@ -89,9 +106,7 @@ def sampled_around(
     to_x = torch.stack([x, 2 / w * (1 + real), -2 / w * imaginary])
     to_y = torch.stack([y, 2 / h * imaginary, 2 / h * (1 + real)])
     there = (torch.cat([ones, offsets], 1) @ torch.cat([to_x, to_y], 1)).unflatten(1, (2, -1))  # (s, 2, m)
-    values = F.grid_sample(
-        image[None], there.movedim(1, 2)[None], mode="bilinear", padding_mode="border", align_corners=False
-    )
+    values = looked_up(image[None], there.movedim(1, 2)[None])
     inside = there.abs() < 1 - 1e-5  # what lies on the edge itself is off the image, however it is rounded
     return values[0], inside[:, 0] & inside[:, 1]
 

@@ -27,6 +27,7 @@ from .timing import eased_times
 KEY_LENGTH = 16  # hexadecimal digits of a digest in a file's name
 FILE_NAMES = rf"(gap_\d{{4,}}|lora)_[0-9a-f]{{{KEY_LENGTH}}}\.safetensors"
 GAP_TENSORS = {"latents", "times", "ends", "flow.forward", "flow.backward"}
+AFTER_LATENTS = {"detail", "include_inputs", "endpoints"}  # arguments that decide what is made of a frame's latents
 
 
 class KeptGaps:
@@ -63,16 +64,18 @@ class GapFolder(KeptGaps):
 
     def frames(self, k: int, gap: PairInput) -> DenoisedFrames | None:
         """The frames of gap k; None if they are not kept whole."""
-        found = read_tensors(self._gap_path(k), self.device)
+        found = read_tensors(self._gap_path(k))
         if found is None or not found.keys() >= GAP_TENSORS:
             return None
+        times = tuple(found.pop("times").tolist())  # in float64, which MPS lacks
+        found = self._placed(found)
         flow = BidirectionalFlow(found["flow.forward"], found["flow.backward"])
-        times = tuple(found["times"].tolist())
         return DenoisedFrames(found["latents"], times, found["ends"], gap.ends(), gap.canvas, flow)
 
     def lora(self, k: int) -> dict[str, torch.Tensor] | None:
         """The LoRA of gap k; None if it is not kept whole."""
-        return read_tensors(self._lora_path(k), self.device)
+        found = read_tensors(self._lora_path(k))
+        return None if found is None else self._placed(found)
 
     def keep_frames(self, k: int, frames: DenoisedFrames) -> None:
         """Keep the frames of gap k."""
@@ -90,11 +93,42 @@ class GapFolder(KeptGaps):
         if weights is not None:
             write_tensors(self._lora_path(k), weights)
 
+    def _placed(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+
     def _gap_path(self, k: int) -> Path:
         return self.folder / f"gap_{k + 1:04d}_{self.gap_keys[k][:KEY_LENGTH]}.safetensors"
 
     def _lora_path(self, k: int) -> Path:
         return self.folder / f"lora_{self.lora_keys[k][:KEY_LENGTH]}.safetensors"
+
+
+def check_can_keep(
+    folder: str | os.PathLike, gaps: Sequence[PairInput], rendering: RenderSettings, control_images: object
+) -> None:
+    """Raise TypeError or ValueError unless a folder can keep the gaps of a sequence.
+
+    What a function gives cannot be put into a key, and so kept gaps could not be told from others.
+
+    Args:
+        folder: The `keep` argument.
+        gaps: The gaps of the sequence.
+        rendering: How they are rendered.
+        control_images: The `control_images` argument.
+    """
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"`keep` must be the path of a folder, not {folder!r} of type {type(folder).__name__}")
+    flow_is_found = any(callable(gap.flow) for gap in gaps)
+    for given, what, remedy in (
+        (flow_is_found, "a `flow` that is a function", "pass the flow of every gap as arrays"),
+        (callable(rendering.rank_by), "a `rank_by` that is a function", "pass two texts"),
+        (control_images is not None, "`control_images`", "pass `poses`"),
+    ):
+        if given:
+            raise ValueError(
+                f"`keep` and {what} exclude each other, since nobody can tell whether kept gaps were made with the "
+                f"same; {remedy} instead, or make the sequence without `keep`"
+            )
 
 
 def kept_gaps(
@@ -117,17 +151,7 @@ def kept_gaps(
         model: What stands for the checkpoint and its precision.
         device: Where tensors that are read shall be.
 
-    Raises:
-        TypeError: The folder is no path.
-        ValueError: The flow of a gap is to come from a function, of which no digest can be made.
     """
-    if not isinstance(folder, str | os.PathLike):
-        raise TypeError(f"`keep` must be the path of a folder, not {folder!r} of type {type(folder).__name__}")
-    if any(callable(gap.flow) for gap in gaps):
-        raise ValueError(
-            "`keep` and a `flow` that is a function exclude each other, since nobody can tell whether the function "
-            "still finds what it found for the gaps that are kept; pass the flow of every gap as arrays instead"
-        )
     fits = [gaps] * len(gaps) if shared else [[gap] for gap in gaps]
     lora_keys = [lora_key(fitted, preparing, model) for fitted in fits]
     gap_keys = [
@@ -138,7 +162,7 @@ def kept_gaps(
 
 
 def gap_key(gap: PairInput, preparing: PrepareSettings, rendering: RenderSettings, model: str) -> str:
-    """A digest of everything that decides the latents of a gap's frames.
+    """A digest of everything that decides the latents of a gap's frames, and nothing that acts only after them.
 
     Args:
         gap: The photos, their texts, what the user says of the match, and the seed.
@@ -150,7 +174,7 @@ def gap_key(gap: PairInput, preparing: PrepareSettings, rendering: RenderSetting
         name: getattr(settings, name)
         for settings in (preparing, rendering)
         for name, declared in arguments_of(type(settings)).items()
-        if declared.decides
+        if declared.decides and name not in AFTER_LATENTS
     }
     if callable(rendering.easing):
         decided["easing"] = eased_times(frame_times(rendering.n_frames, None), rendering.easing)

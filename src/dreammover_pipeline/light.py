@@ -40,8 +40,8 @@ def light_gains(photos: torch.Tensor, flow: BidirectionalFlow) -> torch.Tensor:
         g₀, g₁ and g₂ of each colour of each photo, (2, 3, 3), float32 on the CPU.
     """
     size = flow.forward.shape[-2:]
-    colours = F.interpolate(photos, size, mode="area").double().cpu()
-    ways = flow.stacked().double().cpu()
+    colours = F.interpolate(photos, size, mode="area").cpu().double()
+    ways = flow.stacked().cpu().double()
     found = backward_warp(torch.cat([colours.flip(0), torch.ones_like(colours[:, :1])], 1), ways)
     sure = agreement(BidirectionalFlow.of(ways)) * (found[:, 3:] > 0.999)
     own = colours.flatten(2)[:, :, None] * _planes(*size, colours).flatten(1)  # (2, 3 colours, 3 planes, n)

@@ -120,8 +120,10 @@ class NoiseTraining:
         device, dtype = self.clean.device, self.dtype
         # A backward pass that is checkpointed runs modules again from the host.
         recorded = device.type == "cuda" and not self.checkpointed and only_kernels(self.unet)
-        # Fused AdamW skips a step that overflowed without the CPU waiting for the GPU to report the overflow.
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, fused=True, capturable=recorded)
+        # Fused AdamW skips a step that overflowed without the CPU waiting for the GPU to report the overflow. On MPS,
+        # torch before 2.14 takes such steps nevertheless, and does not undo the scaling of the loss.
+        fused = device.type in ("cpu", "cuda")
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, fused=fused, capturable=recorded)
         # Without a scaled loss, float16 gradients underflow.
         scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=dtype == torch.float16)
         inputs = StepInputs.like(self.clean)

@@ -31,7 +31,7 @@ def even_times(n_frames: int, previews: torch.Tensor) -> tuple[float, ...]:
         The time δ of each frame, strictly ascending and in (0, 1).
     """
     linear = frame_times(n_frames, None)
-    steps = F.avg_pool2d(previews, POOLED).double().cpu().diff(dim=0).square().mean((1, 2, 3)).sqrt()
+    steps = F.avg_pool2d(previews, POOLED).cpu().double().diff(dim=0).square().mean((1, 2, 3)).sqrt()
     travelled = torch.cat([steps.new_zeros(1), steps.cumsum(0)])
     if travelled[-1] == 0:
         return linear

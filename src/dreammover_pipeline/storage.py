@@ -123,8 +123,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappi
     write_whole(path, save(copies, {**header, DIGEST: _digest(copies, header)}))
 
 
-def read_tensors(path: Path, device: str | torch.device) -> dict[str, torch.Tensor] | None:
-    """The tensors of a safetensors file, on a device; None if the file is missing, cut off, damaged or altered.
+def read_tensors(path: Path) -> dict[str, torch.Tensor] | None:
+    """The tensors of a safetensors file, on the CPU; None if the file is missing, cut off, damaged or altered.
 
     A file that holds no digest, which other programs and earlier versions write, is taken as it is.
     """
@@ -134,7 +134,7 @@ def read_tensors(path: Path, device: str | torch.device) -> dict[str, torch.Tens
         _, tensors = _unpacked(path)
     except (OSError, SafetensorError, ValueError):
         return None
-    return {name: _own(tensor, device) for name, tensor in tensors.items()}
+    return {name: _own(tensor, "cpu") for name, tensor in tensors.items()}
 
 
 def _unpacked(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

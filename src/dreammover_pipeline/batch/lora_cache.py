@@ -27,7 +27,7 @@ class LoraCache:
 
     def load(self, key: str) -> dict[str, torch.Tensor] | None:
         """The LoRA of a key that `lora_key` gave; None if its file is missing, cut off, damaged or altered."""
-        return read_tensors(self._path(key), "cpu")
+        return read_tensors(self._path(key))
 
     def save(self, key: str, weights: dict[str, torch.Tensor]) -> None:
         """Keep a LoRA under the key that `lora_key` gives. Its file appears whole or not at all."""

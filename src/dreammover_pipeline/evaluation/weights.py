@@ -72,7 +72,7 @@ def lpips_weights() -> dict[str, torch.Tensor]:
         OSError: the file is missing or damaged.
     """
     path = weights_file("lpips")
-    weights = read_tensors(path, "cpu")
+    weights = read_tensors(path)
     if weights is None:
         raise OSError(f"'{path}' is damaged; get it again with: dreammover fetch-weights lpips")
     return weights

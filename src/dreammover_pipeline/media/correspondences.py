@@ -45,7 +45,7 @@ def flow_picture(flow: BidirectionalFlow, canvas: Canvas | None = None) -> Image
         flow: the pair's flow.
         canvas: the pair's canvas, so that the padding is left out.
     """
-    fields = [np.asarray(field[0].detach().double().cpu()) for field in (flow.forward, flow.backward)]  # [2,h,w]
+    fields = [np.asarray(field[0].detach().cpu().double()) for field in (flow.forward, flow.backward)]  # [2,h,w]
     lengths = np.concatenate([np.hypot(*field).ravel() for field in fields])
     full = float(np.percentile(lengths, 95)) or float(lengths.max())
     size = _cell_panel_size(flow, canvas)
@@ -252,7 +252,7 @@ def _sampled_ways(
     counts = np.floor(np.array(extent) + 0.5)  # columns and rows of cells whose centre is on the photo
     x, y = np.unique((spread * counts).astype(int), axis=0).T
     cells = np.stack([x, y], -1) + 0.5  # a cell's centre is half a cell from its edges
-    fields = [field.detach().double().cpu() for field in (flow.forward, flow.backward)]
+    fields = [field.detach().cpu().double() for field in (flow.forward, flow.backward)]
     paths = motion_paths(BidirectionalFlow(*fields), motion)
     times = torch.linspace(0, 1, PIECES + 1, dtype=torch.float64)
     ways = cells[:, None] + paths.displacements(0, times).numpy()[:, :, y, x].transpose(2, 0, 1)
@@ -267,7 +267,7 @@ def _round_trip_errors(flow: BidirectionalFlow) -> np.ndarray:
     from ..flow import round_trip_error  # not at the top of this file, since torch takes seconds to import
     from ..records import BidirectionalFlow
 
-    fields = [field.detach().double().cpu() for field in (flow.forward, flow.backward)]
+    fields = [field.detach().cpu().double() for field in (flow.forward, flow.backward)]
     return round_trip_error(BidirectionalFlow(*map(_held_inside, fields)))[:, 0].numpy()
 
 

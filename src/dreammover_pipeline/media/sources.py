@@ -29,7 +29,7 @@ def sources_map(sources: FrameSources, canvas: Canvas, size: tuple[int, int]) ->
         canvas: the pair's canvas, so that the padding is left out.
         size: (width, height) of the map in pixels.
     """
-    shares, taken = (np.asarray(field.detach().double().cpu()) for field in (sources.shares, sources.taken[0]))
+    shares, taken = (np.asarray(field.detach().cpu().double()) for field in (sources.shares, sources.taken[0]))
     h, w = taken.shape
     picture = Image.fromarray(source_colours(shares, taken))
     # Between the middles of the places the map is interpolated, as M is in the frame.
