@@ -49,6 +49,7 @@ OPTIONS = {
         "importance": "photometric",
         "fusion": "two_level_unwarped",
     },
+    "the photos' detail, refined by diffusion": {"detail": "diffusion", "method": "noise", "output_type": "pt"},
     "many frames of another size": {
         "n_frames": 300,
         "width": 96,
@@ -62,7 +63,7 @@ OPTIONS = {
 @pytest.mark.parametrize("default", DEFAULTS)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_frames_are_the_same(pipe, photos, fast, default, options):
-    arguments = fast | OPTIONS[options] | {"output_type": "latent"}
+    arguments = fast | {"output_type": "latent"} | OPTIONS[options]
     if "mask" in options:
         arguments["mask"] = photos[0]
 

@@ -361,6 +361,12 @@ class TestSlerp:
         delta = times_of().reshape(-1, 1, 1)
         assert_exact(slerp(a, b, times_of()), (1 - delta) * a + delta * b)
 
+    def test_opposite_vectors_do_not_grow(self):
+        a = randn(3, 8)
+        b = -a * (1 + 1e-7 * randn(3, 8, seed=1))
+        made = slerp(a, b, times_of())
+        assert (made.norm(dim=-1) <= (1 + 1e-5) * a.norm(dim=-1)).all()
+
     def test_half_precision_is_computed_in_float32(self, units):
         a, b = (unit.half() for unit in units)
         assert torch.equal(slerp(a, b, torch.tensor(TIMES)), slerp(a.float(), b.float(), torch.tensor(TIMES)))

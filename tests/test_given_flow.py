@@ -304,7 +304,7 @@ def test_what_is_no_flow_is_refused_before_any_model_runs(pipe, photos, fast):
         (["features"], ValueError, "^`flow` has 1 entries for 2 pairs of images"),
         (["features", "raft"], ValueError, r"^`flow\[1\]` must be one of"),
         (["features", None], TypeError, r"^`flow\[1\]` must be"),
-        ({}, TypeError, "^`flow` of a batch must be a list"),
+        ({}, TypeError, "^`flow` must be a list here, with one entry for each pair of images, not a dict"),
     ):
         with pytest.raises(error, match=fault):
             pipe(*batch, **fast, flow=refused)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import ControlNetModel
 from PIL import Image
 from support.sequences import FEW_STEPS, three_photos, through
 
@@ -119,6 +120,21 @@ def test_a_function_as_flow_is_refused_since_what_it_finds_could_not_be_known_ag
     for flow in (lambda first, second: None, ["features", lambda first, second: None]):
         with pytest.raises(ValueError, match="`keep` and a `flow` that is a function exclude each other"):
             through(pipe, album, fast, flow=flow)
+    assert not fast["keep"].exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "what"),
+    [
+        ({"control_images": (Image.new("RGB", (64, 64)),) * 2}, "`control_images`"),
+        ({"method": "noise", "rank_by": lambda picture: 0.0}, "a `rank_by` that is a function"),
+    ],
+)
+def test_what_no_key_can_hold_is_refused(pipe, album, fast, argument, what):
+    if "control_images" in argument:
+        pipe.register_modules(controlnet=ControlNetModel.from_unet(pipe.unet))
+    with pytest.raises(ValueError, match=f"`keep` and {what} exclude each other"):
+        through(pipe, album, fast, **argument)
     assert not fast["keep"].exists()
 
 
@@ -247,7 +263,7 @@ def random_gap(**changes):
     generator = torch.Generator().manual_seed(0)
     photos = tuple(torch.rand(2, 3, 64, 64, generator=generator))
     canvas = Canvas(64, 64, 64, 64, 64, 64)
-    gap = PairInput(photos, canvas, PairText(("a", "b")), NegativeText(), None, "features", 7)
+    gap = PairInput(photos, canvas, PairText(("a", "b")), NegativeText(), None, "features", seed=7)
     return replace(gap, **changes)
 
 
@@ -370,6 +386,8 @@ def test_the_key_of_a_gap():
     ]
     assert len({key(), *others}) == 1 + len(others)
     assert key() == key(random_gap(), PrepareSettings(), RenderSettings(frame_batch_size=3))
+    after = RenderSettings(detail="upsampled", include_inputs=True, endpoints="reconstructed")
+    assert key() == key(rendering=after)  # which decide what is made of the latents
     # A function counts by the times it gives.
     assert key(rendering=RenderSettings(easing=lambda delta: delta * delta)) == key(
         rendering=RenderSettings(easing=lambda delta: delta * delta)

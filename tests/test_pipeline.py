@@ -75,12 +75,13 @@ def test_output_types_agree(pipe, photos, fast):
 
 def test_tuple_and_dict_outputs_are_the_same(pipe, photos, fast):
     output = pipe(*photos, **fast)
-    frames, flow, flagged, times = pipe(*photos, **fast, return_dict=False)
+    frames, flow, flagged, times, candidates = pipe(*photos, **fast, return_dict=False)
     assert torch.equal(output.frames, frames)
     assert torch.equal(output.flow[0].forward, flow[0].forward)
     assert output.flow[0].forward.shape == (1, 2, 8, 8)
     assert flagged is None
     assert output.nsfw_content_detected is None
+    assert candidates is None
     assert output.times == times == [(0.25, 0.5, 0.75)]
 
 
@@ -378,6 +379,26 @@ def test_a_callback_that_returns_something_else_is_named(pipe, photos, fast):
         pipe(*photos, **fast, callback_on_step_end=lambda *_: 1)
 
 
+@pytest.mark.parametrize(
+    ("replace", "error", "fault"),
+    [
+        (lambda latents: latents[:1], ValueError, r"'latents' as \(3, 4, 8, 8\), not \(1, 4, 8, 8\)"),
+        (lambda latents: None, TypeError, "a tensor as 'latents', not NoneType"),
+        (lambda latents: latents.numpy(), TypeError, "a tensor as 'latents', not ndarray"),
+    ],
+)
+def test_a_callback_that_returns_other_latents_is_named(pipe, photos, fast, replace, error, fault):
+    with pytest.raises(error, match=f"`callback_on_step_end` must return {fault}"):
+        pipe(*photos, **fast, callback_on_step_end=lambda *step: {"latents": replace(step[3]["latents"])})
+
+
+def test_latents_of_a_callback_are_taken_in_the_precision_of_the_others(pipe, photos, fast):
+    arguments = fast | {"output_type": "latent"}
+    rounded = pipe(*photos, **arguments, callback_on_step_end=lambda *step: {"latents": step[3]["latents"].bfloat16()})
+    assert rounded.frames.dtype == torch.float32
+    assert close(rounded.frames, pipe(*photos, **arguments).frames, 0.2)
+
+
 def test_callback_may_replace_latents_and_guidance(pipe, photos, fast):
     def zero_at_the_end(pipeline, i, timestep, tensors):
         pipeline._guidance_scale += 1.0
@@ -652,6 +673,9 @@ GOOD = np.zeros((64, 64, 3), np.uint8)
         ({"attention_blocks": (2, 4)}, ValueError, "attention_blocks.*4"),
         ({"attention_blocks": (0,)}, ValueError, "no self-attention"),
         ({"attention_blocks": 2}, TypeError, "attention_blocks"),
+        ({"attention_blocks": (block for block in (2, 3))}, TypeError, "attention_blocks"),
+        ({"attention_blocks": (2, True)}, TypeError, "attention_blocks"),
+        ({"layout_hold": 1.5}, ValueError, "`layout_hold` must be at most 1, not 1.5"),
         ({"fusion": "three_level"}, ValueError, "`fusion`.*'two_level'"),
         ({"output_type": "jpeg"}, ValueError, "`output_type`.*'pil'"),
         ({"guidance_scale": float("inf")}, ValueError, "guidance_scale"),
@@ -722,11 +746,45 @@ def test_every_method_refuses_what_the_models_cannot_do(pipe, photos, fast, call
         (pipe.interpolate_sequence, [photos], {"clip_skip": 3}, "clip_skip"),
         (pipe.interpolate_sequence, [photos], {"return_dict": 1}, "return_dict"),
         (pipe.render, [pair], {"negative_prompt_embeds": torch.zeros(1, 9, 32), "guidance_scale": 2}, "9"),
+        (pipe.render, [pair], {"negative_prompt": "x \udcff", "guidance_scale": 2}, "`negative_prompt`.*Unicode"),
+        (pipe.render, [None], {}, "`pair` must be what `prepare` or `load_pair` returned, not NoneType"),
+        (pipe.preview, [pair, torch.tensor([0.5])], {"importance": "agrement"}, "`importance` must be one of"),
+        (pipe.preview, [pair, torch.tensor([1.5])], {}, r"`times` must lie in \[0, 1\]"),
+        (pipe.preview, [pair, [0.5]], {}, "`times` must be a tensor"),
+        (pipe.place_frames, [pair], {"motion": "rigdi"}, "`motion` must be one of"),
+        (pipe.fuse, [pair, torch.tensor([0.5])], {"fusion": "none"}, "`fusion` must be one of"),
+        (pipe.fuse, [pair, torch.tensor([0.5])], {"fusion": "two_level_unwarped"}, "needs `predict_noise`"),
     ]
     for method, given, arguments, message in refused:
         with pytest.raises((TypeError, ValueError), match=message):
             method(*given, **arguments)
     assert not any(calls.values())
+
+
+def test_a_call_that_is_refused_leaves_the_generator_as_it_was(pipe, photos, fast):
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    pose = [[[30, 30, 1.0]] * 18]
+    for method, refused, fault in (
+        (pipe, {"poses": (pose, pose)}, "needs a ControlNet"),
+        (pipe, {"method": "noise", "candidates": 2}, "ranked by CLIP"),
+        (pipe, {"guidance_scale": 2, "negative_prompt_embeds": torch.zeros(1, 9, 32)}, "9"),
+        (pipe.prepare, {"poses": (pose, pose)}, "needs a ControlNet"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            method(*photos, **refused, lora_steps=1, generator=generator)
+    pair = pipe.prepare(*photos, lora_steps=0)
+    with pytest.raises(ValueError, match="no frame"):
+        pipe.render(pair, n_frames=1, method="noise", choices={0.4: 0}, generator=generator)
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_a_pair_is_rendered_in_another_precision(pipe, photos, fast):
+    preparing = {name: fast[name] for name in ("num_inference_steps", "inversion_steps", "feature_step")}
+    pair = pipe.prepare(*photos, **preparing, lora_steps=0)
+    expected = pipe.render(pair, n_frames=1, output_type="latent").frames
+    made = pipe.to(torch.bfloat16).render(pair, n_frames=1, output_type="latent").frames
+    assert close(made, expected, 0.3)
 
 
 @pytest.mark.parametrize("name", ["unet", "vae", "scheduler"])

@@ -135,6 +135,7 @@ def test_a_pipeline_ranks_by_its_clip_and_saves_it(pipe, photos, clip, tmp_path)
         ({"candidates": 2, "rank_by": "sharp"}, TypeError, "`rank_by` must be two texts or a function"),
         ({"choices": {0.5: 1}}, ValueError, "`choices` must name candidates from 0 to 0"),
         ({"choices": [0]}, TypeError, "`choices` must be a dictionary"),
+        ({"n_frames": 2, "choices": {0.33: 0}}, ValueError, "`choices` names δ = 0.33, where .* nearest is at 0.3333"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_a_model_runs(pipe, photos, wrong, error, message):

@@ -10,8 +10,10 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
+from dreammover_pipeline.model_checks import check_noise_levels
 from dreammover_pipeline.sampling import denoise, invert
 from dreammover_pipeline.schedules import ddim_schedule, deterministic_ddim
+from dreammover_pipeline.settings import RenderSettings
 
 # raised inside diffusers, by some of its schedulers
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -156,3 +158,16 @@ def test_what_is_no_noise_predicting_diffusion_is_refused(scheduler, message):
     for function in (deterministic_ddim, lambda scheduler: ddim_schedule(scheduler, 50, 30)):
         with pytest.raises(ValueError, match=message):
             function(scheduler)
+
+
+def test_noise_levels_that_leave_nothing_of_the_photos_are_refused():
+    scheduler = DDIMScheduler(
+        **BETAS, rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction"
+    )
+    schedule = ddim_schedule(scheduler, 10, 6)
+    assert schedule.has_signal(9)
+    assert not schedule.has_signal(10)
+    check_noise_levels(RenderSettings(method="noise", noise_levels=(0.25, 0.9)), schedule)
+    check_noise_levels(RenderSettings(noise_levels=(0.25, 1.0)), schedule)
+    with pytest.raises(ValueError, match=r"`noise_levels` \(0.25, 1.0\) reach a timestep without signal"):
+        check_noise_levels(RenderSettings(method="noise", noise_levels=(0.25, 1.0)), schedule)

@@ -62,6 +62,17 @@ def test_all_frames_are_on_the_first_photos_canvas(pipe, album, fast):
         np.testing.assert_array_equal(video[2 + 4 * k], middle)
 
 
+def test_an_easing_is_asked_about_the_frames_that_there_are(pipe, album, fast):
+    asked = []
+
+    def easing(time):
+        asked.append(time)
+        return time
+
+    through(pipe, album, fast, easing=easing)
+    assert {round(time, 6) for time in asked} == {0.0, 0.25, 0.5, 0.75, 1.0}
+
+
 @pytest.mark.parametrize("output_type", ["pt", "np", "pil", "latent"])
 def test_every_form_of_output_and_no_photos_where_none_are_wanted(pipe, album, fast, output_type):
     fast |= {"output_type": output_type, "n_frames": 1}
@@ -140,7 +151,7 @@ def test_points_and_masks_of_a_gap_steer_that_gap(pipe, album, fast):
         ({"points": [None, [((0, 0), (64, 0))]]}, ValueError, r"points\[1\]\[0\]` is at \(64, 0\)"),
         ({"mask": [None, Image.new("L", (9, 9))]}, ValueError, r"mask\[1\]` has 9×9"),
         ({"generator": [torch.Generator()]}, ValueError, "1 entries for 2 pairs"),
-        ({"generator": [torch.Generator()] * 2, "lora": "shared"}, ValueError, "2 entries for 1 pair"),
+        ({"generator": [torch.Generator()] * 2, "lora": "shared"}, ValueError, "2 entries, but one LoRA is fitted"),
         ({"height": 2}, ValueError, "at least 32 pixels"),
     ],
 )

@@ -376,7 +376,8 @@ def test_a_batch_has_one_entry_per_pair(pipe, photos, fast):
     for name in ("points", "mask"):
         with pytest.raises(ValueError, match=f"^`{name}` has 2 entries for 3 pairs of images$"):
             pipe(*batch, **fast, **{name: [None] * 2})
-        with pytest.raises(TypeError, match=f"^`{name}` of a batch must be a list, one entry per pair, not a str$"):
+        fault = f"^`{name}` must be a list here, with one entry for each pair of images, not a str$"
+        with pytest.raises(TypeError, match=fault):
             pipe(*batch, **fast, **{name: "all"})
     with pytest.raises(ValueError, match=r"^`points\[2\]\[0\]` is at \(99, 0\) in img0"):
         pipe(*batch, **fast, points=[None, ONE, [((99, 0), (0, 0))]])

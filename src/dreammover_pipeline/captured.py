@@ -27,7 +27,8 @@ logger = logging.get_logger(__name__)
 
 REPLAY_TOLERANCE = 0.05  # by how much what is replayed may differ from what was recorded, as a share of its length
 
-# Where a training step has been compared with its replay in this process, which takes as long as two steps.
+# Devices and precisions for which a training step of this process was compared with its replay. That takes as long as
+# two steps, so later fits there are not compared.
 _trusted: set[tuple[torch.device, torch.dtype]] = set()
 # Held while the stream for records is in use, since a record takes in all that is done on its stream.
 _recording = Lock()
@@ -96,7 +97,7 @@ def replayed(step: TrainingStep, dtype: torch.dtype) -> Callable[[], None]:
         return replay
     except RuntimeError as error:
         if not is_out_of_memory(error):
-            logger.warning(f"The steps of the LoRA fit are not recorded as a CUDA graph, and take longer: {error}")
+            logger.warning(f"The steps of a fit are not recorded as a CUDA graph, and take longer: {error}")
     # After the `except` block the error is gone, and with it the tensors that it held.
     step.optimizer.zero_grad()
     free_cache(device)

@@ -67,7 +67,7 @@ class Spans:
         length *= parts
         middles = torch.arange(length, dtype=torch.float32, device="cpu") + 0.5
         ramp = torch.minimum(middles, length - middles)
-        total = torch.zeros(parts * count, device="cpu")
+        total = torch.zeros(parts * count, dtype=torch.float32, device="cpu")
         for start in starts:
             total[start : start + length] += ramp
         return cls(starts, torch.stack([ramp / total[start : start + length] for start in starts]))

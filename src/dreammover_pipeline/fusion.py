@@ -186,7 +186,7 @@ def select_unwarped(
 
 
 def slerp(first: torch.Tensor, second: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-    """Spherical interpolation along the last axis; linear interpolation between vectors that are nearly parallel.
+    """Spherical interpolation along the last axis; linear between vectors that are nearly parallel or opposite.
 
     Args:
         first: The vectors at δ = 0, (…, D).
@@ -201,7 +201,7 @@ def slerp(first: torch.Tensor, second: torch.Tensor, times: torch.Tensor) -> tor
     delta = times.to(a.device, dtype).reshape(-1, *[1] * a.ndim)
     cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1)[..., None].clamp(-1, 1)
     angle = cosine.acos()
-    parallel = cosine > 1 - 1e-6
+    parallel = cosine.abs() > 1 - 1e-6
     sine = torch.where(parallel, 1, angle.sin())
     arc = (((1 - delta) * angle).sin() * a + (delta * angle).sin() * b) / sine
     return torch.where(parallel, torch.lerp(a, b, delta), arc)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from ctypes import c_float
 from numbers import Integral, Real
 
@@ -158,9 +158,11 @@ def check_feature_blocks_exist(blocks: int | Sequence[int], up_blocks: int) -> N
 
 
 def check_attention_blocks(blocks: object) -> None:
-    """Raise TypeError unless `blocks` is a sequence of integers."""
-    if isinstance(blocks, str) or not isinstance(blocks, Iterable) or not all(type(block) is int for block in blocks):
+    """Raise TypeError or ValueError unless `blocks` is a sequence of integers of at least 0."""
+    if isinstance(blocks, str) or not isinstance(blocks, Sequence):
         raise TypeError(f"`attention_blocks` must be a sequence of integers, not {blocks!r}")
+    for block in blocks:
+        check_integer("attention_blocks", block, 0)
 
 
 def check_attention_blocks_exist(blocks: Sequence[int], self_attentions: Sequence[int]) -> None:

@@ -24,6 +24,7 @@ from .adapters import (
     without_group_offloading,
 )
 from .attention import separate_projections
+from .flow import exact_matmul
 from .inputs import check_integer, check_number
 from .noise_training import FIT_DTYPES, NoiseTraining, gaussian, require_converged
 
@@ -142,8 +143,10 @@ def _fused(unet: torch.nn.Module, weights: dict[str, torch.Tensor], scale: float
                 weight = base_weight(model, name)
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 down, up = (weights[f"{name}.lora_{part}.weight"].to(weight.device, wide) for part in "AB")
+                with exact_matmul(weight.device.type):
+                    change = up @ down
                 originals[name] = weight.clone()
-                _overwrite(weight, weight.to(wide) + scale * (up @ down))
+                _overwrite(weight, weight.to(wide) + scale * change)
         yield
     finally:
         with without_group_offloading(model):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from diffusers import SchedulerMixin
@@ -11,8 +12,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from .arguments import Settings
 from .attention import self_attention_names
+from .branching import steps_of_generations
 from .inputs import check_attention_blocks_exist, check_choice, check_feature_blocks_exist, check_integer
 from .prompts import NegativeText, PairText
+from .records import Schedule
 from .schedules import ddim_schedule
 from .settings import Delivery, FitSettings, PrepareSettings, RenderSettings
 
@@ -48,6 +51,10 @@ def check_model_fits(
         elif isinstance(group, Delivery):
             for name in group.callback_on_step_end_tensor_inputs:
                 check_choice("callback_on_step_end_tensor_inputs", name, callback_tensors)
+    prepared, rendered = ([g for g in settings if isinstance(g, kind)] for kind in (PrepareSettings, RenderSettings))
+    for preparing, rendering in product(prepared, rendered):
+        steps = preparing.num_inference_steps, preparing.inversion_steps
+        check_noise_levels(rendering, ddim_schedule(scheduler, *steps))
 
 
 def check_models(unet: torch.nn.Module | None, vae: torch.nn.Module | None, scheduler: SchedulerMixin | None) -> None:
@@ -130,6 +137,21 @@ def check_preparing(settings: PrepareSettings, unet: torch.nn.Module, scheduler:
         )
     ddim_schedule(scheduler, settings.num_inference_steps, settings.inversion_steps)
     check_feature_blocks_exist(settings.feature_block, len(unet.up_blocks))
+
+
+def check_noise_levels(settings: RenderSettings, schedule: Schedule) -> None:
+    """Raise ValueError if frames would be noised so far that nothing of the photos is left in them.
+
+    Args:
+        settings: How the frames are made.
+        schedule: The pair's.
+    """
+    if settings.method != "noise":
+        return
+    first, last = steps_of_generations(2, settings.noise_levels, len(schedule.timesteps))
+    if not schedule.has_signal(max(first, last)):
+        levels = tuple(settings.noise_levels)
+        raise ValueError(f"`noise_levels` {levels} reach a timestep without signal; lower the higher one")
 
 
 def check_no_callback(name: str, delivery: Delivery) -> None:

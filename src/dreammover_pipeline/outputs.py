@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import PIL.Image
@@ -78,4 +78,4 @@ def joined_candidates(outputs: Sequence[DreamMoverPipelineOutput]) -> list[Choos
 
 def returned(output: DreamMoverPipelineOutput, return_dict: bool) -> DreamMoverPipelineOutput | tuple:
     """The output itself if `return_dict`, else the tuple of all its fields (`to_tuple` would leave out None)."""
-    return output if return_dict else (output.frames, output.flow, output.nsfw_content_detected, output.times)
+    return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -57,8 +57,8 @@ class PairInput:
 
     `photos` are the two as `decode_images` returns them; `canvas` is where both are put; `steering` is what the user
     says of the match, None where that is nothing; `flow` is what the flow comes from, one of `FLOWS`, a function of
-    the two photos or the user's own flow; `seed` decides what is random, None where nothing is; `poses` are those of
-    the people in both, None for none.
+    the two photos or the user's own flow; `poses` are those of the people in both, None for none; `seed` decides what
+    is random, None where nothing is.
     """
 
     photos: tuple[torch.Tensor, torch.Tensor]
@@ -67,8 +67,8 @@ class PairInput:
     negative: NegativeText
     steering: Steering | None
     flow: str | Callable | GivenFlow
-    seed: int | None
     poses: PosePair | None = None
+    seed: int | None = None
 
     def fitted(self) -> torch.Tensor:
         """The two photos on their canvas, (2, 3, H, W) in [0, 1]."""
@@ -81,9 +81,9 @@ class PairInput:
 
 
 def checked_pairs(
-    img0: Photo, img1: Photo, content: Content, negative: NegativeContent, sizes: ModelSizes, random: bool
+    img0: Photo, img1: Photo, content: Content, negative: NegativeContent, sizes: ModelSizes
 ) -> list[PairInput]:
-    """The pairs of a call.
+    """The pairs of a call, as yet without seeds.
 
     Args:
         img0: The first photo, or a batch of first photos.
@@ -91,7 +91,6 @@ def checked_pairs(
         content: The other arguments that may differ from pair to pair.
         negative: What guidance leads away from.
         sizes: Of the models.
-        random: Whether seeds are wanted; if not, the generator is left as it is.
 
     Raises:
         TypeError, ValueError: A photo cannot be had, or an argument is not what it may be.
@@ -105,23 +104,21 @@ def checked_pairs(
     photos = list(zip(firsts, lasts, strict=True))
     steerings = steering_of_pairs(content, photos, canvases, sizes.cell, batched)
     flows = flows_of_pairs(content, photos, canvases, sizes.cell, batched)
-    seeds = pair_seeds(content.generator, pairs) if random else [None] * pairs
     poses = poses_of_pairs(content, photos, canvases, batched)
-    columns = zip(photos, canvases, texts, negatives, steerings, flows, seeds, poses, strict=True)
+    columns = zip(photos, canvases, texts, negatives, steerings, flows, poses, strict=True)
     return [PairInput(*column) for column in columns]
 
 
 def checked_pair(
-    img0: Photo, img1: Photo, content: Content, sizes: ModelSizes, random: bool, canvas: Canvas | None = None
+    img0: Photo, img1: Photo, content: Content, sizes: ModelSizes, canvas: Canvas | None = None
 ) -> PairInput:
-    """The pair of a call that takes one only.
+    """The pair of a call that takes one only, as yet without a seed.
 
     Args:
         img0: The first photo.
         img1: The last photo.
         content: The other arguments that may differ from pair to pair.
         sizes: Of the models.
-        random: Whether a seed is wanted; if not, the generator is left as it is.
         canvas: Where both photos are put; by default what the first photo and the size asked for decide.
 
     Raises:
@@ -139,9 +136,8 @@ def checked_pair(
     photos = (firsts[0], lasts[0])
     steering = steering_of(content.points, content.mask, photos, canvas, sizes.cell)
     flow = flow_of(content.flow, photos, canvas, sizes.cell)
-    (seed,) = pair_seeds(content.generator, 1) if random else [None]
     (poses,) = poses_of_pairs(content, [photos], [canvas], False)
-    return PairInput(photos, canvas, text, NegativeText(), steering, flow, seed, poses)
+    return PairInput(photos, canvas, text, NegativeText(), steering, flow, poses)
 
 
 def check_canvas(canvas: object, height: int | None, width: int | None) -> None:
@@ -311,18 +307,37 @@ def flow_of(
 
 
 def pair_entries(name: str, value: object, pairs: int, batched: bool) -> list:
-    """Every pair's entry of an argument that a batch gives as a list; None is the entry of a pair without one.
+    """Every pair's entry of an argument that is a list for several pairs; None is the entry of a pair without one.
+
+    Args:
+        name: The name of the argument.
+        value: The argument.
+        pairs: Number of pairs.
+        batched: Whether the argument must be a list, as for a batch and for the gaps of a sequence.
 
     Raises:
-        TypeError, ValueError: The argument of a batch is no list, or does not have one entry for each pair.
+        TypeError, ValueError: The argument should be a list and is none, or has not one entry for each pair.
     """
     if value is None or not batched:
         return [value] * pairs
     if not isinstance(value, (list, tuple)):
-        raise TypeError(f"`{name}` of a batch must be a list, one entry per pair, not a {type(value).__name__}")
+        kind = type(value).__name__
+        raise TypeError(f"`{name}` must be a list here, with one entry for each pair of images, not a {kind}")
     if len(value) != pairs:
         raise ValueError(f"`{name}` has {len(value)} entries for {pairs} pair{'s' * (pairs != 1)} of images")
     return list(value)
+
+
+def with_seeds(
+    pairs: Sequence[PairInput], generator: torch.Generator | Sequence[torch.Generator] | None
+) -> list[PairInput]:
+    """The pairs of a call, each with a seed from `pair_seeds`; a single seed is that of all pairs.
+
+    They are drawn when all else has been checked, since a call that is refused must not move a generator on.
+    """
+    seeds = pair_seeds(generator, len(pairs))
+    seeds = seeds * len(pairs) if len(seeds) == 1 else seeds
+    return [replace(pair, seed=seed) for pair, seed in zip(pairs, seeds, strict=True)]
 
 
 def pair_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, pairs: int) -> list[int]:

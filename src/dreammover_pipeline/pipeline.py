@@ -50,16 +50,25 @@ from .fusion import fuse_high_level  # noqa: F401, named for the loader
 from .given_flow import given_flow  # noqa: F401, named for the loader
 from .images import decode_images
 from .inputs import check_choice, check_integer
-from .kept_gaps import KeptGaps, kept_gaps
+from .kept_gaps import KeptGaps, check_can_keep, kept_gaps
 from .layout import holding_layout  # noqa: F401, named for the loader
 from .light import in_one_light  # noqa: F401, named for the loader
 from .lora import check_pair_lora
 from .memory import free_cache  # noqa: F401, named for the loader
-from .model_checks import check_guidance, check_model_fits, check_no_callback, check_texts
+from .model_checks import check_guidance, check_model_fits, check_no_callback, check_noise_levels, check_texts
 from .models import Models
 from .noise_training import NoiseTraining  # noqa: F401, named for the loader
 from .outputs import DreamMoverPipelineOutput, as_output, joined, returned
-from .pairs import ModelSizes, PairInput, check_generator, check_stackable, checked_pair, checked_pairs, pair_seeds
+from .pairs import (
+    ModelSizes,
+    PairInput,
+    check_generator,
+    check_stackable,
+    checked_pair,
+    checked_pairs,
+    pair_seeds,
+    with_seeds,
+)
 from .paths import motion_paths
 from .poses import (
     draw_pose,  # noqa: F401, named for the loader
@@ -68,10 +77,10 @@ from .poses import (
 from .preparing import fit_lora_of_gaps, prepare_pair
 from .progress import ProgressListener, reported_stage
 from .prompts import pair_negatives
-from .ranking import Chooser, clip_judge
-from .records import Canvas, FrameSources, PosePair, PreparedPair
+from .ranking import Chooser, check_choices, clip_judge
+from .records import Canvas, FrameSources, PosePair, PreparedPair, check_prepared
 from .refinement import refined_flow  # noqa: F401, named for the loader
-from .rendering import DenoisedFrames, FramesAsked, render_latents
+from .rendering import DenoisedFrames, FramesAsked, negative_of, render_latents
 from .repeatable import repeatable_attention  # noqa: F401, named for the loader
 from .rigid import similarity_flow  # noqa: F401, named for the loader
 from .sampling import denoise  # noqa: F401, named for the loader
@@ -426,12 +435,13 @@ class DreamMoverPipeline(
         content, negative = Content.of(arguments), NegativeContent.of(arguments)
         preparing, rendering, delivery = (group.of(arguments) for group in (PrepareSettings, RenderSettings, Delivery))
         self._check_model_fits(preparing, rendering, delivery)
-        random = takes_seed(preparing, rendering)
-        pairs = checked_pairs(img0, img1, content, negative, self._sizes, random)
+        pairs = checked_pairs(img0, img1, content, negative, self._sizes)
         self._check_texts(pairs, guidance_scale)
         check_stackable(pairs, output_type)
         pictures = [self._control_picture(control_images, pair.poses, pair.canvas) for pair in pairs]
-        self._require_judge(rendering)
+        self._check_candidates(rendering)
+        if takes_seed(preparing, rendering):
+            pairs = with_seeds(pairs, generator)
         with self._turn():
             self._interrupt = False
             outputs = []
@@ -496,11 +506,12 @@ class DreamMoverPipeline(
         self._check_model_fits(settings)
         if lora is not None:
             check_pair_lora(self.unet, lora)
-        random = takes_seed(settings, lora=lora)
-        pair = checked_pair(img0, img1, Content.of(arguments), self._sizes, random, canvas)
+        pair = checked_pair(img0, img1, Content.of(arguments), self._sizes, canvas)
         self._check_texts([pair])
         if pair.poses is not None:
             self._require_controlnet("poses")
+        if takes_seed(settings, lora=lora):
+            (pair,) = with_seeds([pair], generator)
         with self._turn():
             return self._prepare(pair, settings, lora)
 
@@ -554,13 +565,18 @@ class DreamMoverPipeline(
         arguments = locals()
         settings, delivery = RenderSettings.of(arguments), Delivery.of(arguments)
         self._check_model_fits(settings, delivery)
+        check_prepared(pair)
+        check_noise_levels(settings, pair.inversion.schedule)
+        NegativeContent.of(arguments)
+        pair = pair.in_precision(self.unet.dtype)
         (negative,) = pair_negatives(negative_prompt, negative_prompt_embeds, 1, self._sizes.text_width)
         if guidance_scale > 1:
-            check_guidance(pair.prompt_embeds.shape[1], negative, self.text_encoder, self.tokenizer)
+            tokens = pair.prompt_embeds.shape[1]
+            check_guidance(tokens, negative_of(pair, negative), self.text_encoder, self.tokenizer)
         check_generator(generator, 1)
-        seed = pair_seeds(generator, 1)[0] if method == "noise" else None
         picture = self._control_picture(control_images, pair.poses, pair.canvas)
-        self._require_judge(settings)
+        self._check_candidates(settings)
+        seed = pair_seeds(generator, 1)[0] if method == "noise" else None
         with self._turn():
             self._interrupt = False
             asked = FramesAsked(settings, negative, seed, picture)
@@ -667,25 +683,20 @@ class DreamMoverPipeline(
         preparing, delivery = PrepareSettings.of(arguments), Delivery.of(arguments)
         shared = lora == "shared"
         self._check_model_fits(preparing, delivery)
-        of_all = RenderSettings.of({name: value for name, value in arguments.items() if name != "n_frames"})
-        gaps = checked_gaps(images, content, negative, self._sizes, shared, random=takes_seed(preparing, of_all))
+        gaps = checked_gaps(images, content, negative, self._sizes, shared)
         counts = frames_of_gaps(n_frames, len(gaps))
         rendering = [RenderSettings.of({**arguments, "n_frames": count}) for count in counts]
-        self._check_model_fits(*rendering)
+        self._check_model_fits(preparing, *rendering)
         self._check_texts(gaps, rendering[0].guidance_scale)
         images_of_all = ControlContent.of(arguments).control_images
         pictures = [self._control_picture(images_of_all, gap.poses, gap.canvas) for gap in gaps]
-        self._require_judge(rendering[0])
+        self._check_candidates(*rendering)
 
         if keep is not None:
             check_no_callback("keep", delivery)
-            unknown = {"control_images": images_of_all is not None, "rank_by": callable(rendering[0].rank_by)}
-            for name, given in unknown.items():
-                if given:
-                    raise ValueError(
-                        f"`keep` and such a `{name}` exclude each other, since nobody can tell whether it is that of "
-                        "the gaps that are kept; make the sequence without `keep`"
-                    )
+            check_can_keep(keep, gaps, rendering[0], images_of_all)
+        if takes_seed(preparing, rendering[0]):
+            gaps = with_seeds(gaps, content.generator)
         with self._turn():
             self._interrupt = False
             kept = KeptGaps()
@@ -740,8 +751,9 @@ class DreamMoverPipeline(
         arguments = locals()
         settings = FitSettings.of(arguments)
         self._check_model_fits(settings)
-        gaps = checked_gaps(images, Content.of(arguments), NegativeContent(), self._sizes, shared=True, random=True)
+        gaps = checked_gaps(images, Content.of(arguments), NegativeContent(), self._sizes, shared=True)
         self._check_texts(gaps)
+        gaps = with_seeds(gaps, generator)
         with self._turn():
             weights = fit_lora_of_gaps(self._models(cross_attention_kwargs), gaps, settings, self._stage)
             self.maybe_free_model_hooks()
@@ -785,8 +797,9 @@ class DreamMoverPipeline(
         settings = FitSettings.of(arguments)
         self._check_model_fits(settings)
         check_new_adapter_name(self.unet, adapter_name)
-        pair = checked_pair(img0, img1, Content.of(arguments), self._sizes, random=True)
+        pair = checked_pair(img0, img1, Content.of(arguments), self._sizes)
         self._check_texts([pair])
+        (pair,) = with_seeds([pair], generator)
         with self._turn():
             weights = fit_lora_of_gaps(self._models(cross_attention_kwargs), [pair], settings, self._stage)
             load_beside(self, weights, adapter_name)
@@ -796,12 +809,13 @@ class DreamMoverPipeline(
     def check_inputs(self, **arguments) -> None:
         """Raise TypeError or ValueError unless these arguments of `__call__` are what they may be.
 
-        What is left out has its default. Photos, texts, points and masks are looked at where they are used; what is no
-        argument of the method is left alone.
+        What is left out has its default. Photos, points, masks and the form of texts are looked at where they are
+        used; what is no argument of the method is left alone.
         """
+        Content.of(arguments), NegativeContent.of(arguments)
         rendering = RenderSettings.of(arguments)
         self._check_model_fits(PrepareSettings.of(arguments), rendering, Delivery.of(arguments))
-        self._require_judge(rendering)
+        self._check_candidates(rendering)
 
     def canvas(self, image: torch.Tensor, height: int | None = None, width: int | None = None) -> Canvas:
         """Working size and output size for a first image (C, H, W), and for the size asked for, if any."""
@@ -870,8 +884,11 @@ class DreamMoverPipeline(
                 self._require_controlnet(name)
         return control_picture(images, poses, canvas)
 
-    def _require_judge(self, settings: RenderSettings) -> None:
-        """Raise ValueError if there are candidates, and nothing that chooses among them."""
+    def _check_candidates(self, *videos: RenderSettings) -> None:
+        """Raise ValueError if nothing can choose among candidates, or if a choice is for no frame of the videos."""
+        settings, times = videos[0], [video.known_times for video in videos]
+        if None not in times:
+            check_choices(settings.choices or {}, sorted({time for some in times for time in some}))
         judged = callable(settings.rank_by) or (self.clip is not None and self.clip_processor is not None)
         if settings.candidates > 1 and not judged:
             raise ValueError(

@@ -121,10 +121,13 @@ def pair_negatives(negative_prompt, negative_prompt_embeds, pairs: int, width: i
     if negative_prompt_embeds is None:
         single = negative_prompt is None or isinstance(negative_prompt, str)
         texts = [negative_prompt] * pairs if single else negative_prompt
-        if not isinstance(texts, list) or not all(text is None or isinstance(text, str) for text in texts):
+        if not isinstance(texts, list | tuple) or not all(text is None or isinstance(text, str) for text in texts):
             raise TypeError(f"`negative_prompt` must be a string or a list of them, not {negative_prompt!r}")
         if len(texts) != pairs:
-            raise ValueError(f"`negative_prompt` has {len(texts)} entries for {pairs} pair{'s' * (pairs != 1)}")
+            raise ValueError(
+                f"`negative_prompt` has {len(texts)} entries for {pairs} pair{'s' * (pairs != 1)} of images; "
+                "give one text for all"
+            )
         return [NegativeText(text) for text in texts]
     if negative_prompt is not None:
         raise ValueError("pass `negative_prompt` or `negative_prompt_embeds`, not both")

@@ -39,13 +39,31 @@ class Chooser:
         Raises:
             TypeError: The judge did not give a number.
         """
-        index = next((choice for at, choice in self.choices.items() if abs(at - time) < 1e-6), None)
+        index = next((choice for at, choice in self.choices.items() if _is_same(at, time)), None)
         if index is None:
             with interruptible():
                 marks = [_mark(self.judge, picture) for picture in pictures]
             index = marks.index(max(marks))
         self.seen[time], self.chosen[time] = [self.checked(picture) for picture in pictures], index
         return index
+
+
+def check_choices(choices: Mapping[float, int], times: Sequence[float]) -> None:
+    """Raise ValueError if a choice is for a δ at which there is no frame.
+
+    Args:
+        choices: The `choices` argument.
+        times: The δ of all frames.
+    """
+    for at in choices:
+        if not any(_is_same(at, time) for time in times):
+            nearest = min(times, key=lambda time: abs(time - at))
+            raise ValueError(f"`choices` names δ = {at}, where there is no frame; the nearest is at {nearest}")
+
+
+def _is_same(first: float, second: float) -> bool:
+    """Whether two δ, one of which may have been written down in fewer digits, are those of one frame."""
+    return abs(first - second) < 1e-6
 
 
 def _mark(judge: Judge, picture: PIL.Image.Image) -> float:

@@ -8,7 +8,7 @@ second image).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from numbers import Integral
 
 import torch
@@ -77,6 +77,10 @@ class Schedule:
     def timestep(self, step: int) -> int:
         """The trained timestep τ of a step, which counts 1 … N from the clean end."""
         return self.timesteps[step - 1]
+
+    def has_signal(self, steps: int) -> bool:
+        """Whether something of a picture is left, ᾱ > 0, at each of the first steps."""
+        return min(self.alpha_bars[: steps + 1]) > 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,11 +216,10 @@ class PosePair:
     confidence: torch.Tensor
 
     def __post_init__(self):
-        shape = tuple(self.confidence.shape)
-        if len(shape) != 3 or (shape[0], shape[2]) != (2, POSE_POINTS):
-            raise ValueError(f"`confidence` must be (2, P, {POSE_POINTS}), not {shape}")
-        if tuple(self.places.shape) != (*shape, 2):
-            raise ValueError(f"`places` must be {(*shape, 2)} beside `confidence`, not {tuple(self.places.shape)}")
+        shape, places = tuple(self.confidence.shape), tuple(self.places.shape)
+        form = len(shape) == 3 and (shape[0], shape[2]) == (2, POSE_POINTS)
+        _require(form, f"`confidence` must be (2, P, {POSE_POINTS}), not {shape}")
+        _require(places == (*shape, 2), f"`places` must be {(*shape, 2)} beside `confidence`, not {places}")
 
     @property
     def seen(self) -> torch.Tensor:
@@ -275,3 +278,14 @@ class PreparedPair:
             f"`flow` on {tuple(self.flow.forward.shape[-2:])} cells does not fit the `inversion`, whose latents have "
             f"{tuple(self.inversion.path.shape[-2:])} cells",
         )
+
+    def in_precision(self, dtype: torch.dtype) -> PreparedPair:
+        """The pair for a UNet of another precision than the one it was prepared with; only the embeddings differ."""
+        negative = None if self.negative_embeds is None else self.negative_embeds.to(dtype)
+        return replace(self, prompt_embeds=self.prompt_embeds.to(dtype), negative_embeds=negative)
+
+
+def check_prepared(pair: object) -> None:
+    """Raise TypeError unless `pair` is a prepared pair, also one of another copy of this code."""
+    if not all(hasattr(pair, field.name) for field in fields(PreparedPair)):
+        raise TypeError(f"`pair` must be what `prepare` or `load_pair` returned, not {type(pair).__name__}")

@@ -425,7 +425,7 @@ def _most_alike(windows: Windows) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
         torch.minimum(difference, one @ other, out=difference)
     difference.clamp_(min=ROUNDED)
     points = middles.T
-    near = torch.cdist(points, points) <= ELSEWHERE * stride
+    near = torch.cdist(points, points) <= ELSEWHERE * stride  # as quick as `distances` is exact, and enough for this
     index = [difference.argmin(1), difference.argmin(0)]
     shifts, factors, matched = [], [], []
     for image, way in enumerate((difference, difference.T)):

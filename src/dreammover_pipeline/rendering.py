@@ -23,7 +23,6 @@ from .fusion import (
     photometric_importance,
     select_unwarped,
 )
-from .inputs import frame_times
 from .layout import holding_layout
 from .models import Models, require_finite
 from .outputs import as_output
@@ -35,7 +34,6 @@ from .records import BidirectionalFlow, Canvas, FusedFrames, PreparedPair
 from .sampling import denoise
 from .settings import RenderSettings, VideoSettings
 from .spacing import PREVIEWS, even_times
-from .timing import EVEN, eased_times
 from .turns import interruptible
 
 FRAMES_FUSED_AT_ONCE = 8
@@ -109,8 +107,7 @@ def render_latents(
     settings, negative = asked.settings, asked.negative
     with interruptible():
         times = place_frames(pair, settings, settings.importance, paths)
-    if pair.negative_embeds is not None and negative.prompt is None and negative.embeds is None:
-        negative = replace(negative, embeds=pair.negative_embeds)
+    negative = negative_of(pair, negative)
     delta = torch.tensor(times, dtype=torch.float32, device="cpu")
     conditions = models.conditioner.frames(pair.prompt_embeds, delta, settings.guidance_scale > 1, negative)
     models.denoiser.guidance_scale = settings.guidance_scale
@@ -139,6 +136,13 @@ def render_latents(
     candidates = None if chooser is None else [chooser]
     ends = pair.inversion.path[0]
     return DenoisedFrames(latents, times, ends, pair.images, pair.canvas, pair.flow, pair, candidates=candidates)
+
+
+def negative_of(pair: PreparedPair, asked: NegativeText) -> NegativeText:
+    """What guidance leads a pair's frames away from: what is asked for, or else the embeddings fitted to the pair."""
+    if pair.negative_embeds is None or asked.prompt is not None or asked.embeds is not None:
+        return asked
+    return replace(asked, embeds=pair.negative_embeds)
 
 
 def denoising_steps(method: str, pair: PreparedPair, times: tuple[float, ...], levels: tuple[float, float]) -> int:
@@ -231,10 +235,31 @@ def _along_flow(
 
 
 def _replaced(replaced: dict, latents: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-    """Put what a step callback returned in the place of the embeddings, and return the latents to go on with."""
-    for name in vars(conditions):
-        setattr(conditions, name, replaced.get(name, getattr(conditions, name)))
-    return replaced.get("latents", latents)
+    """Put what a step callback returned in the place of the embeddings, and return the latents to go on with.
+
+    Raises:
+        TypeError, ValueError: What it returned is no tensor, or has another shape than what it is to replace.
+    """
+    before = {"latents": latents, **vars(conditions)}
+    now = before | {name: _in_place_of(before[name], replaced[name], name) for name in before if name in replaced}
+    latents = now.pop("latents")
+    for name, tensor in now.items():
+        setattr(conditions, name, tensor)
+    return latents
+
+
+def _in_place_of(before: torch.Tensor | None, tensor: torch.Tensor | None, name: str) -> torch.Tensor | None:
+    """A tensor of this name that a step callback returned, in the precision and on the device of the one before."""
+    if tensor is before:
+        return before
+    if before is None or not isinstance(tensor, torch.Tensor):
+        wanted = "None" if before is None else "a tensor"
+        raise TypeError(f"`callback_on_step_end` must return {wanted} as {name!r}, not {type(tensor).__name__}")
+    if tensor.shape != before.shape:
+        raise ValueError(
+            f"`callback_on_step_end` must return {name!r} as {tuple(before.shape)}, not {tuple(tensor.shape)}"
+        )
+    return tensor.to(before)
 
 
 def place_frames(pair: PreparedPair, video: VideoSettings, importance: str, paths: MotionPaths) -> tuple[float, ...]:
@@ -246,11 +271,10 @@ def place_frames(pair: PreparedPair, video: VideoSettings, importance: str, path
         importance: The splat metric of the previews.
         paths: The way of every cell of both photos in the previews.
     """
-    if video.easing == EVEN:
-        times = torch.linspace(0, 1, PREVIEWS, dtype=torch.float32, device="cpu")
-        return even_times(video.n_frames, preview_pair(pair, times, importance, paths))
-    linear = frame_times(video.n_frames, video.times)
-    return eased_times(linear, video.easing) if video.times is None else linear
+    if video.known_times is not None:
+        return video.known_times
+    times = torch.linspace(0, 1, PREVIEWS, dtype=torch.float32, device="cpu")
+    return even_times(video.n_frames, preview_pair(pair, times, importance, paths))
 
 
 def preview_pair(pair: PreparedPair, times: torch.Tensor, importance: str, paths: MotionPaths) -> torch.Tensor:

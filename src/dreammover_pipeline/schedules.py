@@ -78,9 +78,10 @@ def ddim_schedule(scheduler: SchedulerMixin, num_inference_steps: int, inversion
             "distinct steps; use fewer"
         )
     alpha_bars = [float(ddim.final_alpha_cumprod), *ddim.alphas_cumprod[timesteps].tolist()]
-    if min(alpha_bars[: inversion_steps + 1]) <= 0:
+    schedule = Schedule(tuple(timesteps), tuple(alpha_bars))
+    if not schedule.has_signal(inversion_steps):
         raise ValueError(f"`inversion_steps` {inversion_steps} reaches a timestep without signal; use fewer")
-    return Schedule(tuple(timesteps), tuple(alpha_bars))
+    return schedule
 
 
 def schedule_settings(scheduler: SchedulerMixin) -> dict[str, object]:

@@ -22,7 +22,6 @@ from .pairs import (
     PairInput,
     check_generator,
     flows_of_pairs,
-    pair_seeds,
     poses_of_pairs,
     steering_of_pairs,
 )
@@ -112,9 +111,8 @@ def checked_gaps(
     negative: NegativeContent,
     sizes: ModelSizes,
     shared: bool,
-    random: bool,
 ) -> list[PairInput]:
-    """The gaps of a sequence as pairs, all on the canvas of the first photo.
+    """The gaps of a sequence as pairs without seeds, all on the canvas of the first photo.
 
     Args:
         images: The photos, in order.
@@ -122,7 +120,6 @@ def checked_gaps(
         negative: What guidance leads away from in every gap.
         sizes: Of the models.
         shared: Whether one LoRA is fitted to all photos, and so one seed is for all gaps.
-        random: Whether seeds are wanted; if not, the generator is left as it is.
 
     Raises:
         TypeError, ValueError: An argument is not what it may be.
@@ -135,15 +132,14 @@ def checked_gaps(
     steerings = steering_of_pairs(content, both, [canvas] * len(both), sizes.cell, True)
     flows = flows_of_pairs(content, both, [canvas] * len(both), sizes.cell, True)
     fits = 1 if shared else len(both)
+    if shared and isinstance(content.generator, list | tuple) and len(content.generator) != 1:
+        raise ValueError(
+            f"`generator` has {len(content.generator)} entries, but one LoRA is fitted; give one generator"
+        )
     check_generator(content.generator, fits)
-    seeds = pair_seeds(content.generator, fits) if random else [None]
-    seeds = seeds * len(both) if len(seeds) == 1 else seeds
     poses = poses_of_pairs(content, both, [canvas] * len(both), True)
-    columns = zip(both, texts, steerings, flows, seeds, poses, strict=True)
-    return [
-        PairInput(two, canvas, text, away, steering, flow, seed, people)
-        for two, text, steering, flow, seed, people in columns
-    ]
+    columns = zip(both, texts, steerings, flows, poses, strict=True)
+    return [PairInput(two, canvas, text, away, *others) for two, text, *others in columns]
 
 
 def load_sequence(images: Sequence[Photo]) -> list[torch.Tensor]:

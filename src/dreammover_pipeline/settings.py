@@ -39,8 +39,8 @@ from .arguments import (
     argument,
     arguments_of,
 )
-from .inputs import check_attention_blocks, check_feature_blocks, check_steps
-from .timing import check_easing
+from .inputs import check_attention_blocks, check_feature_blocks, check_steps, frame_times
+from .timing import EVEN, check_easing, eased_times
 
 if TYPE_CHECKING:
     import torch
@@ -301,6 +301,14 @@ class VideoSettings(SharedSettings):
         super().__post_init__()
         check_easing(self.n_frames, self.times, self.easing)
 
+    @property
+    def known_times(self) -> tuple[float, ...] | None:
+        """The δ of the frames, in (0, 1); None for even spacing, where they depend on the pair."""
+        if self.easing == EVEN:
+            return None
+        linear = frame_times(self.n_frames, self.times)
+        return eased_times(linear, self.easing) if self.times is None else linear
+
 
 @dataclass(frozen=True)
 class RenderSettings(VideoSettings):
@@ -380,7 +388,7 @@ class RenderSettings(VideoSettings):
     )
     layout_hold: float = argument(
         1.0,
-        Numbers(0),
+        Numbers(0, largest=1.0),
         "How much the frames are held to the warped photos while noise is high, where both photos agree on a place: 1 "
         "keeps all of their coarse layout and leaves detail to the UNet, 0 is the paper's, which lets deep inversion "
         "redraw what was right.",

@@ -7,17 +7,16 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 
 from .lora import check_pair_lora
 from .outputs import as_output
 from .paths import motion_paths
-from .records import FusedFrames, PreparedPair
+from .records import FusedFrames, PreparedPair, check_prepared
 from .rendering import fuse_pair, place_frames, preview_pair
 from .schedules import schedule_settings
-from .settings import VideoSettings
+from .settings import VideoSettings, arguments
 from .storage import check_same_models, fingerprint, fingerprints, read_pair, write_pair
 from .turns import Turn, interruptible
 
@@ -118,6 +117,8 @@ class StageMethods:
             TypeError, ValueError: An argument is not what it may be.
         """
         video = VideoSettings(n_frames=n_frames, times=times, easing=easing)
+        check_prepared(pair)
+        _check_names(importance=importance, motion=motion)
         return place_frames(pair, video, importance, motion_paths(pair.flow, motion))
 
     def preview(
@@ -133,7 +134,13 @@ class StageMethods:
 
         Returns:
             Clean latents (F, C, h, w), for `decode_latents`; at 0 and 1 those of the two photos.
+
+        Raises:
+            TypeError, ValueError: An argument is not what it may be.
         """
+        check_prepared(pair)
+        _check_names(importance=importance, motion=motion)
+        _check_times(times)
         return preview_pair(pair, times, importance, motion_paths(pair.flow, motion))
 
     def fuse(
@@ -149,7 +156,7 @@ class StageMethods:
 
         Args:
             pair: What `prepare` returned.
-            times: δ, (F,).
+            times: δ, (F,), in [0, 1].
             fusion: How the pair is fused, as `__call__` takes it.
             importance: The splat metric.
             motion: The way that things take, as `__call__` takes it.
@@ -157,7 +164,15 @@ class StageMethods:
 
         Returns:
             The frames' latents z^δ_T and the levels they are made of.
+
+        Raises:
+            TypeError, ValueError: An argument is not what it may be.
         """
+        check_prepared(pair)
+        _check_names(fusion=fusion, importance=importance, motion=motion)
+        _check_times(times)
+        if fusion == "two_level_unwarped" and predict_noise is None:
+            raise ValueError('`fusion` "two_level_unwarped" needs `predict_noise`, which is None')
         return fuse_pair(pair, times, fusion, importance, motion_paths(pair.flow, motion), predict_noise)
 
     def run_safety_checker(self, image: torch.Tensor) -> tuple[torch.Tensor, list[bool] | None]:
@@ -207,6 +222,7 @@ class StageMethods:
             pair: what `prepare` returned.
             path: the file; one that is there is replaced.
         """
+        check_prepared(pair)
         with self._turn(), interruptible():
             found = fingerprints(self._fingerprinted)
         write_pair(pair, path, found)
@@ -234,9 +250,7 @@ class StageMethods:
                 check_pair_lora(self.unet, pair.lora)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"'{path}' is damaged: {error}") from error
-        negative, dtype = pair.negative_embeds, self.unet.dtype
-        negative = None if negative is None else negative.to(dtype)
-        return replace(pair, prompt_embeds=pair.prompt_embeds.to(dtype), negative_embeds=negative)
+        return pair.in_precision(self.unet.dtype)
 
     def _turn(self) -> Turn:
         """A turn for a whole call, which is refused inside another one."""
@@ -256,3 +270,17 @@ class StageMethods:
         """All models that make frames; a prepared pair does not depend on ControlNet and CLIP."""
         others = {"controlnet": self.controlnet, "clip": self.clip}
         return self._fingerprinted | {name: model for name, model in others.items() if model is not None}
+
+
+def _check_names(**given: str) -> None:
+    """Raise ValueError unless each is a name that `DreamMoverPipeline.__call__` takes for that argument."""
+    for name, value in given.items():
+        arguments()[name].values.check(name, value)
+
+
+def _check_times(times: object) -> None:
+    """Raise TypeError or ValueError unless `times` is a tensor (F,) of numbers in [0, 1]."""
+    if not isinstance(times, torch.Tensor) or times.ndim != 1:
+        raise TypeError(f"`times` must be a tensor (F,), not {times!r}")
+    if not ((times >= 0) & (times <= 1)).all():
+        raise ValueError(f"`times` must lie in [0, 1], not {times.tolist()}")

@@ -66,6 +66,9 @@ def test_a_prepared_pair_keeps_them_and_guidance_leads_away_from_the_negative_on
     frames = pipe.render(pair, **rendering).frames
     assert torch.equal(pipe.render(loaded, **rendering).frames, frames)
     assert not torch.allclose(pipe.render(pair, **rendering, negative_prompt="").frames, frames, atol=1e-4)
+    text_encoder, pipe.text_encoder = pipe.text_encoder, None
+    assert torch.equal(pipe.render(pair, **rendering).frames, frames)
+    pipe.text_encoder = text_encoder
     explicit = pipe.render(pair, **rendering, negative_prompt_embeds=pair.negative_embeds).frames
     assert torch.equal(explicit, frames)
     whole = pipe(

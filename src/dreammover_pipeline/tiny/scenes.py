@@ -208,12 +208,5 @@ def _colour(group: SpriteGroup, part: Part, look: Look, x: Tensor, y: Tensor) ->
     return main + weight * (second - main)
 
 
-def check_at_most(name: str, value: float, maximum: float) -> None:
-    """Raise unless `value` is at most `maximum`."""
-    if value > maximum:
-        raise ValueError(f"`{name}` must be at most {maximum}, not {value}")
-
-
 def _check_time(name: str, time: float) -> None:
-    check_number(name, time, 0)
-    check_at_most(name, time, 1)
+    check_number(name, time, 0, maximum=1)

@@ -25,7 +25,7 @@ from .contents import (
     captions_of,
     draw_lights,
 )
-from .scenes import Scenes, check_at_most
+from .scenes import Scenes
 from .sprites import KINDS, SpriteGroup
 
 DIFFICULTIES = ("same", "relit", "recast")
@@ -61,16 +61,14 @@ class World:
         ):
             _check_names(name, getattr(self, name), tuple(known), 4 if name == "colours" else 1)
         for name, most in (("second_sprite", 1), ("rotation", 180), ("scale", 1), ("swing", 1.5)):
-            check_number(name, getattr(self, name), 0)
-            check_at_most(name, getattr(self, name), most)
+            check_number(name, getattr(self, name), 0, maximum=most)
         if len(self.translation) != 2:
             raise ValueError(
                 f"`translation` must be the shortest and the longest path of a sprite, not {self.translation!r}"
             )
         shortest, longest = self.translation
         check_number("translation", shortest, 0)
-        check_number("translation", longest, shortest)
-        check_at_most("translation", longest, FARTHEST)
+        check_number("translation", longest, shortest, maximum=FARTHEST)
 
     def sample(self, count: int, seed: int, difficulty: str = "same", device: str | torch.device = "cpu") -> Scenes:
         """Draw scenes at random.
