@@ -89,7 +89,8 @@ def test_what_grows_grows_at_an_even_rate():
     flow, inside, arm = coin(0, scale=1.44)
     on_the_way, _ = rigid_paths(flow).at(times_of(0.5))
     placed = (arm + on_the_way[0])[:, inside]
-    torch.testing.assert_close(placed, 1.2 * arm[:, inside], atol=0.3, rtol=0)
+    # Off by 0.010, since growth is held back a little; a coin that grew by equal amounts would be off by 0.190.
+    torch.testing.assert_close(placed, 1.2 * arm[:, inside], atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("pairs", [1, 10**5, 10**9])

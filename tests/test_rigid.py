@@ -38,10 +38,13 @@ def turning(h, w, degrees=20.0, scale=1.1, shift=(1.0, -0.5)):
 def test_a_similarity_is_found_and_kept():
     flow = turning(24, 32)
     fit = fit_similarities(flow, torch.ones(2, 1, 24, 32, dtype=torch.float64))
-    torch.testing.assert_close(fit.shift, flow, atol=0.05, rtol=0)  # turns are held back a little at the border
+    # Turns are held back a little, at the border by 0.049 cells; the mean of a turning neighbourhood is off by 0.34.
+    torch.testing.assert_close(fit.shift, flow, atol=0.05, rtol=0)
+    torch.testing.assert_close(fit.shift[..., 8:-8, 8:-8], flow[..., 8:-8, 8:-8], atol=0.0025, rtol=0)  # by 0.0005
     inner = fit.turn[0, :, 8:-8, 8:-8]
     expected = torch.tensor([1.1 * math.cos(math.radians(20)) - 1, 1.1 * math.sin(math.radians(20))]).double()
-    torch.testing.assert_close(inner, expected.reshape(2, 1, 1).expand_as(inner), atol=0.03, rtol=0)
+    # Held back by 3 %, which is 0.0104; with twice the stiffness it would be 0.0203.
+    torch.testing.assert_close(inner, expected.reshape(2, 1, 1).expand_as(inner), atol=0.015, rtol=0)
     assert fit.residual.max() < 0.01
 
 
@@ -59,8 +62,9 @@ def test_outliers_drop_out():
     wild = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(1)) < 0.3
     noisy = torch.where(wild, 8 * randn(2, 2, 32, 32), flow)
     made = similarity_flow(noisy, agreement(BidirectionalFlow(noisy[:1], noisy[1:])))
-    assert (made - flow).norm(dim=1).median() < 0.1
-    assert (made - flow).norm(dim=1).quantile(0.95) < 0.5
+    # 0.012 and 0.095 are measured; a single fit, which the outliers still pull at, gives 0.028 and 0.182.
+    assert (made - flow).norm(dim=1).median() < 0.02
+    assert (made - flow).norm(dim=1).quantile(0.95) < 0.14
 
 
 def test_a_fit_is_the_weighted_least_squares_of_its_matches():
@@ -87,7 +91,8 @@ def test_matches_of_the_other_image_stand_in_where_there_are_no_own():
     weight[0] = 0
     flow_without = torch.stack([torch.zeros_like(flow[0]), flow[1]])
     made = fit_similarities(flow_without, weight).shift[0, :, 6:-6, 6:-6]
-    torch.testing.assert_close(made, flow[0, :, 6:-6, 6:-6], atol=0.1, rtol=0)
+    # Off by 0.0045, since turns are held back; the other image's flow turned round where it stands is off by 1.28.
+    torch.testing.assert_close(made, flow[0, :, 6:-6, 6:-6], atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 3), (64, 40)])
@@ -121,6 +126,7 @@ def test_a_finer_grid_finds_the_same_motion():
     coarse, fine = turning(32, 32), turning(64, 64, shift=(2.0, -1.0))
     ones = torch.ones(2, 1, 32, 32, dtype=torch.float64)
     made = fit_similarities(coarse, ones), fit_similarities(fine, torch.ones(2, 1, 64, 64, dtype=torch.float64))
+    # Off by 0.00015, since matches of the other image stand at cells; with a stiffness that does not grow, by 0.0084.
     torch.testing.assert_close(
-        made[0].turn[:, :, 8:-8, 8:-8], made[1].turn[:, :, 16:-16:2, 16:-16:2], atol=0.02, rtol=0
+        made[0].turn[:, :, 8:-8, 8:-8], made[1].turn[:, :, 16:-16:2, 16:-16:2], atol=0.00075, rtol=0
     )

@@ -43,9 +43,9 @@ class Affine:
         """What a picture at one time becomes at another.
 
         Args:
-            latents: The picture's, (C, h, w).
-            start: The time δ at which it is as it is given.
-            end: The time δ to which it is moved.
+            latents: Latents of the picture, (C, h, w).
+            start: The time δ at which the picture is as it is given.
+            end: The time δ to which the picture is moved.
 
         Returns:
             (C, h, w). What comes in over an edge is the picture mirrored there.

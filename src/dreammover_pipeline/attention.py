@@ -43,7 +43,7 @@ class References:
         at once; so the first batch of a step needs no call of the UNet before it.
 
         Args:
-            groups: G, the number of groups in the batch.
+            groups: The number G of groups in the batch.
         """
         self.tokens.clear()  # with tokens left over, torch.compile would compile a second case for later recordings
         self.led_groups = groups

@@ -35,7 +35,7 @@ class Autoencoder:
         """Clean latents z_0: the VAE's posterior mean, scaled.
 
         Args:
-            images: (B, 3, H, W) in [0, 1].
+            images: The pictures to encode, (B, 3, H, W) in [0, 1].
 
         Returns:
             (B, C, h, w), float32.
@@ -51,7 +51,7 @@ class Autoencoder:
         """Pictures of clean latents.
 
         Args:
-            latents: (B, C, h, w).
+            latents: The clean latents to decode, (B, C, h, w).
 
         Returns:
             (B, 3, H, W) in [0, 1], float32.

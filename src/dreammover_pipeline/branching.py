@@ -81,10 +81,10 @@ def mixed_in_noise(parents: torch.Tensor, noise: torch.Tensor, alpha_bar: float,
     """What a frame is denoised from: both parents with the same noise, interpolated spherically as whole vectors.
 
     Args:
-        parents: Their clean latents, (2, C, h, w).
-        noise: The noise that both get, (C, h, w).
-        alpha_bar: ᾱ of the step that they are noised to.
-        way: Where the frame lies between them, 0 at the first and 1 at the last.
+        parents: Clean latents of the two parents, (2, C, h, w).
+        noise: The noise that both parents get, (C, h, w).
+        alpha_bar: ᾱ of the step that the parents are noised to.
+        way: Where the frame lies between its parents, 0 at the first and 1 at the last.
 
     Returns:
         The noisy latent (C, h, w).
@@ -116,7 +116,7 @@ def interpolate_in_noise(
             `predict_noise(latents, timestep) -> eps` for these frames; it is called once for each generation.
         schedule: The DDIM schedule whose steps are taken.
         levels: The shares of the schedule that the last generation and the first one are noised by.
-        seed: Decides the noise.
+        seed: What decides the noise.
         on_step: Function called after each step with (i from 0 over all generations, timestep, latents); the latents
             that it returns replace those it was given.
         interrupted: Function called before each step; if it returns True, frames that are not made yet are mixed of

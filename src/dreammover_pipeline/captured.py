@@ -25,12 +25,12 @@ from .memory import free_cache, is_out_of_memory
 
 logger = logging.get_logger(__name__)
 
-REPLAY_TOLERANCE = 0.05  # by how much what is replayed may differ from what was recorded, as a share of its length
+REPLAY_TOLERANCE = 0.05  # how far what is replayed may be from what was recorded, as a share of the length of that
 
 # Devices and precisions for which a training step of this process was compared with its replay. That takes as long as
 # two steps, so later fits there are not compared.
 _trusted: set[tuple[torch.device, torch.dtype]] = set()
-# Held while the stream for records is in use, since a record takes in all that is done on its stream.
+# A lock that is held while the stream for records is in use, since a record takes in all that is done on its stream.
 _recording = Lock()
 
 
@@ -39,10 +39,10 @@ class TrainingStep:
     """A step of an optimizer that can be taken back, on tensors that keep their places.
 
     Args:
-        loss: Computes the loss of the inputs as they are.
+        loss: Function that computes the loss of the inputs as they are.
         parameters: What is trained.
-        optimizer: Of these parameters, newly made.
-        scaler: Of the loss; one that is not enabled does nothing.
+        optimizer: The optimizer of the parameters, newly made.
+        scaler: The scaler of the loss; one that is not enabled does nothing.
     """
 
     loss: Callable[[], torch.Tensor]
@@ -84,8 +84,8 @@ def replayed(step: TrainingStep, dtype: torch.dtype) -> Callable[[], None]:
     """What takes a step as a CUDA graph; the step itself where it cannot be recorded or does something else replayed.
 
     Args:
-        step: Not taken yet, with inputs that it can be tried on; it is as new afterwards.
-        dtype: Of the model that is trained, which decides the kernels.
+        step: The step, not taken yet, with inputs that it can be tried on; it is as new afterwards.
+        dtype: The dtype of the model that is trained, which decides the kernels.
     """
     device = step.parameters[0].device
     try:
@@ -162,8 +162,8 @@ class RecordedCall:
     differ, or where recording fails, the function goes on being called.
 
     Args:
-        function: From tensors to one tensor, without gradients. It must do nothing but launch kernels, the same ones
-            for all tensors that it is called with.
+        function: Function from tensors to one tensor, without gradients. It must do nothing but launch kernels, the
+            same ones for all tensors that it is called with.
     """
 
     def __init__(self, function: Callable[..., torch.Tensor]):

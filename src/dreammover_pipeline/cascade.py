@@ -39,9 +39,9 @@ from .records import Canvas, PreparedPair, Schedule
 from .sampling import denoise
 from .turns import interruptible
 
-CASCADE_SIGNAL = 0.94  # ᾱ of the step that latents are taken for, about: step 4 of 50 of Stable Diffusion's schedule
-TILES_APART = 0.75  # of a tile's side; how far apart neighbouring tiles begin, at most
-UNSEEN_SHARE = 0.02  # of what diffusion adds that may be left out, since it is hardly a step of 8-bit colours
+CASCADE_SIGNAL = 0.94  # ᾱ, about, of the step that latents are taken for: step 4 of 50 of Stable Diffusion's schedule
+TILES_APART = 0.75  # largest distance between where neighbouring tiles begin, as a share of a tile's side
+UNSEEN_SHARE = 0.02  # share of what diffusion adds that may be left out, since it is hardly a step of 8-bit colours
 
 
 # ── Tiles ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -147,9 +147,9 @@ def cascade_calls(canvas: Canvas, cell: int, largest: Size, steps: int, plan: Fr
         canvas: Where the photos sit.
         cell: Pixels a side of a latent cell.
         largest: Size of a tile in latent cells.
-        steps: Steps that every level takes.
-        plan: What `plan_detail` decided for the frame; without it, the number for a frame that takes nothing from the
-            photos, which no other exceeds.
+        steps: Number of steps that every level takes.
+        plan: What `plan_detail` decided for the frame; None for a frame that takes nothing from the photos, whose
+            number no other exceeds.
     """
     levels = [Level.of(size, canvas, cell, largest) for size in level_sizes(canvas)]
     return steps * sum(len(level.cells if plan is None else level.needed(plan)) for level in levels)
@@ -169,7 +169,7 @@ class Level:
         """The level of a size in pixels, for what sits on a canvas.
 
         Args:
-            size: The level's.
+            size: Size (H, W) of the level, in pixels.
             canvas: Where the photos sit.
             cell: Pixels a side of a latent cell.
             largest: Size of a tile in latent cells.
@@ -182,8 +182,8 @@ class Level:
         """The weighted mean (1, C, h, w) of the latents (1, C, th, tw) of some tiles; 0 where none of them is.
 
         Args:
-            chosen: Which tiles they are, one at least.
-            tiles: Their latents.
+            chosen: The indices of the tiles, at least one.
+            tiles: The latents of each of these tiles, (1, C, th, tw).
         """
         total = None
         for tile, values in zip(chosen, tiles, strict=True):
@@ -238,11 +238,12 @@ class PairCascade:
         """What can be known once for all frames of a pair; no model runs.
 
         Args:
-            models: What to do it with.
+            models: The models that refine the frames.
             pair: What `prepare_pair` returned.
-            detail: What its frames take their detail from.
-            steps: Steps of the pair's schedule that every level takes, 0 for none; None for those of `cascade_steps`.
-            largest_batch: Tiles that go through the UNet at once, at most; None for what fits the free memory.
+            detail: What the frames of the pair take their detail from.
+            steps: Number of steps of the pair's schedule that every level takes, 0 for none; None for that of
+                `cascade_steps`.
+            largest_batch: Largest number of tiles in a batch for the UNet; None for what fits the free memory.
         """
         denoiser, canvas = models.denoiser, detail.canvas
         if steps is None:
@@ -265,8 +266,8 @@ class PairCascade:
 
         Args:
             frame: The frame as diffusion made it, on the canvas, (3, canvas.height, canvas.width) in [0, 1].
-            plan: What `plan_detail` decided for it.
-            time: Its δ in [0, 1].
+            plan: What `plan_detail` decided for the frame.
+            time: The δ of the frame, in [0, 1].
 
         Returns:
             (3, H, W) in [0, 1], float32, on the CPU.

@@ -34,12 +34,12 @@ class Conditioner:
     """The text encoder of one call.
 
     Args:
-        text_encoder: CLIP's, or None where every text comes as embeddings.
-        tokenizer: CLIP's.
+        text_encoder: The text encoder of CLIP; None where every text comes as embeddings.
+        tokenizer: The tokenizer that belongs to the text encoder.
         unet_dtype: The precision of the UNet that reads the embeddings, which may not be the text encoder's; None
             without a UNet.
         device: Where the text encoder runs and the embeddings are wanted.
-        convert: From a prompt to the prompt with the tokens of textual inversion put in.
+        convert: Function from a prompt to the prompt with the tokens of textual inversion put in.
         lora_scale: Weight of the text encoder's LoRAs; None leaves them as they are.
     """
 
@@ -67,12 +67,12 @@ class Conditioner:
         """Embeddings of P texts and, where guided, of what guidance leads away from.
 
         Args:
-            prompt: P texts; None with `prompt_embeds`.
+            prompt: P texts, or None where `prompt_embeds` are given.
             guided: Whether negative embeddings are wanted too.
             negative_prompt: One text, or one for each prompt; the empty text by default.
-            prompt_embeds: (P, L, D) to use instead of `prompt`.
-            negative_prompt_embeds: (P, L, D) to use instead of `negative_prompt`.
-            clip_skip: Layers to leave out at the end of the text encoder.
+            prompt_embeds: Text embeddings (P, L, D) to use instead of `prompt`.
+            negative_prompt_embeds: Text embeddings (P, L, D) to use instead of `negative_prompt`.
+            clip_skip: Number of layers to leave out at the end of the text encoder.
 
         Returns:
             (P, L, D) twice; the second is None where not guided.
@@ -105,8 +105,8 @@ class Conditioner:
         """Embeddings of every frame: of two different ones of the photos the spherical interpolation.
 
         Args:
-            pair_embeds: Of the two photos, (2, L, D).
-            times: δ of the frames, (F,).
+            pair_embeds: Text embeddings of the two photos, (2, L, D).
+            times: The δ of each frame, (F,).
             guided: Whether negative embeddings are wanted too.
             negative: What guidance leads away from.
         """

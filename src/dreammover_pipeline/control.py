@@ -17,7 +17,7 @@ from .images import Photo, decode_images, rgb
 from .poses import PosePair, draw_pose
 from .records import Canvas
 
-# From a time δ in [0, 1] to a picture (3, H, W) in [0, 1] on the canvas.
+# A function from a time δ in [0, 1] to a picture (3, H, W) in [0, 1] on the canvas.
 ControlPicture = Callable[[float], torch.Tensor]
 
 
@@ -50,10 +50,10 @@ def frame_control(
     """What a ControlNet is given for frames at some times.
 
     Args:
-        picture: Of a time.
+        picture: Function from a time δ in [0, 1] to the picture at that time.
         times: The δ of the frames.
-        scale: Multiplies what the ControlNet adds.
-        window: The shares of the denoising steps between which it adds anything.
+        scale: Factor of what the ControlNet adds.
+        window: The shares of the denoising steps between which the ControlNet adds anything.
         like: A tensor on the device and of the dtype that the pictures are to have.
     """
     ends, frames = (torch.stack([picture(time).to(like) for time in some]) for some in ((0.0, 1.0), times))
@@ -66,7 +66,7 @@ def control_picture(images: object, poses: PosePair | None, canvas: Canvas) -> C
     Args:
         images: The argument `control_images`: two images for a cross-fade, or a function of δ that returns an image;
             None for the poses.
-        poses: Of the pair, None for no poses.
+        poses: The poses of the people in the pair; None for no poses.
         canvas: Where the pictures are put, as the photos are.
 
     Raises:

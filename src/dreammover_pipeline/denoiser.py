@@ -68,12 +68,12 @@ class Denoiser:
         """The UNet's noise, also where it predicts v. With negative embeddings it is guided by `guidance_scale`.
 
         Args:
-            latents: (B, C, h, w).
+            latents: The noisy latents, (B, C, h, w).
             timestep: The trained timestep to ask at.
-            prompt_embeds: (B, L, D).
-            negative_prompt_embeds: (B, L, D), or None for no guidance.
+            prompt_embeds: The text embeddings, (B, L, D).
+            negative_prompt_embeds: The text embeddings that guidance leads away from, (B, L, D); None for no guidance.
             control: The pictures that the ControlNet is given, (B, 3, H, W) in [0, 1], or None to leave it out.
-            control_scale: Multiplies what the ControlNet adds.
+            control_scale: Factor of what the ControlNet adds.
 
         Returns:
             ε, (B, C, h, w), float32.
@@ -177,9 +177,9 @@ class Denoiser:
 
         Args:
             pair: What the frames lie between.
-            conditions: Of the frames; read anew at every step.
-            attention_blocks: Up blocks whose self-attention looks at the photos.
-            largest: Frames in a batch, at most; None for what fits the free memory.
+            conditions: The embeddings of the frames, which are read anew at every step.
+            attention_blocks: Indices of the up blocks whose self-attention looks at the photos.
+            largest: Largest number of frames in a batch; None for what fits the free memory.
             control: What the ControlNet is given for the frames; None to leave it out.
             steps: How many denoising steps the frames take, by which the ControlNet begins and ceases to act; by
                 default as many as the pair was inverted.
@@ -237,8 +237,8 @@ class Denoiser:
         """The arguments of `memory.affordable_frames`: what decides how much of the UNet's work fits at once.
 
         Args:
-            latents: (…, h, w), of the size to be worked on.
-            groups: 2 under guidance, else 1.
+            latents: Any tensor (…, h, w) of the size of the latents that are to be worked on.
+            groups: How many embeddings each sample is asked with: 2 under guidance, else 1.
         """
         h, w = latents.shape[-2:]
         to_come = 0

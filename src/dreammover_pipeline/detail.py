@@ -35,32 +35,33 @@ from .records import BidirectionalFlow, Canvas, FrameSources
 from .refinement import aligned_flow
 from .rigid import complex_one, complex_product
 
-ALIGNED_PIXELS = (8, 16)  # a cell, at which the flow is aligned with the photos, where they have as many
+ALIGNED_PIXELS = (8, 16)  # pixels a cell at which the flow is aligned with the photos, where they have as many
 SAMPLES = 4  # places along a side of a cell at which it is chosen where a frame comes from
-CANDIDATES = 8  # cells whose motion is tried at every place: those that land nearest to it
-CANDIDATES_KEPT = 4  # of them that are mixed at full size
-SURE_BONUS = 0.5  # cells; by how much nearer a cell counts whose flow agrees both ways
-NEIGHBOURHOOD = (1, 3)  # places; how far away the eight neighbours are whose choice is tried, too
-FIRST_BLUR, SECOND_BLUR = 1.2, 1.5  # places; sigma of the Gaussian that costs are averaged by, before and after that
+CANDIDATES = 8  # number of cells whose motion is tried at every place: those that land nearest to it
+CANDIDATES_KEPT = 4  # number of candidates of a place that are mixed at full size
+SURE_BONUS = 0.5  # cells by which a cell counts as nearer whose flow agrees both ways
+NEIGHBOURHOOD = (1, 3)  # distances, in places, of the eight neighbours whose choice is tried, too
+FIRST_BLUR = 1.2  # sigma, in places, of the Gaussian that costs are averaged by before neighbours are tried
+SECOND_BLUR = 1.5  # sigma, in places, of the Gaussian that averages costs when neighbours are tried, and errors
 COST_CLIP = 0.3  # difference in colour, of 1, beyond which it makes no difference how much larger it is
-PHOTOS_WEIGHT = 0.5  # of the difference between the two photos, beside that from the frame
+PHOTOS_WEIGHT = 0.5  # weight of the photos' difference from each other, beside a weight of 1 for that from the frame
 OFF_PICTURE = 0.5  # cost of a place that lies off a photo
 ONE_PHOTO = 0.04  # cost of taking one photo only
-DISTANCE_COST = 0.004  # for each cell between a place and where its candidate lands
-DOUBT_COST = 0.01  # of a candidate whose flow does not agree both ways
+DISTANCE_COST = 0.004  # cost of each cell between a place and where its candidate lands
+DOUBT_COST = 0.01  # cost of a candidate whose flow does not agree both ways
 SOFTNESS = 0.01  # difference in cost at which a candidate has 1/e of the weight
 STRANGE_SHARE = 0.9  # quantile of the VAE's errors in a pair; nowhere is a smaller error assumed
 TRUSTED_ERROR = 0.02  # mean error of the VAE, in colours of 1, at which its frames are trusted half as much
-TAKEN = 0.15  # difference in colour between photos and frame at which the photos are taken to 1/e …
-TAKEN_FOR_ERROR = 10.0  # … and what is added to it for each unit of the VAE's error there
-LIGHT_BLUR = 2.0  # places; sigma of the Gaussian mean that is the light of a difference
+TAKEN = 0.15  # difference in colour from the frame at which the photos are taken to 1/e, where the VAE has no error
+TAKEN_FOR_ERROR = 10.0  # difference in colour that is added to `TAKEN` for each unit of the VAE's error at a place
+LIGHT_BLUR = 2.0  # sigma, in places, of the Gaussian mean that is the light of a difference
 LIGHT_TRUSTED_ERROR = 0.01  # mean error of the VAE, in colours of 1, at which its light is trusted half as much
 LIGHT_OUTLIER = 0.04  # difference in colour that is more likely one of content than of light
 FAINT = 1e-4  # share of a photo that is not meant to be seen, so that a place is never without any
-# For which candidates are looked for together, so that the workspace stays bounded.
+# Cells, on a CPU and elsewhere, for which candidates are looked for together, so that the workspace stays bounded.
 CELLS_AT_ONCE_NEARBY, CELLS_AT_ONCE_NEARBY_ON_GPU = 128, 2048
-PLACES_AT_ONCE = 2**21  # for which costs are computed together, each candidate's for itself
-STRIP_PIXELS = 2**19  # of a frame that are made together
+PLACES_AT_ONCE = 2**21  # places, counted for each candidate, for which costs are computed together
+STRIP_PIXELS = 2**19  # pixels of a frame that are made together
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,11 +95,12 @@ class PairDetail:
         """What can be known once for all frames of a pair.
 
         Args:
-            photos: The two at the output size, (3, H, W) each, float32 in [0, 1].
-            working: The two on the canvas, (2, 3, canvas.height, canvas.width) in [0, 1].
-            reconstructed: They, encoded and decoded by the VAE, which shows how far it can be trusted, place by place.
+            photos: The two photos at the output size, (3, H, W) each, float32 in [0, 1].
+            working: The two photos on the canvas, (2, 3, canvas.height, canvas.width) in [0, 1].
+            reconstructed: The two photos on the canvas, encoded and decoded by the VAE, which shows how far it can be
+                trusted, place by place.
             canvas: Where the photos sit.
-            flow: Between the two, in cells.
+            flow: The flow between the two photos, in cells.
             paths: The ways of the cells through time.
         """
         size = tuple(SAMPLES * side for side in flow.forward.shape[-2:])
@@ -127,8 +129,8 @@ def lookup_flow(flow: BidirectionalFlow, photos: Sequence[torch.Tensor], canvas:
     """The flow by which detail is looked up: that of a pair, aligned with what of the photos is finer than cells.
 
     Args:
-        flow: Between the two photos, in cells.
-        photos: The two at the output size, (3, H, W) each, float32 in [0, 1].
+        flow: The flow between the two photos, in cells.
+        photos: The two photos at the output size, (3, H, W) each, float32 in [0, 1].
         canvas: Where the photos sit.
     """
     cell = canvas.height // flow.forward.shape[-2]
@@ -188,8 +190,8 @@ class Candidates:
         """Where places z (2, h', w') of the frame come from in the two photos, (2, K, h', w') each.
 
         Args:
-            index: K candidates for each place, (K, h', w').
-            z: The places.
+            index: Indices of K candidates for each place, (K, h', w').
+            z: The places in the frame, (2, h', w') in cells.
         """
         away = z[:, None] - self.landing[:, index]
         first, second = (
@@ -254,11 +256,11 @@ def choose_sources(
     instead of the difference. First the nearest candidates are compared, then what the neighbours have chosen.
 
     Args:
-        pair: The photos.
-        candidates: Those of the frame's time.
+        pair: What the frames of the pair take their detail from.
+        candidates: The candidates at the frame's time.
         lit: The photos on the grid of places in the frame's light, with the VAE's error as a fourth channel.
         frame: The frame on the grid of places, (3, h', w').
-        time: Its δ.
+        time: The δ of the frame.
 
     Returns:
         The `Sources`, `CANDIDATES_KEPT` for each place.
@@ -374,9 +376,9 @@ def plan_detail(pair: PairDetail, frame: torch.Tensor, time: float) -> FrameDeta
     """Decide where a frame takes its detail from, and where it takes none.
 
     Args:
-        pair: The photos.
+        pair: What the frames of the pair take their detail from.
         frame: The frame as diffusion made it, on the canvas, (3, canvas.height, canvas.width) in [0, 1].
-        time: Its δ.
+        time: The δ of the frame.
     """
     size = pair.small.shape[-2:]
     frame = F.interpolate(frame[None].to(pair.small), size, mode="area")[0]
@@ -404,9 +406,9 @@ def frame_sources(pair: PairDetail, plan: FrameDetail, time: float) -> FrameSour
     """Which photo every place of a frame comes from, and how far, as `with_detail` mixes it; on the CPU.
 
     Args:
-        pair: The photos.
+        pair: What the frames of the pair take their detail from.
         plan: What `plan_detail` decided for the frame.
-        time: Its δ.
+        time: The δ of the frame.
     """
     z = plan.candidates.sources(plan.sources.index, places(plan.added))
     shares = zip(plan.sources.shares(time), z, strict=True)
@@ -429,12 +431,12 @@ def with_detail(
     """A frame at the output size with the detail of the photos.
 
     Args:
-        pair: The photos.
+        pair: What the frames of the pair take their detail from.
         frame: The frame as diffusion made it, on the canvas, (3, canvas.height, canvas.width) in [0, 1].
-        time: Its δ in [0, 1].
-        dtype: float32, or uint8, which takes a quarter of the memory.
-        strip_pixels: How many pixels are made together, about; the frame does not depend on it.
-        plan: What `plan_detail` decides for this frame; by default it is asked.
+        time: The δ of the frame, in [0, 1].
+        dtype: Dtype of the result: float32, or uint8, which takes a quarter of the memory.
+        strip_pixels: How many pixels are made together, about; the frame does not depend on their number.
+        plan: What `plan_detail` decided for the frame; by default `plan_detail` is asked.
 
     Returns:
         (3, H, W) in [0, 1] or uint8, on the CPU.

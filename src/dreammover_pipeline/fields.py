@@ -91,11 +91,11 @@ def sampled_around(
     """Values of an image around places, at offsets that are turned and scaled there, and which lie on the image.
 
     Args:
-        image: (C, H, W).
-        middle: The places, (2, m) in cells of a grid (h, w).
-        turn: By what the offsets are multiplied, as complex numbers less one, (2, m).
-        offsets: (s, 2) in cells, alike for all places.
-        size: (h, w).
+        image: The image, (C, H, W).
+        middle: The places that are looked around, (2, m) in cells of a grid (h, w).
+        turn: What the offsets are multiplied by at each place, as complex numbers less one, (2, m).
+        offsets: The offsets from a place, (s, 2) in cells, alike for all places.
+        size: Size (h, w) of the grid, which covers the same picture as the image.
 
     Returns:
         Bilinear values (C, s, m), the edge's beyond the edge; and (s, m) bool.
@@ -126,7 +126,7 @@ def values_beside(x: torch.Tensor, steps: Sequence[tuple[int, int]]) -> list[tor
     """For every cell of (…, h, w), the values of other cells, a tensor (…, h, w) for each step to one.
 
     Args:
-        x: The values.
+        x: The values of the cells, (…, h, w).
         steps: How far below and how far to the right of a cell the other one lies; at the edge of the grid, less far.
     """
     h, w = x.shape[-2:]
@@ -140,7 +140,7 @@ def blurred(x: torch.Tensor, sigma: float) -> torch.Tensor:
     """The Gaussian mean around every cell of (…, h, w), the edge's values continued beyond the edge.
 
     Args:
-        x: The values.
+        x: The values of the cells, (…, h, w).
         sigma: Standard deviation of the Gaussian, in cells.
     """
     h, w = x.shape[-2:]

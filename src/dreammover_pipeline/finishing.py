@@ -30,13 +30,14 @@ from .settings import RenderSettings
 from .tone import tone_difference, with_tone
 from .turns import interruptible
 
-KEPT_BYTES = 2**28  # up to which the finished pictures of a video are kept, so that none is made twice
+KEPT_BYTES = 2**28  # largest size in bytes of a video whose finished pictures are kept, so that none is made twice
 
-# From pictures (B, 3, H, W) to the same with what was flagged blacked out, and which were; None without a checker.
+# A function from pictures (B, 3, H, W) to the same with what was flagged blacked out, and to whether each was flagged,
+# or None without a checker.
 SafetyCheck = Callable[[torch.Tensor], tuple[torch.Tensor, list[bool] | None]]
-# Is handed which photo every place of a frame comes from.
+# A function that is handed which photo every place of a frame comes from.
 SourcesListener = Callable[[FrameSources], object]
-# From clean latents (B, C, h, w) to pictures (B, 3, height, width) on the canvas.
+# A function from clean latents (B, C, h, w) to pictures (B, 3, height, width) on the canvas.
 Decode = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -44,13 +45,13 @@ class FrameMaker:
     """Makes the pictures of one pair's video, each by itself, with the photos at the ends where they are wanted.
 
     Args:
-        models: What to do it with.
+        models: The models that decode and refine the frames.
         frames: What `render_latents` returned.
         settings: What detail frames have, whether the photos are wanted, and in what form.
-        dtype: float32, or uint8, which takes a quarter of the memory, for pictures with the photos' detail.
-        check_safety: Blacks out what the safety checker flags.
-        on_sources: Called once for every frame that takes detail from the photos, the ends aside; by default nothing
-            is.
+        dtype: Dtype of pictures with the photos' detail: float32, or uint8, which takes a quarter of the memory.
+        check_safety: Function that blacks out what the safety checker flags.
+        on_sources: Function called once for every frame that takes detail from the photos, the ends aside; None for
+            none.
     """
 
     def __init__(
@@ -82,8 +83,8 @@ class FrameMaker:
         """Make the picture of an index among `times`.
 
         Args:
-            index: Which.
-            decode: The autoencoder's, as `Autoencoder.decoder` gives it.
+            index: Index of the picture among `times`.
+            decode: Function that decodes latents, as `Autoencoder.decoder` gives it.
 
         Returns:
             The picture (1, 3, H, W), uint8 or float32 in [0, 1], and whether the safety checker flagged it; None
@@ -178,10 +179,11 @@ class _FinishedPair:
         """A picture at the output size, (1, 3, H, W), of a decoded one.
 
         Args:
-            decoded: On the canvas, (1, 3, height, width) in [0, 1].
-            tones: Those of the photos, of which as much is added as the time calls for; none for no tones.
-            time: Its δ.
-            on_sources: Is told where the detail comes from, if there is any.
+            decoded: The decoded picture on the canvas, (1, 3, height, width) in [0, 1].
+            tones: The tones of the photos, of which as much is added as the time calls for; an empty sequence for
+                none.
+            time: The δ of the picture.
+            on_sources: Function that is told where the detail comes from, if there is any; None for none.
         """
         with interruptible():
             if self.detail is None:
@@ -208,13 +210,13 @@ def finish_frames(
     """Decode frames and bring them into the form asked for, with the photos at the ends where they are wanted.
 
     Args:
-        models: What to do it with.
+        models: The models that decode and refine the frames.
         frames: What `render_latents` returned.
         settings: What detail frames have, whether the photos are wanted, and in what form.
-        output_type: "pil", "np", "pt" or "latent".
-        check_safety: Blacks out what the safety checker flags.
+        output_type: Form of the frames: "pil", "np", "pt" or "latent".
+        check_safety: Function that blacks out what the safety checker flags.
         stages: What is told of progress.
-        on_sources: Called for every frame that takes detail from the photos, the ends aside; by default nothing is.
+        on_sources: Function called for every frame that takes detail from the photos, the ends aside; None for none.
 
     Returns:
         A batch of one.
@@ -273,8 +275,8 @@ class LazyFrame:
     """A frame that is not made before it is asked for.
 
     Args:
-        maker: Makes it.
-        index: Which of the maker's frames it is.
+        maker: What makes the frame.
+        index: Index of the frame among those of its maker.
     """
 
     def __init__(self, maker: FrameMaker, index: int):
@@ -307,8 +309,8 @@ class LazyFrames(Sequence):
 
     Args:
         frames: The frames in their order; one may be there several times.
-        workplace: Where they are made.
-        keep: Whether each is kept once it is made; by default that is so if all of them take at most `KEPT_BYTES`.
+        workplace: Where the frames are made.
+        keep: Whether each frame is kept once it is made; by default, if all of them take at most `KEPT_BYTES`.
     """
 
     def __init__(self, frames: Iterable[LazyFrame], workplace: Workplace, keep: bool | None = None):
@@ -385,7 +387,7 @@ class LazyFlags(Sequence):
     """Which of lazy frames the safety checker has flagged so far; frames that are not made yet are not flagged.
 
     Args:
-        frames: The frames.
+        frames: The lazy frames, in their order.
     """
 
     def __init__(self, frames: Sequence[LazyFrame]):
@@ -405,9 +407,9 @@ def lazy_output(maker: FrameMaker, workplace: Workplace, checked: bool) -> Dream
     """The output of a pair whose frames are made when they are asked for.
 
     Args:
-        maker: Makes them.
-        workplace: Where they are made.
-        checked: Whether a safety checker looks at them.
+        maker: What makes the frames.
+        workplace: Where the frames are made.
+        checked: Whether a safety checker looks at the frames.
     """
     frames = LazyFrames.of(maker, workplace)
     flags, made = [frames.flags] if checked else None, maker.frames

@@ -159,7 +159,7 @@ def round_trip_error(flow: BidirectionalFlow) -> torch.Tensor:
     return torch.where(found[:, 2:] > 0.999, error, torch.inf)
 
 
-# From the flow of both images (2, 2, h, w) and how sure each vector is (2, 1, h, w) to another flow (2, 2, h, w).
+# A function from the flow of both images (2, 2, h, w) and how sure each vector is (2, 1, h, w) to another such flow.
 Regulariser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -179,14 +179,14 @@ def regularise(
     Source: ours; DreamMover uses the argmax as it is.
 
     Args:
-        flow: The flow both ways.
-        passes: How often, 0 … ; the agreement is found anew before each pass.
-        regulariser: `neighbourhood_mean`, or `rigid.similarity_flow`.
+        flow: The flow in both directions.
+        passes: Number of passes of smoothing, 0 … ; the agreement is found anew before each.
+        regulariser: What carries the flow on in each pass: `neighbourhood_mean`, or `rigid.similarity_flow`.
         rests: Cells that rest, (2, 1, h, w) bool, as `resting_cells` finds them. They begin with no flow, and the
             first pass trusts them by at least `REST_WEIGHT`.
-        hold: From a flow (2, 2, h, w) to the flow with what is known put in; applied before the first pass and after
-            each.
-        trust: From the agreement of cells to how sure they are.
+        hold: Function from a flow (2, 2, h, w) to the flow with what is known put in; it is applied before the first
+            pass and after each.
+        trust: Function from the agreement of cells, (2, 1, h, w), to how sure they are.
 
     Returns:
         The regular flow in both directions, in fractions of cells.
@@ -207,8 +207,8 @@ def smooth_flow(flow: BidirectionalFlow, passes: int) -> BidirectionalFlow:
     """`regularise` by the mean of the 5×5 around every cell, weighted by distance and agreement.
 
     Args:
-        flow: The flow both ways.
-        passes: How often, 0 … .
+        flow: The flow in both directions.
+        passes: Number of passes of smoothing, 0 … .
     """
     return regularise(flow, passes, neighbourhood_mean)
 
@@ -223,9 +223,10 @@ def resting_cells(features: torch.Tensor, flow: BidirectionalFlow, tolerance: fl
     Source: ours.
 
     Args:
-        features: (2, C', h', w'), first and second image.
-        flow: The bare matches both ways, in whole cells.
-        tolerance: Cosine similarity; 0 for no cell.
+        features: UNet features of the first and the second image, (2, C', h', w').
+        flow: The bare matches in both directions, in whole cells.
+        tolerance: By how much in cosine similarity a match may be better than the same place for the cell to rest; 0
+            for no cell.
 
     Returns:
         (2, 1, h, w) bool; None for no cell.

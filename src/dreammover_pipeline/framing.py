@@ -100,7 +100,7 @@ def fit_to_output(photo: torch.Tensor, canvas: Canvas) -> torch.Tensor:
 
     Args:
         photo: A photo (C, H, W), as `decode_images` returns it.
-        canvas: Where it is put.
+        canvas: The canvas that the photo is put on.
 
     Returns:
         The photo (3, canvas.output_height, canvas.output_width). A photo of 8-bit colours that has this size already

@@ -21,7 +21,7 @@ from .images import Size
 from .records import BidirectionalFlow, Canvas
 from .steering import Steering, regularise_steered
 
-LONGEST_WAY = 1_000_000  # pixels; no photo is as long, and the squares of what is much longer are not finite
+LONGEST_WAY = 1_000_000  # longest displacement in pixels; no photo is as long, and far longer ones overflow if squared
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +73,10 @@ def called_flow(function: Callable, photos: torch.Tensor, canvas: Canvas, cell: 
     """The flow that a function of the user's finds between the two photos, on the latent grid.
 
     Args:
-        function: Called with the two photos, (3, H, W) each; returns what `given_flow` takes, in their pixels.
+        function: Function called with the two photos, (3, H, W) each, that returns the flow from the first to the
+            second and back, (2, H, W) each, in their pixels; NaN where nothing is known.
         photos: The two photos on their canvas, (2, 3, H, W) in [0, 1].
-        canvas: Where they are put.
+        canvas: Where the photos are put.
         cell: Side of a latent cell in pixels of the canvas.
 
     Raises:
@@ -92,10 +93,10 @@ def smoothed_flow(
     """`regularise` for a flow of the user's: what is only filled in counts as little as a match without a way back.
 
     Args:
-        given: The flow.
-        passes: Of smoothing, 0 … .
-        regulariser: What carries the flow on.
-        steering: What the user says besides; None where that is nothing.
+        given: The flow of the user's.
+        passes: Number of passes of smoothing, 0 … .
+        regulariser: What carries the flow on in each pass: `neighbourhood_mean`, or `similarity_flow`.
+        steering: What the user says of the match besides the flow; None where that is nothing.
     """
 
     def trust(weight: torch.Tensor) -> torch.Tensor:
@@ -144,9 +145,9 @@ def _on_grid(field: torch.Tensor, own: Size, other: Size, canvas: Canvas, cell: 
 
     Args:
         field: The flow (2, H, W) in pixels.
-        own: Size (H, W) of the picture that it starts from.
-        other: Size (H, W) of the picture that it leads to.
-        canvas: Where both are put.
+        own: Size (H, W) of the picture that the flow starts from.
+        other: Size (H, W) of the picture that the flow leads to.
+        canvas: Where both pictures are put.
         cell: Side of a latent cell in pixels of the canvas.
     """
     h, w = canvas.height // cell, canvas.width // cell

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from ctypes import c_float
 from numbers import Integral, Real
 
-LARGEST_COUNT = 100_000  # of steps, frames and so on; beyond that lies nothing that anybody could wait for
+LARGEST_COUNT = 100_000  # largest number of steps, frames and so on; nobody could wait for more
 
 
 def check_integer(name: str, value, minimum: int, maximum: int | None = None) -> None:

@@ -24,7 +24,7 @@ from .settings import FitSettings, PrepareSettings, RenderSettings
 from .storage import digest_of, digest_of_tensors, read_tensors, write_tensors
 from .timing import eased_times
 
-KEY_LENGTH = 16  # hexadecimal digits of a digest in a file's name
+KEY_LENGTH = 16  # number of hexadecimal digits of a digest in a file's name
 FILE_NAMES = rf"(gap_\d{{4,}}|lora)_[0-9a-f]{{{KEY_LENGTH}}}\.safetensors"
 GAP_TENSORS = {"latents", "times", "ends", "flow.forward", "flow.backward"}
 AFTER_LATENTS = {"detail", "include_inputs", "endpoints"}  # arguments that decide what is made of a frame's latents
@@ -52,10 +52,10 @@ class GapFolder(KeptGaps):
     """The gaps of a sequence in a folder.
 
     Args:
-        folder: Where; it is made if it is not there.
-        gap_keys: What decides the frames of each gap, by `gap_key`.
-        lora_keys: What decides the LoRA of each gap, by `lora_key`.
-        device: Where tensors that are read shall be.
+        folder: The folder, which is made if it does not exist.
+        gap_keys: A digest for each gap of what decides its frames, as `gap_key` gives it.
+        lora_keys: A digest for each gap of what decides its LoRA, as `lora_key` gives it.
+        device: The device that tensors are read to.
     """
 
     def __init__(self, folder: Path, gap_keys: Sequence[str], lora_keys: Sequence[str], device: torch.device):
@@ -143,13 +143,13 @@ def kept_gaps(
     """The folder of a sequence's gaps.
 
     Args:
-        folder: Where they are kept.
-        gaps: In their order.
-        preparing: How all of them are prepared.
-        rendering: How each of them is rendered.
+        folder: The folder that the gaps are kept in, which is made if it does not exist.
+        gaps: The gaps, in their order.
+        preparing: How all gaps are prepared.
+        rendering: How each gap is rendered.
         shared: Whether one LoRA is fitted to all photos.
         model: What stands for the checkpoint and its precision.
-        device: Where tensors that are read shall be.
+        device: The device that tensors are read to.
 
     """
     fits = [gaps] * len(gaps) if shared else [[gap] for gap in gaps]
@@ -166,7 +166,7 @@ def gap_key(gap: PairInput, preparing: PrepareSettings, rendering: RenderSetting
 
     Args:
         gap: The photos, their texts, what the user says of the match, and the seed.
-        preparing: How it is prepared.
+        preparing: How the gap is prepared.
         rendering: Which frames are made, and how; an easing that is a function counts by the times it gives.
         model: What stands for the checkpoint and its precision.
     """
@@ -190,8 +190,8 @@ def lora_key(gaps: Sequence[PairInput], settings: FitSettings, model: str) -> st
     """A digest of what decides the LoRA of one gap or of several, but for the rounding of the machine it is fitted on.
 
     Args:
-        gaps: Those whose photos it is fitted to.
-        settings: How it is fitted.
+        gaps: The gaps whose photos the LoRA is fitted to.
+        settings: How the LoRA is fitted.
         model: What stands for the checkpoint and its precision.
     """
     tensors = [tensor for gap in gaps for tensor in (gap.fitted(), *_embeds(gap.text))]

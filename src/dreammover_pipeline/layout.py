@@ -18,8 +18,8 @@ from .records import FusedFrames, Schedule
 from .rigid import grid_unit
 from .sampling import PredictNoise
 
-HELD_SHARE = 0.1  # of the schedule's steps, from the clean end, in which the layout is no longer held
-COARSE_SIGMA = 0.8  # cells of the unit grid; of the Gaussian whose mean is the coarse part of latents
+HELD_SHARE = 0.1  # share of the schedule's steps, at the clean end, in which the layout is no longer held
+COARSE_SIGMA = 0.8  # sigma, in cells of the unit grid, of the Gaussian whose mean is the coarse part of latents
 
 
 def holding_layout(
@@ -31,7 +31,7 @@ def holding_layout(
         predict_noise: Function from latents (F, C, h, w) and a timestep to their noise ε.
         fused: The frames, with the layout to hold; without levels nothing is held.
         schedule: The DDIM schedule whose timesteps are asked for.
-        strength: How much of the coarse part is exchanged, 0 … 1.
+        strength: Share of the coarse part that is exchanged, in [0, 1].
 
     Returns:
         A function like `predict_noise`.
@@ -61,8 +61,8 @@ def hold_layout(
     Args:
         eps: The predicted noise, (F, C, h, w).
         latents: The noisy latents that it was predicted in, (F, C, h, w).
-        alpha_bar: ᾱ at their step.
-        layout: Clean latents (F, C, h, w).
+        alpha_bar: ᾱ at the step of the noisy latents.
+        layout: The clean latents whose coarse part is wanted, (F, C, h, w).
         weight: How much of the coarse part is exchanged in each cell, (F, 1, h, w) in [0, 1].
 
     Returns:

@@ -18,9 +18,9 @@ from .records import BidirectionalFlow
 from .rigid import TINY
 
 GAIN_ROUNDS = 8  # how often the gains are fitted, each time with less weight for colours that they do not explain
-WIDEST = 0.15  # difference in colour, of 1, that counts half as much or less in the first round …
-NARROWING = 0.6  # … and by what this falls from round to round …
-NARROWEST = 0.02  # … down to this
+WIDEST = 0.15  # difference in colour, of 1, that counts a quarter as much in the first round
+NARROWING = 0.6  # factor by which `WIDEST` falls from one round to the next
+NARROWEST = 0.02  # difference in colour, of 1, below which `WIDEST` does not fall
 GAIN_STIFFNESS = 3e-4  # how strongly the gains are held to 1 all over, as a share of the weight of all colours
 DARKEST = 0.2  # least gain that photos are brought to one light by
 
@@ -34,7 +34,7 @@ def light_gains(photos: torch.Tensor, flow: BidirectionalFlow) -> torch.Tensor:
 
     Args:
         photos: The two photos, (2, 3, H, W) in [0, 1].
-        flow: Between them, on a grid of cells that covers the same picture.
+        flow: The flow between the two photos, on a grid of cells that covers the same picture.
 
     Returns:
         g₀, g₁ and g₂ of each colour of each photo, (2, 3, 3), float32 on the CPU.
@@ -66,7 +66,7 @@ def in_one_light(photos: torch.Tensor, flow: BidirectionalFlow) -> torch.Tensor:
 
     Args:
         photos: The two photos, (2, 3, H, W) in [0, 1].
-        flow: Between them, on a grid of cells that covers the same picture.
+        flow: The flow between the two photos, on a grid of cells that covers the same picture.
 
     Returns:
         (2, 3, H, W), which may exceed 1.
@@ -78,7 +78,7 @@ def gain_maps(gains: torch.Tensor, size: tuple[int, int], like: torch.Tensor) ->
     """How much brighter each place of each photo is in the other photo, (2, 3, h, w), at least `DARKEST`.
 
     Args:
-        gains: As `light_gains` returns them.
+        gains: The gains of each colour of each photo, (2, 3, 3), as `light_gains` returns them.
         size: The grid (h, w) of the places, which covers the same picture.
         like: A tensor with the dtype and on the device wanted.
     """

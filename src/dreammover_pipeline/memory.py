@@ -107,7 +107,7 @@ class Batches:
     """Applies a function to many frames in batches; when memory runs out, all further batches are half as large.
 
     Args:
-        largest: Most frames in a batch. The attribute of this name is lowered when memory runs out.
+        largest: Largest number of frames in a batch. The attribute of this name is lowered when memory runs out.
     """
 
     def __init__(self, largest: int):
@@ -119,7 +119,8 @@ class Batches:
         When memory runs out, batches that are already done are not computed again.
 
         Args:
-            function: Called with one slice (B, …) of each tensor, and with None in the place of a tensor that is None.
+            function: Function called with one slice (B, …) of each tensor, and with None in the place of a tensor that
+                is None.
             tensors: Tensors (F, …) with one entry per frame, or None; the first one is not None.
 
         Raises:

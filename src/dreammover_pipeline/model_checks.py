@@ -32,10 +32,10 @@ def check_model_fits(
 
     Args:
         settings: Groups of settings, each checked for what it holds.
-        unet: Of the pipeline.
-        vae: Of the pipeline.
-        text_encoder: Of the pipeline, which may have none.
-        scheduler: Of the pipeline.
+        unet: The pipeline's UNet.
+        vae: The pipeline's VAE.
+        text_encoder: The pipeline's text encoder; None for a pipeline without one.
+        scheduler: The pipeline's scheduler.
         callback_tensors: Names of the tensors that a step callback may ask for.
     """
     check_models(unet, vae, scheduler)
@@ -102,8 +102,8 @@ def check_guidance(
     Args:
         tokens: Number of tokens L in the embeddings (2, L, D) of a pair.
         negative: What guidance leads away from.
-        text_encoder: Of the pipeline, which may have none.
-        tokenizer: Of the text encoder.
+        text_encoder: The pipeline's text encoder; None for a pipeline without one.
+        tokenizer: The tokenizer that belongs to the text encoder; None for a pipeline without one.
     """
     if negative.embeds is not None:
         others, remedy = negative.embeds.shape[1], "pass both of the same length"
@@ -126,8 +126,8 @@ def check_preparing(settings: PrepareSettings, unet: torch.nn.Module, scheduler:
 
     Args:
         settings: How the pair is to be inverted and matched.
-        unet: Must have the blocks whose features are to be matched.
-        scheduler: Must have as many distinct timesteps as there are to be steps.
+        unet: The UNet, which must have the blocks whose features are to be matched.
+        scheduler: The scheduler, which must have as many distinct timesteps as there are to be steps.
     """
     trained = scheduler.config.num_train_timesteps
     if settings.num_inference_steps > trained:

@@ -109,11 +109,11 @@ class NoiseTraining:
         """Train by AdamW on the error of the predicted noise; no step waits for a GPU.
 
         Args:
-            parameters: What is trained, in float32.
-            texts: From the indices (2,) of two images to one tensor of embeddings (2, L, D) or several; the noise of
-                both images is to be predicted with each of them.
-            steps: How many steps are taken.
-            learning_rate: AdamW's.
+            parameters: The parameters that are trained, in float32.
+            texts: Function from the indices (2,) of two images to one tensor of embeddings (2, L, D) or several; the
+                noise of both images is to be predicted with each of them.
+            steps: Number of steps that are taken.
+            learning_rate: Learning rate of AdamW.
             generator: A CPU generator, from which the images, timesteps and noise of every step are drawn.
             on_step: Function called after each step.
         """
@@ -159,11 +159,11 @@ def require_converged(
     """Raise RuntimeError unless all that was fitted is finite.
 
     Args:
-        fitted: What was fitted.
+        fitted: The tensors that were fitted.
         dtype: The UNet's precision.
         what: What error messages call the fit.
-        argument: The name of the argument that is its learning rate.
-        learning_rate: That learning rate.
+        argument: The name of the argument that is the learning rate of the fit.
+        learning_rate: The learning rate of the fit.
     """
     if not all(values.isfinite().all() for values in fitted):
         remedy = f"lower `{argument}`"

@@ -90,7 +90,7 @@ def checked_pairs(
         img1: The last photo, or a batch of last photos.
         content: The other arguments that may differ from pair to pair.
         negative: What guidance leads away from.
-        sizes: Of the models.
+        sizes: What of the models decides the form of photos and texts.
 
     Raises:
         TypeError, ValueError: A photo cannot be had, or an argument is not what it may be.
@@ -118,7 +118,7 @@ def checked_pair(
         img0: The first photo.
         img1: The last photo.
         content: The other arguments that may differ from pair to pair.
-        sizes: Of the models.
+        sizes: What of the models decides the form of photos and texts.
         canvas: Where both photos are put; by default what the first photo and the size asked for decide.
 
     Raises:
@@ -205,7 +205,7 @@ def steering_of(
     Args:
         points: The `points` argument of the pair.
         mask: The `mask` argument of the pair.
-        photos: The two, (C, H, W) each.
+        photos: The two photos of the pair, (C, H, W) each.
         canvas: Where the photos are put.
         cell: Pixels a side of a latent cell.
         place: The pair's index as error messages write it, such as "[2]".
@@ -283,7 +283,7 @@ def flow_of(
 
     Args:
         flow: The `flow` argument of the pair.
-        photos: The two, (C, H, W) each.
+        photos: The two photos of the pair, (C, H, W) each.
         canvas: Where the photos are put.
         cell: Pixels a side of a latent cell.
         place: The pair's index as error messages write it, such as "[2]".

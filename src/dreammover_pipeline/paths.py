@@ -22,12 +22,12 @@ from .rigid import (
     grid_unit,
 )
 
-PATH_SIGMA = 3.2  # cells of the unit grid; of the Gaussian by which neighbours count for the similarity of a path
+PATH_SIGMA = 3.2  # sigma, in cells of the unit grid, of the Gaussian by which neighbours count for a path's similarity
 PATH_TOLERANCES = (4.0, 2.0, 1.0)
-PATH_STIFFNESS = 0.05  # squared cells of the unit grid; less than for matches, since the flow is regular already
-CENTRE_REACH = 16.0  # cells of the unit grid; how far away a cell may help to find the centre of what moves as one
-CENTRE_TOLERANCE = 1.5  # cells of the unit grid; how far from a cell's fit another one may lie that moves along
-PAIRS_AT_ONCE = 2**17  # of two cells, held together to find centres, so that the workspace does not grow with the grid
+PATH_STIFFNESS = 0.05  # stiffness in squared cells of the unit grid, less than for matches, since the flow is regular
+CENTRE_REACH = 16.0  # sigma, in cells of the unit grid, of the Gaussian by which cells help to find a centre of motion
+CENTRE_TOLERANCE = 1.5  # sigma, in cells of the unit grid, of how far from a cell's fit another lies that moves along
+PAIRS_AT_ONCE = 2**17  # pairs of cells held together to find centres, so that memory does not grow with the grid
 
 
 @dataclass(frozen=True, eq=False)

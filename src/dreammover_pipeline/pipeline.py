@@ -110,7 +110,7 @@ from .turns import interruptible
 
 logger = logging.get_logger(__name__)
 
-ADDED_COMPONENTS = ("controlnet", "clip", "clip_processor")  # which no Stable Diffusion checkpoint has
+ADDED_COMPONENTS = ("controlnet", "clip", "clip_processor")  # components that no Stable Diffusion checkpoint has
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -202,7 +202,7 @@ class DreamMoverPipeline(
         self._num_timesteps = 0
         self._interrupt = False
         self._listeners: dict[int, ProgressListener] = {}
-        self._sources: dict[int, list[FrameSources]] = {}  # of the threads that asked for them
+        self._sources: dict[int, list[FrameSources]] = {}  # sources of frames, by the threads that asked for them
         self._autoencoder: Autoencoder | None = None
 
     @property
@@ -304,7 +304,8 @@ class DreamMoverPipeline(
                 first photo's aspect ratio, and frames come back at the first photo's own size.
             width: Width in pixels to work at and to return. Where only one of `height` and `width` is given, the other
                 one follows from the first photo's aspect ratio.
-            n_frames: Number n of in-between frames; frame i is at δ = i/(n+1). Time grows with it, memory does not.
+            n_frames: Number n of in-between frames; frame i is at δ = i/(n+1). Time grows with it; the batches that
+                the UNet works on do not.
             times: The δ of the frames, each in (0, 1), instead of `n_frames`.
             easing: How the frames are spread over time: "linear", "ease-in-out", "ease-in", "ease-out", a rising
                 function of δ from 0 at 0 to 1 at 1, or "even" for neighbours that differ equally, as far as warping
@@ -406,8 +407,8 @@ class DreamMoverPipeline(
             endpoints: What stands at the ends: "original", the photos at the output size and otherwise untouched, with
                 the tone that the VAE takes from them faded out over the frames beside them; or "reconstructed", the
                 photos as the VAE brings them back, made like all other frames, for a video of one cast.
-            generator: Decides the fits of LoRA and embeddings, and the noise where `method` is "noise"; nothing else
-                is random. A list holds one generator for each pair.
+            generator: What decides the fits of LoRA and embeddings, and the noise where `method` is "noise"; nothing
+                else is random. A list holds one generator for each pair.
             prompt_embeds: Text embeddings (B, L, D) to use instead of `prompt`, or (2·B, L, D) with one for each
                 photo.
             negative_prompt_embeds: Text embeddings (B, L, D) to use instead of `negative_prompt`.
@@ -419,8 +420,8 @@ class DreamMoverPipeline(
             return_dict: Return a `DreamMoverPipelineOutput` rather than a tuple of its fields.
             cross_attention_kwargs: Keyword arguments for the attention processors; "scale" scales every LoRA.
             clip_skip: Number of layers to leave out at the end of the text encoder; none by default.
-            callback_on_step_end: Called as (pipeline, i, timestep, tensors) after every denoising step of every pair;
-                the tensors that it returns replace the pipeline's.
+            callback_on_step_end: Function called as (pipeline, i, timestep, tensors) after every denoising step of
+                every pair; the tensors that it returns replace the pipeline's.
             callback_on_step_end_tensor_inputs: Which of the pipeline's `_callback_tensor_inputs` the callback gets.
 
         Returns:
@@ -828,9 +829,9 @@ class DreamMoverPipeline(
         It is told of calls that are made in the thread that entered the context.
 
         Args:
-            listener: Called as (stage, steps done, steps in all) when a stage begins and after each of its steps. What
-                it raises ends the work at that step and passes on, with the models as they were: so a job is
-                cancelled.
+            listener: Function called as (stage, steps done, steps in all) when a stage begins and after each of its
+                steps. What it raises ends the work at that step and passes on, with the models as they were: so a job
+                is cancelled.
         """
         with _entry(self._listeners, listener):
             yield

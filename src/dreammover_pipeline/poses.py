@@ -31,14 +31,14 @@ LIMBS = (
     *((1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13)),  # sides and legs
     *((1, 0), (0, 14), (14, 16), (0, 15), (15, 17)),  # neck and face
 )
-POSE_COLOURS = (  # of the 18 points; the first 17 are those of the limbs, too
+POSE_COLOURS = (  # colours of the 18 points; the first 17 are those of the limbs, too
     *((255, 0, 0), (255, 85, 0), (255, 170, 0), (255, 255, 0), (170, 255, 0), (85, 255, 0)),
     *((0, 255, 0), (0, 255, 85), (0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 255)),
     *((0, 0, 255), (85, 0, 255), (170, 0, 255), (255, 0, 255), (255, 0, 170), (255, 0, 85)),
 )
 LIMB_BRIGHTNESS = 0.6
 STICK = 4  # half the width of a limb and the radius of a point, in pixels of a picture of `STICK_SIDE`
-STICK_SIDE = 512  # pixels of the shorter side
+STICK_SIDE = 512  # shorter side, in pixels, of the picture that `STICK` is for
 
 
 def pose_pair(poses: object, sizes: Sequence[Size], canvas: Canvas, name: str = "poses") -> PosePair:
@@ -50,7 +50,7 @@ def pose_pair(poses: object, sizes: Sequence[Size], canvas: Canvas, name: str = 
             [0, 1], 0 for a point that is not seen; or the path of an OpenPose JSON file of 18 or 25 points. A person
             has the same place in both.
         sizes: Size (H, W) of each of the two photos, in pixels.
-        canvas: Where both photos are put.
+        canvas: The canvas that both photos are put on.
         name: Name of the checked argument, for error messages.
 
     Raises:
@@ -218,8 +218,8 @@ def _limb_distance(
 
     Args:
         start: Where the limb begins, x and y; it ends a long axis of the ellipse.
-        end: Where the limb ends.
-        radius: Half the limb's width.
+        end: Where the limb ends, x and y.
+        radius: Half the limb's width, in pixels.
         x: Places of the columns of pixels, (1, W).
         y: Places of the rows of pixels, (H, 1).
     """

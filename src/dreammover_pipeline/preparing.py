@@ -50,11 +50,11 @@ def prepare_pair(
     """Encode the two photos, fit their texts and their LoRA, invert both and match their features.
 
     Args:
-        models: What to do it with.
+        models: The models that prepare the pair.
         pair: The photos, their texts and what the user says of the match.
-        settings: How to do it.
+        settings: How the pair is prepared.
         stages: What is told of progress.
-        lora: Weights to use instead of fitting some.
+        lora: LoRA weights to use instead of fitting some; None to fit them.
     """
     photos = pair.fitted()
     clean = models.autoencoder.encode(photos)
@@ -99,8 +99,8 @@ def fit_lora_of_gaps(
     """Fit one LoRA to the photos of one gap, or of several gaps that follow each other, by the first gap's seed.
 
     Args:
-        models: What to do it with.
-        gaps: The second photo of each is the first photo of the next.
+        models: The models that prepare the gaps.
+        gaps: The gaps, the second photo of each of which is the first photo of the next.
         settings: How the LoRA is fitted.
         stages: What is told of progress.
 
@@ -127,11 +127,11 @@ def fit_lora(
     """Fit one LoRA to two photos or more; where memory runs out, once more with gradient checkpointing.
 
     Args:
-        denoiser: Whose UNet it is fitted on.
+        denoiser: The denoiser on whose UNet the LoRA is fitted.
         clean: Clean latents of the photos, (n, C, h, w).
         prompt_embeds: Embeddings of the photos, (n, L, D).
-        settings: How it is fitted.
-        seed: What decides it wholly.
+        settings: How the LoRA is fitted.
+        seed: What decides the fit wholly.
         stages: What is told of progress.
 
     Returns:
@@ -166,12 +166,13 @@ def fit_texts(
     """Fit the embeddings of photos, and a negative one that they share, which begins as that of the empty text.
 
     Args:
-        models: On whose UNet they are fitted, and whose text encoder embeds the empty text. Without a text encoder, or
-            beside embeddings of another length than its own, no negative embedding is fitted.
+        models: The models on whose UNet the embeddings are fitted, and whose text encoder embeds the empty text.
+            Without a text encoder, or beside embeddings of another length than its own, no negative embedding is
+            fitted.
         clean: Clean latents of the photos, (n, C, h, w).
         prompt_embeds: The embeddings of the photos to begin with, (n, L, D).
-        settings: How they are fitted.
-        seed: What decides it wholly.
+        settings: How the embeddings are fitted.
+        seed: What decides the fit wholly.
         stages: What is told of progress.
 
     Returns:
@@ -210,9 +211,9 @@ def _in_memory(attempt: Callable[[bool], Fitted], enough: bool, name: str, devic
 
     Args:
         attempt: The fit, which is told whether to use gradient checkpointing.
-        enough: Whether memory is expected to suffice without it.
+        enough: Whether memory is expected to suffice without gradient checkpointing.
         name: What error messages and warnings call the fit.
-        device: Where it runs.
+        device: The device that the fit runs on.
     """
     if enough:
         try:
@@ -232,10 +233,10 @@ def invert_pair(
     """Invert both photos to step T, keeping the whole path. Source: DreamMover §3.1.
 
     Args:
-        denoiser: With the pair's LoRA on.
+        denoiser: The denoiser, with the pair's LoRA on.
         clean: Clean latents of the two photos, (2, C, h, w).
         prompt_embeds: Embeddings of the two photos, (2, L, D).
-        settings: Of the schedule and the depth.
+        settings: Number of steps of the schedule and depth of the inversion.
         stages: What is told of progress.
 
     Raises:
@@ -260,10 +261,10 @@ def pair_features(
     """The features of both photos at the step of the inversion that is matched. Source: DreamMover §3.2.
 
     Args:
-        denoiser: With the pair's LoRA on.
-        inversion: Of the two photos.
+        denoiser: The denoiser, with the pair's LoRA on.
+        inversion: The inversion of the two photos.
         prompt_embeds: Embeddings of the two photos, (2, L, D).
-        settings: Which step and which up blocks.
+        settings: The step and the up blocks whose features are matched.
 
     Returns:
         One (2, C', h', w') for each block.
@@ -287,12 +288,13 @@ def match_pair(
     """The flow between the two photos on the latent grid, both ways. Source: DreamMover §3.2.
 
     Args:
-        features: (2, C', h', w') of each block.
+        features: The features of each block for the first and the second photo, (2, C', h', w') each.
         photos: The two photos on their canvas, (2, 3, H, W) in [0, 1].
-        size: (h, w) of the latent grid.
+        size: Size (h, w) of the latent grid.
         steering: What the user says of the match; None where that is nothing.
-        settings: Of the penalty for distance and of the smoothing.
-        photo_tolerance: Of the refinement; 0 for none.
+        settings: The penalty for distance, the tolerance for rest and the smoothing.
+        photo_tolerance: Mean difference in colour, of 1, up to which the refinement counts a place as found; 0 for no
+            refinement.
     """
     matched = features[0] if len(features) == 1 else join_features(features, size)
     bias = distance_bias(size, settings.distance_penalty, matched)

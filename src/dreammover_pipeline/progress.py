@@ -8,11 +8,12 @@ from contextlib import AbstractContextManager, contextmanager
 
 from .turns import interruptible
 
-# Called with (stage, steps done, steps in all) when a stage begins and after each of its steps. Whatever it raises
-# ends the work at that step and passes on to the caller, with the models as they were: so a job is cancelled.
+# A function called as (stage, steps done, steps in all) when a stage begins and after each of its steps. Whatever it
+# raises ends the work at that step and passes on to the caller, with the models as they were: so a job is cancelled.
 ProgressListener = Callable[[str, int, int], None]
 
-# From (stage, steps in all) to a context that lasts as long as the stage and gives a function to call at every step.
+# A function from (stage, steps in all) to a context that lasts as long as the stage and gives a function to call at
+# every step.
 Stages = Callable[[str, int], AbstractContextManager[Callable[[], object]]]
 
 
@@ -21,9 +22,10 @@ def reported_stage(listener: ProgressListener, stage: str, total: int) -> Iterat
     """A stage whose progress a listener is told.
 
     Args:
-        listener: Is told.
+        listener: Function called as (stage, steps done, steps in all), when the stage begins and after each of its
+            steps.
         stage: The stage's name, such as "Denoising".
-        total: How many steps it has.
+        total: How many steps the stage has.
     """
     done = 0
 

@@ -15,7 +15,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from .turns import interruptible
 
-# From a picture to a number that is larger for a better one.
+# A function from a picture to a number that is larger for a better one.
 Judge = Callable[[PIL.Image.Image], float]
 
 
@@ -79,8 +79,8 @@ def clip_judge(model: CLIPModel, processor: CLIPProcessor, texts: Sequence[str],
     """Judges a picture by how much more it is like one text than like another, by CLIP's cosine similarity.
 
     Args:
-        model: CLIP.
-        processor: CLIP's.
+        model: The CLIP model.
+        processor: The processor that belongs to the CLIP model.
         texts: What a good picture is like, and what a bad one is like.
         device: Where CLIP runs.
     """

@@ -13,7 +13,7 @@ from numbers import Integral
 
 import torch
 
-POSE_POINTS = 18  # of OpenPose's COCO order, as `poses.py` names them
+POSE_POINTS = 18  # number of points in OpenPose's COCO order, as `poses.py` names them
 
 
 def _require(ok: bool, message: str) -> None:

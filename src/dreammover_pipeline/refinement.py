@@ -32,25 +32,25 @@ WINDOW_RADIUS = 5  # places from the middle of the window to its edge at which t
 REFINEMENT_ROUNDS = 2  # how often neighbours are asked and steps are taken
 NEIGHBOUR_GAIN = 0.004  # difference in colour by which a neighbour's similarity must be better to be taken over
 REST_GAIN = 0.01  # difference in colour by which a cell's similarity must be better than rest to be kept
-SCALES = (0.6, 1.6)  # between which a similarity may shrink and grow what it carries
-SETTLED = 0.002  # difference in colour of a window that is not worth a step
+SCALES = (0.6, 1.6)  # least and largest factor by which a similarity may scale what it carries
+SETTLED = 0.002  # difference in colour of a window up to which it is not worth a step
 DAMPING = 0.0006  # what is added to the normal equations' diagonal, so that a window without texture stays
 OUTLIER = 0.12  # difference in colour that counts a quarter as much as it would without the robust weight
 WORST = 0.25  # difference in colour beyond which it makes no difference how much larger it is
 UNFOUND_WEIGHT = 0.3  # weight of a cell whose colours were not found, when the flow is made regular again
-REGULAR_SIGMA = 1.5  # cells of the unit grid, as of `rigid.WINDOW_SIGMA`
-REGULAR_TOLERANCES = (2.0, 1.0, 0.7)  # cells of the unit grid, as `rigid.TOLERANCES`
-# That are worked on together, so that memory does not grow with the grid.
+REGULAR_SIGMA = 1.5  # sigma, in cells of the unit grid, of the windows in which the refined flow is made regular
+REGULAR_TOLERANCES = (2.0, 1.0, 0.7)  # sigmas, in cells of the unit grid, of how far vectors lie from the last fit
+# Windows, on a CPU and elsewhere, that are worked on together, so that memory does not grow with the grid.
 WINDOWS_AT_ONCE, WINDOWS_AT_ONCE_ON_GPU = 1024, 4096
-SEARCHED_PLACES = 2048  # of a photo at most, each of which is compared with each of the other photo's
-SEARCHED_TURNS = range(-60, 61, 20)  # degrees; by which a window may have turned where it is found
-SEARCH_RADIUS = 2  # places from the middle to the edge of a window that is looked for; …
-SEARCH_BLUR = 0.5  # … cells; sigma of the Gaussian mean that is taken first, so that they see all of the window
-SEARCH_RETURN = 1.5  # cells; how far from its start the way to what is found and back may end
-DISTINCT = 0.7  # squared difference of what is found, at most, as a share of that of the best place elsewhere, …
-ELSEWHERE = 2.5  # … which is farther away than so many cells
-ROUNDED = 1e-4  # squared difference of windows, less than which is the rounding of their product
-LOST = 0.05  # difference in colour of a cell's window, more than which makes it worth looking elsewhere
+SEARCHED_PLACES = 2048  # largest number of a photo's places that are compared with each of the other photo's
+SEARCHED_TURNS = range(-60, 61, 20)  # degrees by which a window may have turned where it is found
+SEARCH_RADIUS = 2  # places from the middle to the edge of a window that is looked for
+SEARCH_BLUR = 0.5  # sigma, in steps between searched cells, of the blur by which few places see all of a window
+SEARCH_RETURN = 1.5  # how far, in steps between searched cells, the way there and back may end from where it began
+DISTINCT = 0.7  # largest squared difference of the best place, as a share of that of the best place elsewhere
+ELSEWHERE = 2.5  # distance, in steps between searched cells, beyond which a place is elsewhere than the best one
+ROUNDED = 1e-4  # squared difference of two windows below which it is the rounding of their product
+LOST = 0.05  # difference in colour of a cell's window above which it is worth looking elsewhere
 FOUND_GAIN = 0.015  # difference in colour by which what is found must be better in both photos
 ALIGNED_TOLERANCE = 0.1  # difference in colour up to which a window counts as found in the photos' finer detail
 
@@ -93,8 +93,8 @@ def refined_flow(flow: BidirectionalFlow, photos: torch.Tensor, tolerance: float
     carried off fall into line.
 
     Args:
-        flow: On a grid of cells that covers the same picture as the photos. Where it is off by more than a few cells,
-            only what looks like nothing else is found.
+        flow: The flow on a grid of cells that covers the same picture as the photos. Where it is off by more than a
+            few cells, only what looks like nothing else is found.
         photos: The two photos, (2, 3, H, W) in [0, 1]; they are brought into one light here.
         tolerance: Mean difference in colour, of 1, up to which the window of a cell counts as found.
 
@@ -123,7 +123,7 @@ def aligned_flow(flow: BidirectionalFlow, levels: Iterable[torch.Tensor]) -> Bid
     differently, and what is found is the flow of its middle.
 
     Args:
-        flow: Right to within a cell.
+        flow: The flow, which must be right to within a cell.
         levels: The two photos, (2, 3, H, W) in [0, 1], finer from level to level. Windows have as many samples at all
             levels, so none costs more than another.
 

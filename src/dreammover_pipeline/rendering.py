@@ -38,7 +38,7 @@ from .turns import interruptible
 
 FRAMES_FUSED_AT_ONCE = 8
 
-# From (i, timestep, tensors) of a denoising step to the tensors that replace the step's own.
+# A function from (i, timestep, tensors) of a denoising step to the tensors that replace the step's own.
 StepCallback = Callable[[int, int, dict], dict]
 
 
@@ -92,14 +92,14 @@ def render_latents(
     """Place the frames in time and make them, by the method that is asked for.
 
     Args:
-        models: What to do it with.
+        models: The models that make the frames.
         pair: What `prepare_pair` returned.
-        asked: Which frames, and how; `paths` are taken instead of those that the settings' `motion` names.
-        paths: The way of every cell of both photos.
+        asked: Which frames are made, and how; `paths` are taken instead of those that the settings' `motion` names.
+        paths: The way of every cell of both photos through time.
         stages: What is told of progress.
-        on_step_end: Called after every denoising step.
-        interrupted: Asked before every denoising step; where it says yes the frames stay as they are.
-        chooser: Chooses among the candidates of each frame; None where every frame is made once.
+        on_step_end: Function called after every denoising step.
+        interrupted: Function asked before every denoising step; where it says yes the frames stay as they are.
+        chooser: What chooses among the candidates of each frame; None where every frame is made once.
 
     Raises:
         RuntimeError: The UNet overflowed.
@@ -152,7 +152,7 @@ def denoising_steps(method: str, pair: PreparedPair, times: tuple[float, ...], l
     return sum(steps_of_generations(len(generations(times)), levels, len(pair.inversion.schedule.timesteps)))
 
 
-# From (i, timestep, latents, conditions) of a denoising step to the latents to go on with.
+# A function from (i, timestep, latents, conditions) of a denoising step to the latents to go on with.
 OnStep = Callable[[int, int, torch.Tensor, Conditions], torch.Tensor]
 
 
@@ -268,8 +268,8 @@ def place_frames(pair: PreparedPair, video: VideoSettings, importance: str, path
     Args:
         pair: What `prepare_pair` returned.
         video: Which frames are asked for.
-        importance: The splat metric of the previews.
-        paths: The way of every cell of both photos in the previews.
+        importance: The name of the splat metric of the previews, "agreement" or "photometric".
+        paths: The way of every cell of both photos through time, in the previews.
     """
     if video.known_times is not None:
         return video.known_times
@@ -282,9 +282,9 @@ def preview_pair(pair: PreparedPair, times: torch.Tensor, importance: str, paths
 
     Args:
         pair: What `prepare_pair` returned.
-        times: δ, (F,), in [0, 1].
-        importance: The splat metric.
-        paths: The way of every cell of both photos.
+        times: The δ of each frame, (F,), in [0, 1].
+        importance: The name of the splat metric, "agreement" or "photometric".
+        paths: The way of every cell of both photos through time.
 
     Returns:
         Clean latents (F, C, h, w); at 0 and 1 those of the two photos.
@@ -307,11 +307,12 @@ def fuse_pair(
 
     Args:
         pair: What `prepare_pair` returned.
-        times: δ, (F,).
-        fusion: "two_level", "two_level_unwarped" or "direct".
-        importance: The splat metric.
-        paths: The way of every cell of both photos.
-        predict_noise: ε of frames (F, C, h, w) at a timestep; only "two_level_unwarped" asks it.
+        times: The δ of each frame, (F,), in [0, 1].
+        fusion: How the pair is fused: "two_level", "two_level_unwarped" or "direct".
+        importance: The name of the splat metric, "agreement" or "photometric".
+        paths: The way of every cell of both photos through time.
+        predict_noise: Function from latents (F, C, h, w) and a timestep to their noise ε; only "two_level_unwarped"
+            asks it.
 
     Returns:
         The frames' latents z^δ_T and the levels they are made of.

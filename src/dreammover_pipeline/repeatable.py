@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-QUERY_PARTS = 32  # into which the queries of an image are divided at most, so that all of a GPU has work …
-PART = 64  # … and of so many queries or a multiple is each, as the kernels divide them themselves
-GRADIENTS_AT_ONCE = 2**26  # of an image's keys, and as many of its values, that the parts hold together at most
+QUERY_PARTS = 32  # largest number of parts that an image's queries are divided into, so that all of a GPU has work
+PART = 64  # number that the queries of a part are a multiple of, as the kernels divide them themselves
+GRADIENTS_AT_ONCE = 2**26  # largest number of elements in what all parts of an image add to the gradient of its keys
 WEIGHTS_AT_ONCE = 2**24  # attention weights that are held at once when written out, which are 64 MiB in float32
 
 
@@ -28,10 +28,10 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
     """softmax(s Q Kᵀ) V, whose gradients are the same bits every time.
 
     Args:
-        query: (B, heads, L, E).
-        key: (B, heads, S, E).
-        value: (B, heads, S, Eᵥ).
-        scale: s; None for 1/√E.
+        query: The queries Q, (B, heads, L, E).
+        key: The keys K, (B, heads, S, E).
+        value: The values V, (B, heads, S, Eᵥ).
+        scale: The factor s of the products of queries and keys; None for 1/√E.
 
     Returns:
         (B, heads, L, Eᵥ).
@@ -149,7 +149,7 @@ class RepeatableProcessor:
     """An attention processor that attends as another one does, with gradients that repeat their bits.
 
     Args:
-        inner: The other one.
+        inner: The attention processor that does the work.
     """
 
     def __init__(self, inner):

@@ -21,15 +21,15 @@ from .fields import at_once, cell_grid, values_beside
 from .splatting import winner_splat
 
 UNIT_GRID = 32
-WINDOW_SIGMA = 3.0  # cells; of the Gaussian by which matches count that lie away from a cell
-WINDOW_REACH = 2.7  # of that sigma; how far from a cell, along the rows and the columns, a match counts at all
-# Cells; standard deviation of how far a match may lie from the fit before, for each time that it is made anew.
+WINDOW_SIGMA = 3.0  # sigma, in cells, of the Gaussian by which matches count that lie away from a cell
+WINDOW_REACH = 2.7  # largest distance, in `WINDOW_SIGMA`, of a match that counts, along the rows and the columns
+# Standard deviations, in cells, of how far a match may lie from the fit before, for each time that it is made anew.
 TOLERANCES = (6.0, 3.0, 2.0, 1.5)
-STIFFNESS = 0.5  # squared cells; how strongly turn and scaling are held back where matches lie close together
-LEAST = 1e-6  # of its weight without the fit, what a match keeps that the fit does not explain
-NEIGHBOUR_STEP = 3.0  # cells; between a cell and the next whose similarity it may take over
+STIFFNESS = 0.5  # how strongly turn and scaling are held back where matches lie close together, in squared cells
+LEAST = 1e-6  # share of its weight that a match keeps which the fit does not explain
+NEIGHBOUR_STEP = 3.0  # distance, in cells, from a cell to the next whose similarity it may take over
 TINY = 1e-12
-# Whose windows are held together, so that the workspace does not grow with the grid.
+# Cells, on a CPU and elsewhere, whose windows are held together, so that the workspace does not grow with the grid.
 CELLS_AT_ONCE, CELLS_AT_ONCE_ON_GPU = 128, 2048
 
 
@@ -66,11 +66,12 @@ def fit_similarities(
     Gaussian of how far it lies from the fit before; so neighbours that move otherwise drop out.
 
     Args:
-        flow: (2, 2, h, w), of the first and of the second image.
-        weight: (2, 1, h, w), ≥ 0, how sure each vector is.
+        flow: The flow of the first and of the second image, (2, 2, h, w).
+        weight: How sure each vector is, (2, 1, h, w), ≥ 0.
         both_ways: Whether the matches of the other image count too: if a cell q of it came from p, p goes to q.
-        sigma: Of the Gaussian of the distance, in cells of the unit grid.
-        tolerances: Of the Gaussians of the distance from the fit, in cells of the unit grid.
+        sigma: Standard deviation of the Gaussian of the distance from the cell, in cells of the unit grid.
+        tolerances: Standard deviations of the Gaussians of the distance from the fit before, in cells of the unit
+            grid.
         stiffness: How strongly turn and scaling are held back, in squared cells of the unit grid.
 
     Returns:
@@ -108,8 +109,8 @@ def best_of_neighbours(fit: Similarity, flow: torch.Tensor) -> Similarity:
     At the edge of a thing most of a window lies on what is behind it, and so a fit there may be the background's.
 
     Args:
-        fit: Of the cells of both images.
-        flow: (2, 2, h, w), what the similarities were fitted to.
+        fit: The similarities of all cells of both images.
+        flow: The flow that the similarities were fitted to, (2, 2, h, w).
     """
     step = max(1, round(NEIGHBOUR_STEP * grid_unit(*flow.shape[-2:])))
     best = fit
@@ -122,7 +123,7 @@ def similarities_of(fit: Similarity, steps: Sequence[tuple[int, int]]) -> Iterat
     """Shift and turn (B, 2, h, w) that every cell would have if it moved as one with another cell, for each step.
 
     Args:
-        fit: Of all cells.
+        fit: The similarities of all cells of both images.
         steps: How many cells below the cell and to the right of it the other one lies; at the edge of the grid, fewer.
     """
     cells = cell_grid(*fit.shift.shape[-2:], fit.shift)
@@ -145,8 +146,8 @@ def similarity_flow(flow: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The flow that `fit_similarities` gives at every cell, in the place of the cell's own vector.
 
     Args:
-        flow: (2, 2, h, w), of the first and of the second image.
-        weight: (2, 1, h, w), ≥ 0, how sure each vector is.
+        flow: The flow of the first and of the second image, (2, 2, h, w).
+        weight: How sure each vector is, (2, 1, h, w), ≥ 0.
 
     Returns:
         (2, 2, h, w).

@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 SCRATCH_PREFIX = ".dreammover-"
-SCRATCH_DIGITS = 8  # hexadecimal digits after the prefix
+SCRATCH_DIGITS = 8  # number of hexadecimal digits after the prefix in a scratch folder's name
 SCRATCH_LOCK = "lock"
 SCRATCH_ATTEMPTS = 10
 ASIDE = ".aside"  # what is added to a new folder's name for the place where the folder that it replaces waits

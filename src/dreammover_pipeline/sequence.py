@@ -59,10 +59,10 @@ def make_gaps(
     """Make every gap that is not kept already, and put the frames of all in a row.
 
     Args:
-        gaps: In their order.
-        stages: What is done with each of them.
+        gaps: The gaps, in their order.
+        stages: What is done with each of the gaps.
         kept: What earlier calls have done and this one does.
-        interrupted: Asked after every gap; where it says yes the rest is left out.
+        interrupted: Function asked after every gap; where it says yes the rest is left out.
         photos_included: Whether the frames of a gap begin and end with its photos.
 
     Raises:
@@ -118,7 +118,7 @@ def checked_gaps(
         images: The photos, in order.
         content: The prompt of all photos or one for each, points and masks of every gap, and so on.
         negative: What guidance leads away from in every gap.
-        sizes: Of the models.
+        sizes: What of the models decides the form of photos and texts.
         shared: Whether one LoRA is fitted to all photos, and so one seed is for all gaps.
 
     Raises:
@@ -182,7 +182,8 @@ def texts_of_gaps(
 
     Args:
         prompt: One text for all photos, or one for each.
-        prompt_embeds: (1, L, width) for all photos, or (photos, L, width) with one for each, instead of `prompt`.
+        prompt_embeds: Text embeddings to use instead of `prompt`, (1, L, width) for all photos or (photos, L, width)
+            with one for each.
         photos: How many photos there are.
         width: The length of a token's embedding.
 
@@ -224,8 +225,8 @@ def in_a_row(outputs: Sequence[DreamMoverPipelineOutput], photos_included: bool)
     """One video out of the gaps' videos; a photo that two of them share is kept as the end of the first of the two.
 
     Args:
-        outputs: Of each gap, in a batch of one.
-        photos_included: Whether they begin and end with their photos.
+        outputs: The output of each gap, a batch of one.
+        photos_included: Whether the frames of a gap begin and end with its photos.
 
     Returns:
         `frames` and `nsfw_content_detected` with one entry, the video's; `flow` and `times` with one for each gap.

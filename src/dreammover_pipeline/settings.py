@@ -114,8 +114,8 @@ class Content(Settings):
     generator: torch.Generator | list[torch.Generator] | None = argument(
         None,
         Values(),
-        'Decides the fits of LoRA and embeddings, and the noise where `method` is "noise"; nothing else is random. '
-        "A list holds one generator for each pair.",
+        'What decides the fits of LoRA and embeddings, and the noise where `method` is "noise"; nothing else is '
+        "random. A list holds one generator for each pair.",
         option=ASK_PYTHON,
     )
     prompt_embeds: torch.Tensor | None = argument(
@@ -275,7 +275,8 @@ class VideoSettings(SharedSettings):
     n_frames: int = argument(
         32,
         WholeNumbers(1),
-        "Number n of in-between frames; frame i is at δ = i/(n+1). Time grows with it, memory does not.",
+        "Number n of in-between frames; frame i is at δ = i/(n+1). Time grows with it; the batches that the UNet "
+        "works on do not.",
         option="--frames",
         slider=(1, 64),
     )
@@ -470,8 +471,8 @@ class Delivery(Settings):
     callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = argument(
         None,
         Function(),
-        "Called as (pipeline, i, timestep, tensors) after every denoising step of every pair; the tensors that it "
-        "returns replace the pipeline's.",
+        "Function called as (pipeline, i, timestep, tensors) after every denoising step of every pair; the tensors "
+        "that it returns replace the pipeline's.",
         option=ASK_PYTHON,
     )
     callback_on_step_end_tensor_inputs: Sequence[str] = argument(

@@ -39,15 +39,15 @@ class StageMethods:
         """Text embeddings, as every Stable Diffusion pipeline gives them.
 
         Args:
-            prompt: P texts; None with `prompt_embeds`.
+            prompt: P texts, or None where `prompt_embeds` are given.
             device: Where the text encoder runs.
-            num_images_per_prompt: Copies of each embedding.
+            num_images_per_prompt: Number of copies of each embedding.
             do_classifier_free_guidance: Whether negative embeddings are wanted too.
             negative_prompt: One text, or one for each prompt; the empty text by default.
-            prompt_embeds: (P, L, D), to use instead of `prompt`.
-            negative_prompt_embeds: (P, L, D), to use instead of `negative_prompt`.
+            prompt_embeds: Text embeddings (P, L, D) to use instead of `prompt`.
+            negative_prompt_embeds: Text embeddings (P, L, D) to use instead of `negative_prompt`.
             lora_scale: Weight of the text encoder's LoRAs.
-            clip_skip: Layers to leave out at the text encoder's end.
+            clip_skip: Number of layers to leave out at the text encoder's end.
 
         Returns:
             (P · num_images_per_prompt, L, D) twice; the second is None without guidance.
@@ -80,10 +80,10 @@ class StageMethods:
         """The UNet's noise, also where it predicts v; with negative embeddings it is guided by `guidance_scale`.
 
         Args:
-            latents: (B, C, h, w).
+            latents: The noisy latents, (B, C, h, w).
             timestep: The trained timestep to ask at.
-            prompt_embeds: (B, L, D).
-            negative_prompt_embeds: (B, L, D), or None for no guidance.
+            prompt_embeds: The text embeddings, (B, L, D).
+            negative_prompt_embeds: The text embeddings that guidance leads away from, (B, L, D); None for no guidance.
             cross_attention_kwargs: Keyword arguments for the attention processors.
 
         Returns:
@@ -108,9 +108,9 @@ class StageMethods:
         Args:
             pair: What `prepare` returned.
             n_frames: Number n of in-between frames.
-            times: The δ themselves, instead of `n_frames`.
+            times: The δ of the frames, instead of `n_frames`.
             easing: How the frames are spread over time, as `__call__` takes it.
-            importance: The splat metric of the previews.
+            importance: The name of the splat metric of the previews, as `__call__` takes it.
             motion: The way that things take in the previews, as `__call__` takes it.
 
         Raises:
@@ -128,8 +128,8 @@ class StageMethods:
 
         Args:
             pair: What `prepare` returned.
-            times: δ, (F,), in [0, 1].
-            importance: The splat metric.
+            times: The δ of each frame, (F,), in [0, 1].
+            importance: The name of the splat metric, as `__call__` takes it.
             motion: The way that things take, as `__call__` takes it.
 
         Returns:
@@ -156,11 +156,12 @@ class StageMethods:
 
         Args:
             pair: What `prepare` returned.
-            times: δ, (F,), in [0, 1].
+            times: The δ of each frame, (F,), in [0, 1].
             fusion: How the pair is fused, as `__call__` takes it.
-            importance: The splat metric.
+            importance: The name of the splat metric, as `__call__` takes it.
             motion: The way that things take, as `__call__` takes it.
-            predict_noise: ε of frames (F, C, h, w) at a timestep; only "two_level_unwarped" asks it.
+            predict_noise: Function from latents (F, C, h, w) and a timestep to their noise ε; only
+                "two_level_unwarped" asks it.
 
         Returns:
             The frames' latents z^δ_T and the levels they are made of.
@@ -179,7 +180,7 @@ class StageMethods:
         """Black out what the safety checker flags, if there is one.
 
         Args:
-            image: (B, 3, H, W) in [0, 1], or uint8.
+            image: The pictures to check, (B, 3, H, W) in [0, 1], or uint8.
 
         Returns:
             The images, and which were flagged; None without a safety checker.
@@ -220,7 +221,7 @@ class StageMethods:
 
         Args:
             pair: what `prepare` returned.
-            path: the file; one that is there is replaced.
+            path: the file to write, which is replaced if it exists.
         """
         check_prepared(pair)
         with self._turn(), interruptible():
@@ -234,7 +235,7 @@ class StageMethods:
         need, it loads with a warning.
 
         Args:
-            path: the file.
+            path: the file to read.
 
         Raises:
             FileNotFoundError: there is no such file.

@@ -20,11 +20,12 @@ from .fields import cell_grid
 from .flow import Regulariser, match_features, neighbourhood_mean, regularise, resting_cells, unit_features
 from .records import BidirectionalFlow
 
-# Chosen on procedural pairs whose true flow is known; docs/points.md has the figures. Lengths are shares of the grid's
-# shorter side.
+# Chosen on procedural pairs whose true flow is known; docs/points.md has the figures.
 STRENGTH = 1.0  # largest bias, reached where both directions support a match, in units of cosine similarity
-REACH = 1 / 4  # standard deviation of the Gaussian by which a point's influence falls off around it
-TOLERANCE = 1 / 16  # standard deviation of the Gaussian around the place where a match is expected
+# Standard deviation of the Gaussian by which a point's influence falls off, as a share of the grid's shorter side.
+REACH = 1 / 4
+# Standard deviation of the Gaussian around where a match is expected, as a share of the grid's shorter side.
+TOLERANCE = 1 / 16
 # Share of a cell's pixels that must be bright for the cell to move. It is small because an edge that stays behind is
 # worse than a little background that moves along.
 BRIGHT_SHARE = 0.1
@@ -152,12 +153,14 @@ def steered_flow(
     points and mask disagree, the mask prevails.
 
     Args:
-        features: (2, C', h', w'), first and second image.
-        steering: on the latent grid (h, w).
-        passes: of smoothing, 0 … .
-        bias: As of `match_features`; the user's word is added to it.
-        regulariser: What carries the flow on.
-        rest_tolerance: As of `resting_cells`.
+        features: UNet features of the first and the second image, (2, C', h', w').
+        steering: The user's points and masks on the latent grid (h, w).
+        passes: Number of passes of smoothing, 0 … .
+        bias: Function from a slice of the first image's cells to what is added to their similarities besides what the
+            user says, (cells in the slice, h·w); None for nothing.
+        regulariser: What carries the flow on in each pass: `neighbourhood_mean`, or `similarity_flow`.
+        rest_tolerance: By how much in cosine similarity a doubtful match may be better than the same place for the
+            cell to rest; 0 for no cell.
 
     Returns:
         The flow in both directions on the latent grid, in cells.
@@ -183,12 +186,13 @@ def regularise_steered(
     """`regularise`, with the points' cells held and fully trusted, and cells that may not move held and not trusted.
 
     Args:
-        flow: The flow both ways, on the grid of the steering.
+        flow: The flow in both directions, on the grid of the steering.
         steering: The user's points and masks.
-        passes: Of smoothing, 0 … .
-        regulariser: What carries the flow on.
-        rests: As of `regularise`.
-        trust: As of `regularise`, for all other cells.
+        passes: Number of passes of smoothing, 0 … .
+        regulariser: What carries the flow on in each pass: `neighbourhood_mean`, or `similarity_flow`.
+        rests: Cells that rest, (2, 1, h, w) bool, as `resting_cells` finds them; None for none.
+        trust: Function from the agreement of cells, (2, 1, h, w), to how sure they are, for all cells that are not
+            held.
     """
     moves = steering.moves.to(flow.forward.device)
     _, pinned = _pins(steering, flow.forward)

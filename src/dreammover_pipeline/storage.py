@@ -30,7 +30,7 @@ from .scratch import replacing
 
 logger = logging.get_logger(__name__)
 
-FORMAT_VERSION = 3  # which may have poses and a fitted negative embedding, and photos of 8 bits in 8 bits
+FORMAT_VERSION = 3  # version that is written; it may hold poses, a fitted negative embedding, and photos in 8 bits
 READABLE_VERSIONS = (1, 2, 3)
 HEADER = "dreammover_pair"
 DIGEST = "dreammover_digest"  # the header entry with the digest of all that a file holds besides

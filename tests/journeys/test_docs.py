@@ -42,12 +42,24 @@ def test_the_equation_table_and_the_docstrings_agree():
     assert {row[:3] for row in TABLE} == tagged_functions()
 
 
+def calls(code: str, module: str, name: str) -> bool:
+    """Whether Python code calls `name`, or `module.name`."""
+    called = {ast.unparse(node.func) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)}
+    return not called.isdisjoint({name, f"{module}.{name}"})
+
+
+def test_neither_comments_nor_longer_names_are_calls():
+    assert calls("assert denoise(1) == 2", "sampling", "denoise")
+    assert calls("sampling.denoise(1)", "sampling", "denoise")
+    assert not calls("# denoise(1)\nre_denoise(1)\npipe.denoise(1)\n'denoise(1)'", "sampling", "denoise")
+
+
 @pytest.mark.parametrize(("number", "module", "name", "test"), TABLE)
 def test_the_test_named_in_the_table_exercises_the_function(number, module, name, test):
     assert hasattr(importlib.import_module(f"dreammover_pipeline.{module}"), name)
     text = (ROOT / "tests" / test).read_text()
     user = {"ReferenceAttnProcessor": "reference_attention"}.get(name, name)
-    assert f"{user}(" in text
+    assert calls(text, module, user)
 
 
 def smaller(folder: Path) -> Path:

@@ -26,7 +26,7 @@ from .jobs import Job, refusing_together
 from .sidecar import PRIVATE, check_places_of_records, failure_path, is_sidecar, read_sidecar
 
 PLACES = ("img0", "img1", "folder", "output")
-SEPARATORS = ",;\t"  # of cells; spreadsheets write the second where the comma is for decimals, the third as "text"
+SEPARATORS = ",;\t"  # what separates cells; spreadsheets write ";" where the comma is for decimals, a tab as "text"
 # `Delivery` is left out: the frames always go to a file.
 GROUPS = (*PREPARING, NegativeContent, RenderSettings)
 # The arguments of the pipeline that a line of text can hold.

@@ -209,7 +209,7 @@ def make_video(
     Args:
         args: The options that `add_output_options` and `add_model_options` add.
         call: The arguments of the pipeline; those that are left out have their defaults.
-        make: Takes the pipeline, and gives the prepared pair and its output: lazy frames with the photos at the ends.
+        make: Function from the pipeline to the prepared pair and its output: lazy frames with the photos at the ends.
 
     Raises:
         RuntimeError: The model cannot be loaded, or memory does not suffice.
@@ -249,9 +249,9 @@ def write_frames(
 
     Args:
         args: The options that `add_output_options` adds.
-        output: Of the pipeline: lazy frames, with the photos in their places.
+        output: Output of the pipeline: lazy frames, with the photos in their places.
         times: The times that the contact sheet shows, one for each frame.
-        fade: Makes the frame of the cross-fade that belongs to the frame of an index.
+        fade: Function that makes the frame of the cross-fade that belongs to the frame of an index.
 
     Returns:
         How many frames the video has as it is played.
@@ -301,7 +301,7 @@ def _compared(frames: LazyFrames, fade: Callable[[int], Image.Image], order: Seq
 
     Args:
         frames: The frames, with the photos in their places.
-        fade: Makes the frame of the cross-fade that belongs to the frame of an index.
+        fade: Function that makes the frame of the cross-fade that belongs to the frame of an index.
         order: The indices of the frames in the order in which they are shown.
     """
     before = None

@@ -86,8 +86,9 @@ class EvaluationCase:
         """The prepared pair with another flow.
 
         Args:
-            forward: The flow from the first image to the second, (1, 2, H, W), in pixels of the frames.
-            backward: The flow from the second image to the first, (1, 2, H, W), in pixels of the frames.
+            forward: The flow from the first image to the second, (1, 2, H, W), in pixels of a picture of any size that
+                fills the canvas.
+            backward: The flow from the second image to the first, (1, 2, H, W), in pixels of the same picture.
         """
         pair = self.prepared()
         size = pair.flow.forward.shape[-2:]

@@ -49,7 +49,7 @@ def diffmorpher(
         times: The time δ of each frame, (F,), in [0, 1].
         settings: How each of the two LoRAs is fitted and how strongly it acts, and the number N of steps of the
             schedule, all of which are inverted.
-        seed: Decides the LoRA fits.
+        seed: What decides the LoRA fits.
         stages: What is told of the progress of the LoRA fits.
 
     Returns:
@@ -99,11 +99,10 @@ def interpolated_lora(
 
     It is the change that is interpolated, and not A and B each by itself; so the rank is that of both together.
 
-
     Args:
         first: The LoRA of the first photo, by diffusers' names; None for none.
         last: The LoRA of the last photo, with the same names; None for none.
-        delta: δ, in [0, 1].
+        delta: The time δ of the frame, in [0, 1].
     """
     if first is None or last is None:
         return None
@@ -176,7 +175,6 @@ def interpolated_attention(unet: torch.nn.Module) -> Iterator[InterpolatedAttent
 
     Forward hooks on the projections do it, so that attention processors and adapters stay what they are. Projections
     that are fused into one (`fuse_qkv_projections`) are not seen.
-
 
     Args:
         unet: A `UNet2DConditionModel`, compiled or not.

@@ -30,8 +30,9 @@ from .rife import load_rife
 from .suites import Pair
 from .weights import weights_file
 
-FITTED_EMBEDDING_STEPS, GUIDANCE = 200, 2.0  # of the method "noise_embeddings"
-CANDIDATES_RANKED = 4  # of the method "noise_candidates"
+FITTED_EMBEDDING_STEPS = 200  # steps of the fit of embeddings in the method "noise_embeddings"
+GUIDANCE = 2.0  # guidance scale of the method "noise_embeddings"
+CANDIDATES_RANKED = 4  # number of candidates for a frame in the method "noise_candidates"
 
 
 def ours(case: EvaluationCase) -> Result:
@@ -40,7 +41,7 @@ def ours(case: EvaluationCase) -> Result:
 
 
 def paper(case: EvaluationCase) -> Result:
-    """Ours with the paper's settings: one block's features, no penalty, no smoothing, photometric importance."""
+    """Ours as the paper has it: with every setting of the preset "paper"."""
     settings = PRESETS["paper"]
     return case.render(case.prepared(**taken(settings, *PREPARING)), **taken(settings, *RENDERING))
 

@@ -53,7 +53,7 @@ def endpoint_errors(flow: torch.Tensor, truth: torch.Tensor, where: torch.Tensor
     Args:
         flow: the flow to judge, (1, 2, H, W).
         truth: the true flow, (1, 2, H, W).
-        where: (1, H, W), true for the n pixels that count.
+        where: which n pixels count, (1, H, W) bool.
 
     Returns:
         The distances, (n,).

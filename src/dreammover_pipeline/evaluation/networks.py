@@ -20,8 +20,8 @@ from .lpips import Lpips
 from .weights import checkpoints, lpips_weights
 
 # Names of files in the folder `checkpoints`.
-RAFT = "raft_large_C_T_SKHT_V2-ff5fadd5.pth"  # torchvision's weights
-INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's weights
+RAFT = "raft_large_C_T_SKHT_V2-ff5fadd5.pth"  # file of torchvision's weights of RAFT
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # file of torch-fidelity's weights of Inception
 
 # What is raised if a library is missing, if its weights are, or if it was built for another torch.
 MISSING = (ImportError, OSError, RuntimeError)

@@ -67,7 +67,7 @@ def world_suite(difficulty: str, pairs: int, n_frames: int, size: int, seed: int
         pairs: number of pairs.
         n_frames: number of frames between the two images, at times i / (n_frames + 1).
         size: side of the images in pixels.
-        seed: decides the scenes; different seeds give different scenes.
+        seed: what decides the scenes; different seeds give different scenes.
     """
     world, times = World(size=size), frame_times(n_frames, None)
 

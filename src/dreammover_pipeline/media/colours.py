@@ -69,7 +69,7 @@ def source_colours(shares: np.ndarray, taken: np.ndarray) -> np.ndarray:
     """Colour places by the photos that they come from: orange the first, violet the last; white is neither.
 
     Args:
-        shares: of the first and of the last photo, an array (2, ...) that sums to 1 along its first axis.
+        shares: the shares of the first and of the last photo, an array (2, ...) that sums to 1 along its first axis.
         taken: how far the photos are taken at all, in [0, 1], in the shape of one of the shares.
 
     Returns:

@@ -209,8 +209,8 @@ def _map_panel(colours: np.ndarray, size: tuple[int, int], extent: tuple[float, 
 
     Args:
         colours: the colour of every cell.
-        size: (width, height) of the map in pixels.
-        extent: (width, height) in cells of the part that the photo fills.
+        size: width and height of the map in pixels.
+        extent: width and height in cells of the part that the photo fills.
     """
     return Image.fromarray(colours).resize(size, Image.Resampling.NEAREST, box=(0, 0, *extent))
 

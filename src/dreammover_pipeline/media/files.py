@@ -102,7 +102,7 @@ def write_video_or_keep(
 
     Args:
         frames: at least one picture, all of one size; they are taken one at a time, once more if they are to be kept.
-        path: the file or folder to write, as of `write_video`.
+        path: the file or folder to write, as `write_video` takes it.
         fps: frames per second.
         beside: the file or folder that frames are kept beside; by default `path`.
 

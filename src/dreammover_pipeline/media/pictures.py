@@ -54,7 +54,7 @@ class ContactSheet:
     """The sheet of `contact_sheet`, filled frame by frame, since all large frames at once could fill the memory.
 
     Args:
-        times: the time of each frame, as of `contact_sheet`.
+        times: the time of each frame, as `contact_sheet` takes them.
     """
 
     def __init__(self, times: Sequence[float]):

@@ -27,7 +27,7 @@ def sources_map(sources: FrameSources, canvas: Canvas, size: tuple[int, int]) ->
     Args:
         sources: where the frame comes from.
         canvas: the pair's canvas, so that the padding is left out.
-        size: (width, height) of the map in pixels.
+        size: width and height of the map in pixels.
     """
     shares, taken = (np.asarray(field.detach().cpu().double()) for field in (sources.shares, sources.taken[0]))
     h, w = taken.shape

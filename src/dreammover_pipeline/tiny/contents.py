@@ -84,7 +84,7 @@ class Sprites:
         """The sprites of some scenes, in one group for each kind.
 
         Args:
-            where: (B,) bool, the scenes whose sprites are wanted.
+            where: which scenes' sprites are wanted, (B,) bool.
             slot: 0 if these are the scenes' first sprites, 1 if they are the second.
             device: where the tensors of the groups live.
         """

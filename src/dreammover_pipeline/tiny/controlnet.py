@@ -32,7 +32,8 @@ from .stages import DROPPED, fast_on_cpu, generator_of, noise_error, noise_loss
 from .trainer import Stage, Trainer, load_weights, read_state
 from .world import World
 
-CHANNELS = (16, 32, 96, 256)  # of the network that shrinks poses to the latent grid, in diffusers' own ControlNet
+# Channels of the network that shrinks poses to the latent grid, in diffusers' own ControlNet.
+CHANNELS = (16, 32, 96, 256)
 STEPS, DEPTH = 25, 15  # of the steps of an evaluation's sampling the last 15 are taken, from 60 % of the noise
 
 
@@ -158,7 +159,7 @@ class ControlStage(Stage):
         """Frames (B, 3, H, W), about [-1, 1], made from the noised mean of the held-out ends.
 
         Args:
-            predict: predicts the noise in noisy latents at timesteps (B,).
+            predict: a function that predicts the noise in noisy latents at timesteps (B,).
         """
         scheduler = build_scheduler()
         scheduler.set_timesteps(STEPS)

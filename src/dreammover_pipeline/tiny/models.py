@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .world import World
 
-SCALING_FACTOR = 0.18215  # Stable Diffusion 1.5's
+SCALING_FACTOR = 0.18215  # the factor of Stable Diffusion 1.5's latents
 GROUPS = 8  # number of groups in every group norm
 _ALL = World()
 WORDS = ("a", "and", "over", "background", *_ALL.kinds, *_ALL.textures, *_ALL.colours, *_ALL.backgrounds)
@@ -146,7 +146,7 @@ def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
 
     Args:
         vae: the autoencoder, which is changed in place.
-        images: (B, 3, H, W) in [-1, 1], whose latents are measured.
+        images: the images whose latents are measured, (B, 3, H, W) in [-1, 1].
     """
     channels = vae.config.latent_channels
     means = torch.cat([vae.encode(part).latent_dist.mean for part in images.split(32)])

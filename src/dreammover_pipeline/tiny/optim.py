@@ -22,7 +22,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     Source: Muon, https://kellerjordan.github.io/posts/muon.
 
     Args:
-        matrices: (n, rows, columns), none of which is zero.
+        matrices: n matrices (n, rows, columns), none of which is zero.
 
     Returns:
         (n, rows, columns) bfloat16.

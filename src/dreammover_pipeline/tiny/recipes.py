@@ -117,7 +117,7 @@ def draw_images(world: World, count: int, seed: int, device: torch.device) -> tu
     Args:
         world: the world that scenes are drawn from.
         count: number of images, a multiple of 256.
-        seed: decides all images.
+        seed: what decides all images.
         device: the device that the images are drawn on.
 
     Returns:
@@ -136,7 +136,7 @@ def drawn_moments(world: World, count: int, seed: int, device: torch.device) -> 
     Args:
         world: the world that scenes are drawn from.
         count: number of images, a multiple of 256.
-        seed: decides all scenes and times.
+        seed: what decides all scenes and times.
         device: the device that the scenes live on.
     """
     for part in range(count // (SCENES * TIMES)):

@@ -49,7 +49,7 @@ class Scenes:
         """The true images of all scenes at one time.
 
         Args:
-            time: in [0, 1]; the images to be interpolated are those at 0 and at 1.
+            time: the time in [0, 1]; the images to be interpolated are those at 0 and at 1.
 
         Returns:
             (B, 3, H, W) in [0, 1].
@@ -71,8 +71,8 @@ class Scenes:
         """How far what each pixel shows at time `source` has moved by time `target`, hidden there or not.
 
         Args:
-            source: time in [0, 1] of the image whose pixels are asked about.
-            target: time in [0, 1] that they are followed to.
+            source: the time in [0, 1] of the image whose pixels are asked about.
+            target: the time in [0, 1] that the pixels are followed to.
 
         Returns:
             (B, 2, H, W) in pixels, dx and dy; zero on the background, which does not move.
@@ -91,8 +91,8 @@ class Scenes:
         interpolation is defined.
 
         Args:
-            source: time in [0, 1] of the image whose pixels are asked about.
-            target: time in [0, 1] that they are followed to.
+            source: the time in [0, 1] of the image whose pixels are asked about.
+            target: the time in [0, 1] that the pixels are followed to.
 
         Returns:
             (B, 1, H, W) bool.
@@ -112,7 +112,7 @@ class Scenes:
         """Which pixels show a sprite.
 
         Args:
-            time: in [0, 1].
+            time: the time of the image, in [0, 1].
 
         Returns:
             (B, 1, H, W) bool.

@@ -97,7 +97,7 @@ def poses_of(scenes: Scenes, time: float) -> Tensor:
 
     Args:
         scenes: the scenes.
-        time: in [0, 1].
+        time: the time of the scenes, in [0, 1].
 
     Returns:
         (B, 2, 18, 3): for the first and for the second sprite of each scene x and y in pixels, where (0, 0) is the

@@ -229,10 +229,10 @@ def noise_loss(
     """Squared error of the predicted noise, with min-SNR weights, at timesteps spread evenly over the batch.
 
     Args:
-        predict: predicts the noise in noisy latents (B, C, h, w) at timesteps (B,).
+        predict: a function that predicts the noise in noisy latents (B, C, h, w) at timesteps (B,).
         latents: scaled latents, (B, C, h, w).
         alphas: ᾱ of every timestep, (T,).
-        generator: decides timesteps and noise.
+        generator: the generator that decides timesteps and noise.
     """
     batch, at = len(latents), {"generator": generator, "device": latents.device}
     share = (torch.arange(batch, device=latents.device) + torch.rand(batch, **at)) / batch

@@ -57,9 +57,9 @@ def psnr(images: Tensor, truth: Tensor, mask: Tensor) -> float:
     """Peak signal-to-noise ratio inside a mask in dB, as a mean over images.
 
     Args:
-        images: (B, 3, H, W); values outside [-1, 1] are clipped.
-        truth: (B, 3, H, W) in [-1, 1].
-        mask: (B, 1, H, W) bool; an image whose mask is empty does not count.
+        images: the images to judge, (B, 3, H, W); values outside [-1, 1] are clipped.
+        truth: the true images, (B, 3, H, W) in [-1, 1].
+        mask: which pixels count, (B, 1, H, W) bool; an image whose mask is empty does not count.
     """
     error = (images.clamp(-1, 1) - truth).div(2).square().mean(1, keepdim=True) * mask
     pixels = mask.sum((1, 2, 3))
@@ -110,7 +110,7 @@ def noise_errors(predict: Callable[[Tensor, Tensor], Tensor], latents: Tensor, a
     """Mean squared error of predicted noise at `NOISE_STEPS`.
 
     Args:
-        predict: predicts the noise in noisy latents (B, C, h, w) at timesteps (B,).
+        predict: a function that predicts the noise in noisy latents (B, C, h, w) at timesteps (B,).
         latents: scaled latents, (B, C, h, w).
         alphas: ᾱ of every timestep, (T,).
     """
@@ -141,7 +141,7 @@ def pck(features: Tensor, pairs: Pairs, cells: int) -> dict[str, float]:
     Cells are matched as the pipeline matches them: on the latent grid, by cosine, with all cells of the other image.
 
     Args:
-        features: (2·n, C', h', w') of all first images, then of all last images.
+        features: the features of all first images, then of all last images, (2·n, C', h', w').
         pairs: the n pairs, with the true flow.
         cells: number of cells along a side of the latent grid.
 

@@ -75,7 +75,8 @@ class World:
 
         Args:
             count: how many scenes to draw, B.
-            seed: decides every scene; scene number i is the same whatever the count, the image size and the device.
+            seed: what decides every scene; scene number i is the same whatever the count, the image size and the
+                device.
             difficulty: "same" for motion alone; "relit" for light that changes, too, in strength, colour and
                 direction; "recast" for a last image that has the same kinds in the same poses but other colours,
                 textures and background, and into which the first one dissolves.
@@ -108,9 +109,9 @@ class World:
 
         Args:
             draws: where the random numbers come from.
-            size: of the sprites, relative to the size of their kind.
+            size: the size of the sprites, relative to the size of their kind.
             margin: distance that their centres keep from the border at time 0 and 1, as a share of the frame's side.
-            beside: (B, 2), the `share` of sprites that are there already; the new ones are put into the other half of
+            beside: the `share` of sprites that are there already, (B, 2); the new ones are put into the other half of
                 the frame.
         """
         kind, facing = draws.pick(self.kinds, tuple(KINDS), 1)[:, 0], draws.signed(1, 1, 1)[:, 0]

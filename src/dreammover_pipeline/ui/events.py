@@ -45,7 +45,7 @@ class EventHandlers:
     """The functions that the page's events call. A visitor's session is found by the request of the event.
 
     Args:
-        studio: has the sessions.
+        studio: the studio that has the sessions.
         components: the components of the page.
         defaults: what the pipeline's arguments are until a visitor changes them.
     """

@@ -31,7 +31,7 @@ of the list.
 """
 # By name; each picture has its headline in itself.
 PICTURES = ("flow", "matches", "confidence", "occlusion", "sources", "sheet")
-MAX_PROMPT = 500  # characters
+MAX_PROMPT = 500  # characters that a prompt may have
 PICTURE_VIEW = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
 CSS = """
 footer {display: none !important}

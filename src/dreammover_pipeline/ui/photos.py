@@ -17,7 +17,7 @@ WHICH = ("first", "last")
 MAX_SIDE = (
     1280  # pixels of a photo's longer side; larger photos are shrunk, since frames come back at the photo's size
 )
-MAX_PIXELS = 2**26  # of an upload's file: 67 megapixels, more than nearly any camera has
+MAX_PIXELS = 2**26  # pixels that an upload's file may have: 67 million, more than nearly any camera takes
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF")  # Pillow's names of what an upload may be
 CLICK_SIDE = 640  # pixels that the longer side of a photo has, about, where it is shown for clicking
 SPOT_COLOUR = (214, 39, 40)

@@ -29,7 +29,7 @@ class RenderedFrames:
     """The frames of a prepared pair as files, with both photos at the ends.
 
     Args:
-        key: equal only for the same prepared pair and the same settings.
+        key: a key that is equal only for the same prepared pair and the same settings.
         folder: the folder that holds all files of these frames.
         files: the frames, in their order.
         times: the δ of every frame.

@@ -30,7 +30,7 @@ def build_page(studio: Studio, examples: Path, defaults: Mapping[str, object]) -
     """Build the page with all its events.
 
     Args:
-        studio: does the work.
+        studio: the studio that does the work.
         examples: a folder of example pairs, each a folder with `0.png` and `1.png`, or `0.jpg` and `1.jpg`, and with
             `prompt.txt`.
         defaults: values for arguments of the pipeline that the page begins with; an argument that is not among them

@@ -45,7 +45,7 @@ class Session:
 
     Args:
         pipe: the pipeline, which all sessions share.
-        pipeline_lock: held by the session whose job the pipeline is doing.
+        pipeline_lock: a lock that is held by the session whose job the pipeline is doing.
         folder: where the session's files will lie; nothing else may be in it.
     """
 
@@ -114,7 +114,8 @@ class Session:
             fps: frames per second of the video.
             hold: seconds for which the first and the last frame stand still.
             ping_pong: whether the video also runs back to its beginning.
-            report: called as (stage name, steps done, steps in all) when a stage begins and after each of its steps.
+            report: a function called as (stage name, steps done, steps in all) when a stage begins and after each of
+                its steps.
             choices: which of its candidates a frame of the last video is to be from now on, by the frame's δ. The
                 others stay what they were chosen to be, as long as the photos and all other settings are the same.
 
@@ -157,7 +158,8 @@ class Session:
         Args:
             time: the frame's δ, in (0, 1).
             rendering: arguments of `DreamMoverPipeline.render` but for the pair; "times" and "easing" are ignored.
-            report: called as (stage name, steps done, steps in all) when a stage begins and after each of its steps.
+            report: a function called as (stage name, steps done, steps in all) when a stage begins and after each of
+                its steps.
 
         Raises:
             StoppedError: the visitor cancelled the job or left.
