@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from support.snapshot import snapshot
 
 from dreammover_pipeline.attention import reference_attention, self_attention_names
@@ -131,3 +132,21 @@ def test_sd15_has_the_six_layers_of_the_released_code():
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     assert [len(self_attention_names(unet, block)) for block in range(4)] == [0, 3, 3, 3]
+
+
+def test_a_users_processor_gets_its_keyword_arguments(unet, inputs):
+    """diffusers hands on only those that the signature of `__call__` names."""
+    given = []
+
+    class Louder(AttnProcessor2_0):
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, gain=1.0):
+            given.append(gain)
+            return gain * super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+    unet.set_attn_processor(Louder())
+    text = inputs["text"].expand(5, -1, -1)
+    both = torch.cat([inputs["pair"], inputs["frames"]])
+    with torch.no_grad(), reference_attention(unet, (2, 3)) as references, references.led_by_inputs():
+        unet(both, torch.tensor(101), text, cross_attention_kwargs={"gain": 0.5})
+    assert set(given) == {0.5}
+    assert len(given) == len(unet.attn_processors) + len(references.layers)  # once for the inputs, once for frames

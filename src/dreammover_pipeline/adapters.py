@@ -103,6 +103,25 @@ def _restored_adapters(model: torch.nn.Module) -> Iterator[dict[torch.nn.Module,
         _reapply_group_offloading(model)
 
 
+@contextmanager
+def scaled_adapters(unet: torch.nn.Module, scale: float) -> Iterator[None]:
+    """Multiply the scales of all adapters on a UNet while the context lasts.
+
+    diffusers does so for a forward pass with "scale" in `cross_attention_kwargs`, and undoes it before the backward
+    pass, which would see other scales where activations are computed again.
+    """
+    layers = _tuner_layers(unwrapped(unet)).values() if scale != 1 else ()
+    scaled = [layer.scaling for layer in layers if hasattr(layer, "scaling")]
+    before = [dict(scales) for scales in scaled]
+    try:
+        for scales in scaled:
+            scales.update({name: scale * value for name, value in scales.items()})
+        yield
+    finally:
+        for scales, values in zip(scaled, before, strict=True):
+            scales.update(values)
+
+
 def _remove_adapter(model: torch.nn.Module, users: Container[torch.nn.Module]) -> None:
     for name, layer in _tuner_layers(model).items():
         if layer not in users:  # it wraps a layer of the model, or a user's adapter of another kind, such as LoHa

@@ -3,13 +3,16 @@
 
 Each attention processor wraps the one that it replaces. The wrapped one gets the inputs' tokens as
 `encoder_hidden_states` and projects them to exactly K⁰⊕K¹ and V⁰⊕V¹, because projections act on every token by itself.
-So LoRA layers, sliced attention and whatever else the user installed go on working.
+So LoRA layers, sliced attention and whatever else the user installed go on working, with the keyword arguments that
+the user passes to them.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -67,30 +70,48 @@ class ReferenceAttnProcessor:
         self.inner = _separate(inner)
         self.references = references
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
         """Attend from `hidden_states`: frames (G·F, L, C), or groups that the inputs lead (G·(2 + F), L, C)."""
         groups = self.references.led_groups
         if not groups:
-            return self._attend_to_inputs(attn, hidden_states)
+            return self._attend_to_inputs(attn, hidden_states, kwargs)
         of_groups = hidden_states.unflatten(0, (groups, -1))
         # A copy, since a part of the batch would keep the whole batch in memory until the next step.
         inputs = self.references.tokens[self.name] = of_groups[:, :2].flatten(0, 1).clone()
-        attended = self.inner(attn, inputs, attention_mask=attention_mask)
+        attended = self.inner(attn, inputs, attention_mask=attention_mask, **kwargs)
         frames = of_groups[:, 2:].flatten(0, 1)
         if not len(frames):
             return attended
-        parts = [attended, self._attend_to_inputs(attn, frames)]
+        parts = [attended, self._attend_to_inputs(attn, frames, kwargs)]
         return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
 
-    def _attend_to_inputs(self, attn, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _attend_to_inputs(self, attn, hidden_states: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """Attend from frames (G·F, L, C) to the inputs that were recorded last."""
         tokens = self.references.tokens[self.name]
         groups, (batch, length, channels) = len(tokens) // 2, hidden_states.shape
         # All queries of a group form one long sequence, so that the inputs' K and V are projected once for all frames.
         queries = hidden_states.reshape(groups, batch // groups * length, channels)
         tokens = tokens.reshape(groups, 2 * length, channels)
-        attended = self.inner(attn, queries, encoder_hidden_states=tokens)
+        attended = self.inner(attn, queries, encoder_hidden_states=tokens, **kwargs)
         return attended.reshape(batch, length, channels)
+
+
+@cache
+def naming_arguments_of(inner: type, wrapper: type) -> type:
+    """A kind of the wrapper whose `__call__` names the arguments of the processor that it wraps.
+
+    diffusers hands a processor only those of the user's keyword arguments that its `__call__` names.
+
+    Args:
+        inner: The class of an attention processor.
+        wrapper: The class of processors that wrap it, and hand on what they are given.
+    """
+
+    def call(self, *args, **kwargs):
+        return wrapper.__call__(self, *args, **kwargs)
+
+    call.__signature__ = inspect.signature(inner.__call__)
+    return type(wrapper.__name__, (wrapper,), {"__call__": call, "__module__": wrapper.__module__})
 
 
 def _separate(processor):
@@ -139,7 +160,10 @@ def reference_attention(unet: torch.nn.Module, blocks: Sequence[int]) -> Iterato
     """
     installed = dict(unet.attn_processors)
     references = References([name for block in blocks for name in self_attention_names(unet, block)])
-    wrapped = {name: ReferenceAttnProcessor(name, installed[name], references) for name in references.layers}
+    wrapped = {
+        name: naming_arguments_of(type(installed[name]), ReferenceAttnProcessor)(name, installed[name], references)
+        for name in references.layers
+    }
     try:
         unet.set_attn_processor({**installed, **wrapped})
         yield references

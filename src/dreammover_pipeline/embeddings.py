@@ -41,6 +41,7 @@ def fit_embeddings(
     prediction_type: str = "epsilon",
     on_step: Callable[[], None] = lambda: None,
     gradient_checkpointing: bool = False,
+    cross_attention_kwargs: dict | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Fit the text embeddings of two images or more, by noise prediction; nothing else is trained.
 
@@ -61,6 +62,7 @@ def fit_embeddings(
         prediction_type: What the UNet predicts, "epsilon" or "v_prediction".
         on_step: Function called after each step.
         gradient_checkpointing: Whether activations are computed again for the backward pass instead of being kept.
+        cross_attention_kwargs: Keyword arguments for the attention processors; "scale" scales every LoRA.
 
     Returns:
         The fitted embeddings, (n, L, D) and (1, L, D) or None, in the UNet's precision.
@@ -70,7 +72,9 @@ def fit_embeddings(
         RuntimeError: The fit diverged.
     """
     generator, dtype = torch.Generator("cpu").manual_seed(seed), unet.dtype
-    training = NoiseTraining(unet, clean, alphas_cumprod, prediction_type, gradient_checkpointing)
+    training = NoiseTraining(
+        unet, clean, alphas_cumprod, prediction_type, gradient_checkpointing, cross_attention_kwargs
+    )
     with training.ready(), _frozen(unet):
         starts = [prompt_embeds] if negative_embeds is None else [prompt_embeds, negative_embeds]
         fitted = [torch.nn.Parameter(start.detach().float().clone()) for start in starts]

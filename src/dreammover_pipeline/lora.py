@@ -56,6 +56,7 @@ def fit_pair_lora(
     prediction_type: str = "epsilon",
     on_step: Callable[[], None] = lambda: None,
     gradient_checkpointing: bool = False,
+    cross_attention_kwargs: dict | None = None,
 ) -> dict[str, torch.Tensor]:
     """Fit one LoRA on the UNet's attention projections to the latents of two images or more, by noise prediction.
 
@@ -78,6 +79,7 @@ def fit_pair_lora(
         on_step: Function called after each step.
         gradient_checkpointing: Whether activations are computed again for the backward pass instead of being kept,
             which takes about a quarter of the memory and four thirds of the time, and gives the same result.
+        cross_attention_kwargs: Keyword arguments for the attention processors; "scale" scales every LoRA.
 
     Returns:
         The LoRA weights in float32, by the names that diffusers gives them in a file: "….to_q.lora_A.weight" (r, in),
@@ -89,7 +91,9 @@ def fit_pair_lora(
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     dtype = unet.dtype
-    training = NoiseTraining(unet, clean, alphas_cumprod, prediction_type, gradient_checkpointing)
+    training = NoiseTraining(
+        unet, clean, alphas_cumprod, prediction_type, gradient_checkpointing, cross_attention_kwargs
+    )
     with training.ready(), separate_projections(unet), isolated_adapter(unet, fit.rank) as layers:
         texts = prompt_embeds.to(dtype).clone()
         parameters = _initialise(layers, generator)

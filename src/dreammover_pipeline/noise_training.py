@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .adapters import require_in_memory, unwrapped, without_group_offloading
+from .adapters import require_in_memory, scaled_adapters, unwrapped, without_group_offloading
 from .captured import TrainingStep, only_kernels, replayed
 from .ddim import recompose, v_from_eps
-from .repeatable import repeatable_attention
+from .repeatable import repeatable_attention, repeatable_convolutions
 from .turns import interruptible
 
 FIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -61,6 +61,7 @@ class NoiseTraining:
         alphas_cumprod: ᾱ at every trained timestep, (T,).
         prediction_type: What the UNet predicts, "epsilon" or "v_prediction".
         gradient_checkpointing: Whether activations are computed again for the backward pass instead of being kept.
+        cross_attention_kwargs: Keyword arguments for the attention processors; "scale" scales every LoRA.
 
     Raises:
         ValueError: Gradients cannot pass through the UNet.
@@ -73,10 +74,13 @@ class NoiseTraining:
         alphas_cumprod: torch.Tensor,
         prediction_type: str,
         gradient_checkpointing: bool,
+        cross_attention_kwargs: dict | None = None,
     ):
         _check_trainable(unet)
         self.unet, self.clean, self.prediction_type = unet, clean, prediction_type
         self.alphas_cumprod, self.dtype = alphas_cumprod.to(clean.device), unet.dtype
+        self.cross_attention_kwargs = dict(cross_attention_kwargs or {})
+        self.lora_scale = self.cross_attention_kwargs.pop("scale", 1.0)
         self.checkpointed = gradient_checkpointing or unwrapped(unet).is_gradient_checkpointing
 
     @contextmanager
@@ -131,6 +135,8 @@ class NoiseTraining:
         with ExitStack() as stack:
             if device.type == "cuda":
                 stack.enter_context(repeatable_attention(self.unet))
+                stack.enter_context(repeatable_convolutions())
+            stack.enter_context(scaled_adapters(self.unet, self.lora_scale))
             stack.enter_context(interruptible())
             for number in range(steps):
                 inputs.draw(len(self.clean), len(self.alphas_cumprod), generator)
@@ -149,7 +155,8 @@ class NoiseTraining:
         if len(texts) > 1:
             noisy, timesteps, target = (torch.cat([part] * len(texts)) for part in (noisy, timesteps, target))
         embeds = torch.cat(texts) if len(texts) > 1 else texts[0]
-        predicted = self.unet(noisy, timesteps, embeds, return_dict=False)[0]
+        asked = {"cross_attention_kwargs": self.cross_attention_kwargs or None, "return_dict": False}
+        predicted = self.unet(noisy, timesteps, embeds, **asked)[0]
         return F.mse_loss(predicted.to(target.dtype), target)
 
 

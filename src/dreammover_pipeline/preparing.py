@@ -150,6 +150,7 @@ def fit_lora(
                 denoiser.ddim.config.prediction_type,
                 step,
                 gradient_checkpointing,
+                denoiser.cross_attention_kwargs,
             )
 
     return _in_memory(attempt, affords_fit(*denoiser.footprint(clean)), "the LoRA fit", clean.device)
@@ -196,6 +197,7 @@ def fit_texts(
                 denoiser.ddim.config.prediction_type,
                 step,
                 gradient_checkpointing,
+                denoiser.cross_attention_kwargs,
             )
 
     samples = 1 if negative is None else 2  # for each photo

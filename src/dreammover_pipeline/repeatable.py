@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention whose gradients are the same bits every time on a GPU.
+"""Attention and convolutions whose gradients are the same bits every time on a GPU.
 
 The fused attentions of a GPU share the keys of an image among blocks, which add their parts of a gradient in whatever
 order they finish, so that two LoRA fits with one seed differ. Torch's memory-efficient attention can leave all keys to
@@ -7,16 +7,22 @@ one block; then it repeats its bits, but has few blocks. So here it is given a f
 images of their own, and what each of these adds to the gradients of keys and values is summed in one order.
 
 Where that attention does not work, the gradients are written out in matrix products.
+
+cuDNN has algorithms for the gradients of convolutions that do not repeat their bits either. It can be told not to take
+them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+
+from .attention import naming_arguments_of
 
 QUERY_PARTS = 32  # largest number of parts that an image's queries are divided into, so that all of a GPU has work
 PART = 64  # number that the queries of a part are a multiple of, as the kernels divide them themselves
@@ -172,7 +178,40 @@ def repeatable_attention(unet: torch.nn.Module) -> Iterator[None]:
     """
     installed = dict(unet.attn_processors)
     try:
-        unet.set_attn_processor({name: RepeatableProcessor(processor) for name, processor in installed.items()})
+        unet.set_attn_processor(
+            {
+                name: naming_arguments_of(type(processor), RepeatableProcessor)(processor)
+                for name, processor in installed.items()
+            }
+        )
         yield
     finally:
         unet.set_attn_processor(installed)
+
+
+class _Deterministic:
+    """cuDNN's choice of algorithms that repeat their bits, which is one setting for all threads of the process."""
+
+    def __init__(self):
+        self._lock, self._contexts, self._before = Lock(), 0, None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Have only such algorithms chosen while the context lasts; of several contexts the last to end undoes it."""
+        cudnn = torch.backends.cudnn
+        with self._lock:
+            if not self._contexts:
+                self._before = cudnn.deterministic, cudnn.benchmark
+                # What is fastest in a trial may be another algorithm every time.
+                cudnn.deterministic, cudnn.benchmark = True, False
+            self._contexts += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._contexts -= 1
+                if not self._contexts:
+                    cudnn.deterministic, cudnn.benchmark = self._before
+
+
+repeatable_convolutions = _Deterministic()

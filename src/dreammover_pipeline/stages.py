@@ -195,7 +195,7 @@ class StageMethods:
 
     def fingerprint(self) -> str:
         """What decides the frames of given arguments, in short: all weights of UNet, VAE, text encoder, ControlNet and
-        CLIP, the noise schedule, and the scale of the latents.
+        CLIP, the noise schedule, the scale of the latents, and FreeU where it is enabled.
 
         It is the same wherever the weights are held, offloaded or not, compiled or not, and in every precision that
         rounds none of them. A LoRA changes it while it acts: loaded and active, at its weight, or fused; loaded and
@@ -209,7 +209,9 @@ class StageMethods:
 
     def _fingerprint(self) -> str:
         scale = None if self.vae is None else self.vae.config.scaling_factor
-        settings = json.dumps([schedule_settings(self.scheduler), scale], default=list)
+        freeu = [getattr(block, name, None) for block in self.unet.up_blocks for name in ("s1", "s2", "b1", "b2")]
+        enabled = [freeu] if any(freeu) else []  # so that fingerprints without it are those of earlier versions
+        settings = json.dumps([schedule_settings(self.scheduler), scale, *enabled], default=list)
         with interruptible():
             weights = fingerprint(self._at_work)
         return hashlib.sha256(f"{weights} {settings}".encode()).hexdigest()

@@ -168,6 +168,16 @@ def test_a_fingerprint_knows_adapters_of_every_kind(pipe, user):
     assert pipe.fingerprint() == plain
 
 
+def test_a_fingerprint_knows_freeu(pipe):
+    plain = pipe.fingerprint()
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    enabled = pipe.fingerprint()
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.5)
+    assert len({plain, enabled, pipe.fingerprint()}) == 3
+    pipe.disable_freeu()
+    assert pipe.fingerprint() == plain
+
+
 def test_a_unet_inside_a_model_of_peft_is_fitted_as_itself(pipe, photos, fast):
     """`get_peft_model` wraps the UNet; names of a LoRA are those in the UNet all the same."""
     fit = {"lora_steps": 2, "lora_learning_rate": 1e-2}
@@ -297,6 +307,28 @@ def test_cross_attention_kwargs_scale_all_loras(pipe, photos, fast):
     assert torch.allclose(pipe(*photos, **fast, **off).frames, plain, atol=1e-4)
     fit = {"lora_steps": 3, "lora_learning_rate": 1e-2}
     assert torch.allclose(pipe(*photos, **fast | fit, **off).frames, plain, atol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_fit_sees_all_loras_scaled_as_frames_do(unet, pair, alphas_cumprod, checkpointed):
+    """Also where activations are computed again, which diffusers does with LoRAs that are not scaled any more."""
+    user_active(unet)
+    before = snapshot(unet)
+
+    def fitted(**arguments):
+        arguments |= {"seed": 0, "gradient_checkpointing": checkpointed}
+        return fit_pair_lora(unet, *pair, alphas_cumprod, FIT, **arguments)
+
+    plain, halved = fitted(), fitted(cross_attention_kwargs={"scale": 0.5})
+    assert snapshot(unet) == before
+    none = fitted(cross_attention_kwargs={"scale": 0.0})
+    assert snapshot(unet) == before
+    assert all(not weight.any() for name, weight in none.items() if "lora_B" in name)
+    assert not any(torch.allclose(plain[name], halved[name], atol=1e-5) for name in plain if "lora_B" in name)
+    expected = fit_pair_lora(
+        unet, *pair, alphas_cumprod, FIT, seed=0, cross_attention_kwargs={"scale": 0.5}, gradient_checkpointing=False
+    )
+    assert all(torch.allclose(halved[name], expected[name], atol=1e-5) for name in expected)
 
 
 def test_the_text_encoders_loras_are_scaled_too_and_come_back(pipe):

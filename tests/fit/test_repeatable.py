@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The written-out gradients of attention against autograd's; that they repeat their bits takes a GPU to see."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor2_0
 from support.snapshot import snapshot
 
 from dreammover_pipeline import repeatable
@@ -14,6 +17,7 @@ from dreammover_pipeline.repeatable import (
     attend,
     is_efficient,
     repeatable_attention,
+    repeatable_convolutions,
 )
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -62,6 +66,41 @@ def test_attention_of_another_kind_is_left_alone():
     assert "WrittenAttention" in type(plain.grad_fn).__name__
     assert "WrittenAttention" not in type(masked.grad_fn).__name__
     assert torch.allclose(masked, causal)
+
+
+def test_convolutions_repeat_until_the_last_of_several_fits_ends(monkeypatch):
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "deterministic", False)
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    first = ExitStack()
+    first.enter_context(repeatable_convolutions())
+
+    def fail_meanwhile():
+        with repeatable_convolutions():
+            first.close()
+            assert (cudnn.deterministic, cudnn.benchmark) == (True, False)
+            raise KeyboardInterrupt
+
+    assert (cudnn.deterministic, cudnn.benchmark) == (True, False)
+    with pytest.raises(KeyboardInterrupt):
+        fail_meanwhile()
+    assert (cudnn.deterministic, cudnn.benchmark) == (False, True)
+
+
+def test_a_users_processor_gets_its_keyword_arguments(unet, pair):
+    """diffusers hands on only those that the signature of `__call__` names."""
+    clean, texts = pair
+    given = []
+
+    class Louder(AttnProcessor2_0):
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, gain=1.0):
+            given.append(gain)
+            return gain * super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+    unet.set_attn_processor(Louder())
+    with repeatable_attention(unet), torch.no_grad():
+        unet(clean, torch.tensor(11), texts, cross_attention_kwargs={"gain": 0.5})
+    assert given == [0.5] * len(unet.attn_processors)
 
 
 @ON_GPU
