@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from support import naive
 
-from dreammover_pipeline import refinement
+from dreammover_pipeline import refinement, search
 from dreammover_pipeline.fields import cell_grid
 from dreammover_pipeline.records import BidirectionalFlow
 from dreammover_pipeline.refinement import (
     FROM_FEATURES,
     WITHIN_A_CELL,
     Windows,
-    _most_alike,
     aligned_flow,
     refined_flow,
 )
 from dreammover_pipeline.rigid import nearer_fit, similarities_of
+from dreammover_pipeline.search import most_alike
 
 TOLERANCE = 0.06
 
@@ -108,13 +108,13 @@ def test_places_that_look_alike_are_not_told_apart():
     """A chequered photo looks the same wherever it has gone by two fields, so a wrong flow finds nothing elsewhere."""
     x, y = cell_grid(96, 96, torch.zeros(1).double())[0]
     photo = 0.5 + 0.3 * (x * torch.pi / 8).sin() * (y * torch.pi / 8).sin()
-    windows = Windows.of(photo.expand(2, 3, -1, -1), (24, 24), FROM_FEATURES)
-    assert not _most_alike(windows)[2][..., 6:18, 6:18].any()
+    _, _, matched = most_alike(photo.expand(2, 3, -1, -1), (24, 24), FROM_FEATURES.half)
+    assert not matched[..., 6:18, 6:18].any()
 
 
 def test_a_search_among_fewer_places_finds_the_same_motion(monkeypatch):
     photos, truth = moved_pair(24, 24, 0, 1.0, (8, 2))
-    monkeypatch.setattr(refinement, "SEARCHED_PLACES", 24 * 24 // 4)
+    monkeypatch.setattr(search, "SEARCHED_PLACES", 24 * 24 // 4)
     made = refined_flow(BidirectionalFlow.of(torch.zeros_like(truth)), photos, TOLERANCE).stacked()
     assert (made - truth).norm(dim=1)[inside(truth, 5)].quantile(0.9) < 0.25
 

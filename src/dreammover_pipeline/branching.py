@@ -10,6 +10,7 @@ Source: Interpolating between Images with Diffusion Models (arXiv 2307.12560), Â
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,10 @@ from .ddim import recompose, working_dtype
 from .fusion import slerp
 from .noise_training import gaussian
 from .records import Schedule
-from .sampling import denoise
+from .sampling import AfterStep, PredictNoise, denoise
+
+# A function from frames of one generation and the number of steps that they take to a context for their denoising.
+AtWork = Callable[[list[int], int], AbstractContextManager[tuple[PredictNoise, AfterStep]]]
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,10 @@ def mixed_in_noise(parents: torch.Tensor, noise: torch.Tensor, alpha_bar: float,
 def interpolate_in_noise(
     clean: torch.Tensor,
     times: Sequence[float],
-    predictor: Callable[[list[int], int], Callable[[torch.Tensor, int], torch.Tensor]],
+    at_work: AtWork,
     schedule: Schedule,
     levels: tuple[float, float],
     seed: int,
-    on_step: Callable[[int, int, torch.Tensor], torch.Tensor] = lambda i, timestep, latents: latents,
     interrupted: Callable[[], bool] = lambda: False,
     candidates: int = 1,
     choose: Callable[[float, torch.Tensor], int] = lambda time, candidates: 0,
@@ -112,13 +115,12 @@ def interpolate_in_noise(
     Args:
         clean: The clean latents of the two pictures, (2, C, h, w).
         times: The time Î´ of each frame, (F,), in (0, 1).
-        predictor: Function from the indices of frames among `times`, and the number of steps that they take, to
-            `predict_noise(latents, timestep) -> eps` for these frames; it is called once for each generation.
+        at_work: Function from the indices of a generation's frames among `times`, and the number of steps that they
+            take, to a context in which they are denoised. It gives what predicts their noise, and what is called after
+            each step, with i from 0 over all generations.
         schedule: The DDIM schedule whose steps are taken.
         levels: The shares of the schedule that the last generation and the first one are noised by.
         seed: What decides the noise.
-        on_step: Function called after each step with (i from 0 over all generations, timestep, latents); the latents
-            that it returns replace those it was given.
         interrupted: Function called before each step; if it returns True, frames that are not made yet are mixed of
             their parents.
         candidates: How often every frame is made, with other noise. The first is what it is without any others.
@@ -148,14 +150,15 @@ def interpolate_in_noise(
             for candidate in range(candidates)
         ]
         frames = [times.index(branch.time) for branch in generation for _ in range(candidates)]
-        latents = denoise(
-            torch.stack(mixed),
-            predictor(frames, steps),
-            schedule,
-            steps,
-            lambda i, timestep, x, before=done: on_step(before + i, timestep, x),
-            interrupted,
-        )
+        with at_work(frames, steps) as (predict_noise, on_step):
+            latents = denoise(
+                torch.stack(mixed),
+                predict_noise,
+                schedule,
+                steps,
+                lambda i, timestep, x, before=done, on_step=on_step: on_step(before + i, timestep, x),
+                interrupted,
+            )
         for branch, some in zip(generation, latents.split(candidates), strict=True):
             made[branch.time] = some[choose(branch.time, some)]
         done += steps

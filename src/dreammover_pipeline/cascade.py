@@ -194,7 +194,8 @@ class Level:
 
     def needed(self, plan: FrameDetail) -> list[int]:
         """The tiles in which a frame does not take everything from the photos."""
-        return [tile for tile in range(len(self.pixels)) if self.free(plan, tile).max() > UNSEEN_SHARE]
+        most = torch.stack([self.free(plan, tile).max() for tile in range(len(self.pixels))])
+        return [tile for tile, share in enumerate(most.tolist()) if share > UNSEEN_SHARE]
 
     def free(self, plan: FrameDetail, tile: int) -> torch.Tensor:
         """How far the pixels of a tile, as far as it is on the frame, are not taken from the photos, (1, th, tw)."""

@@ -24,8 +24,8 @@ class Conditions:
     prompt_embeds: torch.Tensor
     negative_prompt_embeds: torch.Tensor | None
 
-    def of(self, frames: list[int]) -> Conditions:
-        """Those of some of the frames, by their indices."""
+    def selected(self, frames: list[int]) -> Conditions:
+        """The embeddings of some of the frames, by the frames' indices."""
         negative = self.negative_prompt_embeds
         return Conditions(self.prompt_embeds[frames], None if negative is None else negative[frames])
 

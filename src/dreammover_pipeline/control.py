@@ -35,8 +35,8 @@ class FrameControl:
     start: float
     end: float
 
-    def of(self, frames: list[int]) -> FrameControl:
-        """That of some of the frames, by their indices."""
+    def selected(self, frames: list[int]) -> FrameControl:
+        """What the ControlNet is given for some of the frames, by the frames' indices."""
         return FrameControl(self.pictures[frames], self.ends, self.scale, self.start, self.end)
 
     def acts(self, step: int, steps: int) -> bool:

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from diffusers import ControlNetModel, DDIMScheduler
 from diffusers.utils import logging
 
 from .adapters import unwrapped
-from .attention import reference_attention
+from .attention import References, reference_attention
 from .captured import RecordedCall, only_kernels
 from .conditioning import Conditions
 from .control import FrameControl
@@ -168,12 +169,8 @@ class Denoiser:
         largest: int | None,
         control: FrameControl | None = None,
         steps: int | None = None,
-    ) -> Iterator[Callable[[torch.Tensor, int], torch.Tensor]]:
-        """A function for ε of in-between frames (F, C, h, w) at a timestep of the pair's path.
-
-        At every step the two photos lead the first batch, at their own latents of that step, and leave the tokens that
-        all frames attend to; so the references are exact and the photos need no denoising of their own. The frames go
-        in batches that fit the memory.
+    ) -> Iterator[FramePredictor]:
+        """What predicts the noise of in-between frames, while the context lasts.
 
         Args:
             pair: What the frames lie between.
@@ -188,50 +185,7 @@ class Denoiser:
         groups = 1 if conditions.negative_prompt_embeds is None else 2
         batches = Batches(largest or affordable_frames(*self.footprint(pair.inversion.path, groups)))
         with reference_attention(self.unet, attention_blocks) as references:
-
-            def predict_noise(latents: torch.Tensor, timestep: int) -> torch.Tensor:
-                ahead = bool(references.layers)
-
-                step = steps - 1 - pair.inversion.schedule.timesteps.index(timestep)
-                acts = control is not None and control.acts(step, steps)
-                scale = control.scale if acts else 1.0
-
-                def predict_batch(
-                    frames: torch.Tensor,
-                    text: torch.Tensor,
-                    negative: torch.Tensor | None,
-                    pictures: torch.Tensor | None,
-                ) -> torch.Tensor:
-                    nonlocal ahead
-                    if not ahead:
-                        return self.predict_noise(frames, timestep, text, negative, pictures, scale)
-                    photos = pair.inversion.at(timestep)
-                    frames, text = torch.cat([photos, frames]), torch.cat([pair.prompt_embeds, text])
-                    if negative is not None:
-                        negative = torch.cat([negative[:1].expand_as(pair.prompt_embeds), negative])
-                    if pictures is not None:
-                        pictures = torch.cat([control.ends, pictures])
-                    with references.led_by_inputs(groups):
-                        eps = self.predict_noise(frames, timestep, text, negative, pictures, scale)
-                    ahead = False  # only now, since a batch that memory does not suffice for is made again
-                    return eps[len(photos) :]
-
-                allowed = batches.largest
-                eps = batches.map(
-                    predict_batch,
-                    latents,
-                    conditions.prompt_embeds,
-                    conditions.negative_prompt_embeds,
-                    control.pictures if acts else None,
-                )
-                if batches.largest < allowed:
-                    logger.warning(
-                        f"Out of memory; from here on at most {batches.largest} frames are denoised at once. "
-                        "The frames are the same."
-                    )
-                return eps
-
-            yield predict_noise
+            yield FramePredictor(self, pair, conditions, references, batches, control, steps)
 
     def footprint(self, latents: torch.Tensor, groups: int = 1) -> tuple[torch.device, int, int, torch.dtype, int]:
         """The arguments of `memory.affordable_frames`: what decides how much of the UNet's work fits at once.
@@ -246,3 +200,68 @@ class Denoiser:
             away = (weight for weight in self.unet.parameters() if weight.device.type != self.device.type)
             to_come = sum(weight.nbytes for weight in away)
         return self.device, groups * h * w, self.unet.config.block_out_channels[0], self.dtype, to_come
+
+
+@dataclass(eq=False)
+class FramePredictor:
+    """Predicts the noise of in-between frames, in batches that fit the memory.
+
+    At every step the two photos lead the first batch, at their own latents of that step, and leave the tokens that all
+    frames attend to; so the references are exact and the photos need no denoising of their own.
+
+    The frames lie between the photos of `pair`. `conditions` are their embeddings, which are read anew at every step;
+    `references` are installed in the UNet, and `control` is what the ControlNet is given, None to leave it out. The
+    frames take `steps` denoising steps.
+    """
+
+    denoiser: Denoiser
+    pair: PreparedPair
+    conditions: Conditions
+    references: References
+    batches: Batches
+    control: FrameControl | None
+    steps: int
+    _photos_lead: bool = False
+
+    def __call__(self, latents: torch.Tensor, timestep: int) -> torch.Tensor:
+        """ε of frames (F, C, h, w) at a timestep of the pair's path, (F, C, h, w), float32."""
+        step = self.steps - 1 - self.pair.inversion.schedule.timesteps.index(timestep)
+        acts = self.control is not None and self.control.acts(step, self.steps)
+        self._photos_lead = bool(self.references.layers)
+        allowed = self.batches.largest
+        eps = self.batches.map(
+            partial(self._predict_batch, timestep),
+            latents,
+            self.conditions.prompt_embeds,
+            self.conditions.negative_prompt_embeds,
+            self.control.pictures if acts else None,
+        )
+        if self.batches.largest < allowed:
+            logger.warning(
+                f"Out of memory; from here on at most {self.batches.largest} frames are denoised at once. "
+                "The frames are the same."
+            )
+        return eps
+
+    def _predict_batch(
+        self,
+        timestep: int,
+        frames: torch.Tensor,
+        text: torch.Tensor,
+        negative: torch.Tensor | None,
+        pictures: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """ε of some of the frames; the first batch of a step is led by the photos."""
+        scale = 1.0 if self.control is None else self.control.scale
+        if not self._photos_lead:
+            return self.denoiser.predict_noise(frames, timestep, text, negative, pictures, scale)
+        photos, own_text = self.pair.inversion.at(timestep), self.pair.prompt_embeds
+        frames, text = torch.cat([photos, frames]), torch.cat([own_text, text])
+        if negative is not None:
+            negative = torch.cat([negative[:1].expand_as(own_text), negative])
+        if pictures is not None:
+            pictures = torch.cat([self.control.ends, pictures])
+        with self.references.led_by_inputs(1 if negative is None else 2):
+            eps = self.denoiser.predict_noise(frames, timestep, text, negative, pictures, scale)
+        self._photos_lead = False  # only now, since a batch that memory does not suffice for is made again
+        return eps[len(photos) :]

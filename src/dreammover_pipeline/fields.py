@@ -111,6 +111,18 @@ def sampled_around(
     return values[0], inside[:, 0] & inside[:, 1]
 
 
+def lattice(radius: int, density: int, like: torch.Tensor) -> torch.Tensor:
+    """The places (s, 2) of samples around a middle in cells, s = (2 · radius + 1)².
+
+    Args:
+        radius: Number of samples on each side of the middle.
+        density: Number of samples to a cell.
+        like: A tensor on the device and of the dtype that the places are to have.
+    """
+    side = torch.arange(-radius, radius + 1, dtype=like.dtype, device=like.device) / density
+    return torch.stack(torch.meshgrid(side, side, indexing="xy"), 2).flatten(0, 1)
+
+
 def distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """How far places (2, n) are from places (2, m), (n, m)."""
     # `torch.cdist` rounds where it multiplies matrices, and where it does not, it keeps a GPU busy for long.

@@ -86,6 +86,7 @@ from .rigid import similarity_flow  # noqa: F401, named for the loader
 from .sampling import denoise  # noqa: F401, named for the loader
 from .schedules import deterministic_ddim
 from .scratch import replacing  # noqa: F401, named for the loader
+from .search import most_alike  # noqa: F401, named for the loader
 from .sequence import LORAS, GapStages, check_arguments_of_a_sequence, checked_gaps, frames_of_gaps, make_gaps
 from .settings import (
     PRESETS,

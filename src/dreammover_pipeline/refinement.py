@@ -7,12 +7,11 @@ compared with the place in the other photo to which the cell's similarity carrie
 astray is looked for anywhere in the other photo first. Lengths are in cells, whatever the number of pixels in a cell.
 
 Source of all of it: ours; the steps are Gauss–Newton's, as in Lucas and Kanade 1981, neighbours pass on what fits, as
-in PatchMatch (Barnes et al. 2009), and what is found anywhere must be unlike all other places, as in Lowe 2004.
+in PatchMatch (Barnes et al. 2009).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -20,12 +19,13 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 
-from .fields import at_once, blurred, cell_grid, sampled, sampled_around
+from .fields import at_once, cell_grid, lattice, sampled, sampled_around
 from .flow import agreement, exact_matmul
 from .light import in_one_light
 from .paths import PATH_SIGMA, PATH_STIFFNESS, PATH_TOLERANCES
 from .records import BidirectionalFlow
 from .rigid import Similarity, complex_one, complex_product, fit_similarities, nearer_fit
+from .search import most_alike
 
 PIXELS = 4  # the photos are compared at this many pixels a cell; in finer ones every other pixel would go unseen
 WINDOW_RADIUS = 5  # places from the middle of the window to its edge at which the photos are compared
@@ -42,14 +42,6 @@ REGULAR_SIGMA = 1.5  # sigma, in cells of the unit grid, of the windows in which
 REGULAR_TOLERANCES = (2.0, 1.0, 0.7)  # sigmas, in cells of the unit grid, of how far vectors lie from the last fit
 # Windows, on a CPU and elsewhere, that are worked on together, so that memory does not grow with the grid.
 WINDOWS_AT_ONCE, WINDOWS_AT_ONCE_ON_GPU = 1024, 4096
-SEARCHED_PLACES = 2048  # largest number of a photo's places that are compared with each of the other photo's
-SEARCHED_TURNS = range(-60, 61, 20)  # degrees by which a window may have turned where it is found
-SEARCH_RADIUS = 2  # places from the middle to the edge of a window that is looked for
-SEARCH_BLUR = 0.5  # sigma, in steps between searched cells, of the blur by which few places see all of a window
-SEARCH_RETURN = 1.5  # how far, in steps between searched cells, the way there and back may end from where it began
-DISTINCT = 0.7  # largest squared difference of the best place, as a share of that of the best place elsewhere
-ELSEWHERE = 2.5  # distance, in steps between searched cells, beyond which a place is elsewhere than the best one
-ROUNDED = 1e-4  # squared difference of two windows below which it is the rounding of their product
 LOST = 0.05  # difference in colour of a cell's window above which it is worth looking elsewhere
 FOUND_GAIN = 0.015  # difference in colour by which what is found must be better in both photos
 ALIGNED_TOLERANCE = 0.1  # difference in colour up to which a window counts as found in the photos' finer detail
@@ -170,7 +162,7 @@ class Windows:
     def of(cls, photos: torch.Tensor, size: tuple[int, int], reach: Reach) -> Windows:
         """The windows of two photos (2, 3, H, W) around the cells of a grid (h, w)."""
         cells = cell_grid(*size, photos)
-        offsets = _lattice(WINDOW_RADIUS, reach.density, photos)
+        offsets = lattice(WINDOW_RADIUS, reach.density, photos)
         there = cells[0].flatten(1)
         seen = [sampled_around(photo, there, torch.zeros_like(there), offsets, size) for photo in photos]
         own, inside = (torch.cat(parts, -1) for parts in zip(*seen, strict=True))
@@ -230,7 +222,7 @@ class Windows:
         h, w = self.size
         reach, furthest = self.reach, max(self.reach.neighbours)
         beside = [(y * by, x * by) for by in reach.neighbours for y, x in product((-1, 0, 1), repeat=2) if y or x]
-        samples = _lattice(WINDOW_RADIUS + furthest * reach.density, reach.density, self.offsets)
+        samples = lattice(WINDOW_RADIUS + furthest * reach.density, reach.density, self.offsets)
         # A cell whose neighbour lies so far below and to the right lies as far above and to the left of the neighbour.
         apart = samples + self.offsets.new_tensor(beside).flip(1)[:, None]  # (k, samples, 2)
         kernels = reach.counted(apart) * (apart.abs().amax(2) < reach.half + 0.1)
@@ -361,12 +353,6 @@ def _difference(off: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     return off.abs().mean(0).clamp(max=WORST).where(inside, WORST)
 
 
-def _lattice(radius: int, density: int, like: torch.Tensor) -> torch.Tensor:
-    """The places (s, 2) of samples around a middle, as many on all sides, so many a cell."""
-    side = torch.arange(-radius, radius + 1, dtype=like.dtype, device=like.device) / density
-    return torch.stack(torch.meshgrid(side, side, indexing="xy"), 2).flatten(0, 1)
-
-
 def _found_anywhere(windows: Windows, fit: Similarity) -> Similarity:
     """Where the colours of a cell differ, look all over the other photo for a place that is like its window.
 
@@ -374,82 +360,13 @@ def _found_anywhere(windows: Windows, fit: Similarity) -> Similarity:
     is like many places, and what it could gain counts as no more than its contrast: ground that is hidden in the one
     photo would else be carried to ground that is hidden in the other.
     """
-    shift, turn, matched = _most_alike(windows)
+    shift, turn, matched = most_alike(windows.photos, windows.size, windows.reach.half)
     matched = matched & (fit.residual > LOST)
     made = windows.stepped(Similarity(shift, turn, torch.ones_like(fit.residual)), matched)
     gain = torch.minimum(fit.residual, windows.contrast()).where(matched, 0) - made.residual
     there, seen = sampled(gain.flip(0), (windows.cells + made.shift).flatten(2)[..., None], windows.size)
     both = torch.minimum(gain, there.where(seen, -1).reshape(gain.shape))
     return nearer_fit(fit, Similarity(made.shift, made.turn, made.residual.where(both > FOUND_GAIN, torch.inf)))
-
-
-def _most_alike(windows: Windows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For every cell the place of the other photo whose surroundings are most like its own, of all places and turns.
-
-    On a grid of more than `SEARCHED_PLACES` cells every second or third is looked for, in windows as much larger, and
-    stands for those around it.
-
-    Returns:
-        Shift and turn (2, 2, h, w), and (2, 1, h, w) bool: whether the other photo finds the cell from there, and no
-        other place is nearly as much alike.
-    """
-    h, w = windows.size
-    stride = math.ceil(math.sqrt(h * w / SEARCHED_PLACES))
-    rows, columns = (torch.arange(min(stride // 2, n - 1), n, stride, device=windows.cells.device) for n in (h, w))
-    places = windows.cells[..., rows[:, None], columns]  # (1, 2, r, c)
-    photos = blurred(windows.photos, SEARCH_BLUR * stride * windows.photos.shape[-1] / w)
-    half = stride * windows.reach.half
-    offsets = half * _lattice(SEARCH_RADIUS, SEARCH_RADIUS, photos)
-    weight = (-offsets.square().sum(1) / half**2).exp()
-
-    angles = photos.new_tensor(list(SEARCHED_TURNS)).deg2rad()
-    middles = places[0].flatten(1)  # (2, n)
-    colours = []
-    for image, angle in enumerate((-angles / 2, angles / 2)):  # each turns half the way, so both are treated alike
-        turns = torch.stack([angle.cos() - 1, angle.sin()])
-        seen, _ = sampled_around(
-            photos[image],
-            middles.repeat(1, len(angle)),
-            turns.repeat_interleave(middles.shape[1], 1),
-            offsets,
-            windows.size,
-        )
-        colours.append((weight[:, None] * seen).flatten(0, 1).unflatten(1, (len(angle), -1)))  # (3·s, turns, n)
-    # |a − b|² = |a|² + |b|² − 2 a·b, as one product.
-    squares = [each.square().sum(0, keepdim=True) for each in colours]
-    ones = torch.ones_like(squares[0])
-    first = torch.cat([-2 * colours[0], squares[0], ones]).movedim(0, 2)  # (turns, n, 3·s + 2)
-    second = torch.cat([colours[1], ones, squares[1]]).movedim(0, 1)  # (turns, 3·s + 2, n)
-    difference = first[0] @ second[0]
-    for one, other in zip(first[1:], second[1:], strict=True):
-        torch.minimum(difference, one @ other, out=difference)
-    difference.clamp_(min=ROUNDED)
-    points = middles.T
-    near = torch.cdist(points, points) <= ELSEWHERE * stride  # as quick as `distances` is exact, and enough for this
-    index = [difference.argmin(1), difference.argmin(0)]
-    shifts, factors, matched = [], [], []
-    for image, way in enumerate((difference, difference.T)):
-        there, back = index[image], index[1 - image]
-        least = way.amin(1)
-        elsewhere = way.masked_fill(near[there], torch.inf).amin(1)
-        returned = torch.hypot(*(points[back[there]] - points).T) <= SEARCH_RETURN * stride
-        matched.append(returned & (least < DISTINCT * elsewhere))
-        shifts.append(points[there] - points)
-        apart = (colours[image] - colours[1 - image][..., there]).square().sum(0)  # (turns, n)
-        angle = angles[apart.argmin(0)] * (1 - 2 * image)
-        factors.append(torch.stack([angle.cos() - 1, angle.sin()], 1))
-    # Every cell moves as one with the place that stands for it.
-    row, column = (
-        (torch.arange(n, device=rows.device) // stride).clamp(max=len(some) - 1)
-        for n, some in ((h, rows), (w, columns))
-    )
-
-    def spread(values: torch.Tensor) -> torch.Tensor:
-        return values.unflatten(2, (len(rows), len(columns)))[..., row[:, None], column]
-
-    turn = spread(torch.stack(factors).mT)
-    shift = spread(torch.stack(shifts).mT) + complex_product(turn, windows.cells - spread(middles[None]))
-    return shift, turn, spread(torch.stack(matched)[:, None])
 
 
 def _rest(windows: Windows, fit: Similarity) -> Similarity:

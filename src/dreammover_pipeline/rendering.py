@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,7 +31,7 @@ from .progress import Stages
 from .prompts import NegativeText
 from .ranking import Chooser
 from .records import BidirectionalFlow, Canvas, FusedFrames, PreparedPair
-from .sampling import denoise
+from .sampling import AfterStep, PredictNoise, denoise
 from .settings import RenderSettings, VideoSettings
 from .spacing import PREVIEWS, even_times
 from .turns import interruptible
@@ -169,37 +169,32 @@ def _in_noise(
     interrupted: Callable[[], bool],
 ) -> torch.Tensor:
     """Make the frames from the middle outwards. Source: arXiv 2307.12560, §3."""
-    with ExitStack() as stack:
-        now = conditions
 
-        def predictor(frames: list[int], steps: int) -> Callable[[torch.Tensor, int], torch.Tensor]:
-            nonlocal now
-            now = conditions.of(frames)
-            pictures = None if control is None else control.of(frames)
-            stack.close()
-            return stack.enter_context(
-                models.denoiser.frame_predictor(pair, now, (), settings.frame_batch_size, pictures, steps)
-            )
+    @contextmanager
+    def at_work(frames: list[int], steps: int) -> Iterator[tuple[PredictNoise, AfterStep]]:
+        own = conditions.selected(frames)
+        pictures = None if control is None else control.selected(frames)
+        with models.denoiser.frame_predictor(pair, own, (), settings.frame_batch_size, pictures, steps) as predict:
+            yield predict, lambda i, timestep, latents: on_step(i, timestep, latents, own)
 
-        def choose(time: float, candidates: torch.Tensor) -> int:
-            if chooser is None:
-                return 0
-            decoded = [models.autoencoder.decode(latent)[pair.canvas.content] for latent in candidates.split(1)]
-            return chooser.choose(time, [picture for frame in decoded for picture in as_output(frame, "pil")])
+    def choose(time: float, candidates: torch.Tensor) -> int:
+        if chooser is None:
+            return 0
+        decoded = [models.autoencoder.decode(latent)[pair.canvas.content] for latent in candidates.split(1)]
+        return chooser.choose(time, [picture for frame in decoded for picture in as_output(frame, "pil")])
 
-        return interpolate_in_noise(
-            pair.inversion.path[0],
-            times,
-            predictor,
-            pair.inversion.schedule,
-            settings.noise_levels,
-            seed,
-            lambda i, timestep, latents: on_step(i, timestep, latents, now),
-            interrupted,
-            settings.candidates,
-            choose,
-            Affine.of(settings.affine),
-        )
+    return interpolate_in_noise(
+        pair.inversion.path[0],
+        times,
+        at_work,
+        pair.inversion.schedule,
+        settings.noise_levels,
+        seed,
+        interrupted,
+        settings.candidates,
+        choose,
+        Affine.of(settings.affine),
+    )
 
 
 def _along_flow(

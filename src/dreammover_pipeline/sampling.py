@@ -15,6 +15,8 @@ from .ddim import predict_clean, recompose, working_dtype
 from .records import Inversion, Schedule
 
 PredictNoise = Callable[[torch.Tensor, int], torch.Tensor]
+# A function called after each step with (i from 0, timestep, latents), which returns the latents to go on with.
+AfterStep = Callable[[int, int, torch.Tensor], torch.Tensor]
 
 
 def invert(
@@ -62,7 +64,7 @@ def denoise(
     predict_noise: PredictNoise,
     schedule: Schedule,
     steps: int,
-    on_step: Callable[[int, int, torch.Tensor], torch.Tensor] = lambda i, timestep, latents: latents,
+    on_step: AfterStep = lambda i, timestep, latents: latents,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> torch.Tensor:
     """Deterministic DDIM from step `steps` down to the clean end.
