@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from dreammover_pipeline.cli.main import main
-from dreammover_pipeline.tiny.examples import PHOTOS, SCENES
+from dreammover_pipeline.evaluation.examples import PHOTOS, SCENES
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from nbclient import NotebookClient
 
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.cli.loading import MODELS
+from dreammover_pipeline.evaluation.examples import PHOTOS, SCENES
 from dreammover_pipeline.timing import CURVES, EVEN
-from dreammover_pipeline.tiny.examples import PHOTOS, SCENES
 
 ROOT = Path(__file__).parents[2]
 FIELD = re.compile(r"^(\w+) = (\S+)  # @param (\[.*?\]|\{.*?\})( \{.*\})?$", re.MULTILINE)

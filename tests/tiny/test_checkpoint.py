@@ -8,8 +8,8 @@ from PIL import Image
 from safetensors import safe_open
 from support.pages import EXAMPLES
 
+from dreammover_pipeline.evaluation.examples import write_examples
 from dreammover_pipeline.tiny import CHECKPOINT
-from dreammover_pipeline.tiny.examples import write_examples
 
 
 def test_it_is_small():

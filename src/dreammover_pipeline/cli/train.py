@@ -137,6 +137,6 @@ def _prepare_device(args: argparse.Namespace) -> torch.device:
 
 
 def _draw_examples(args: argparse.Namespace) -> None:
-    from ..tiny.examples import write_examples
+    from ..evaluation.examples import write_examples
 
     write_examples(args.folder)

@@ -12,9 +12,9 @@ from tempfile import TemporaryDirectory
 import gradio as gr
 from starlette.middleware import Middleware
 
+from ..evaluation.examples import write_examples
 from ..pipeline import DreamMoverPipeline
 from ..settings import arguments
-from ..tiny.examples import write_examples
 from .doorkeeper import Doorkeeper
 from .events import EventHandlers, connect
 from .page import CSS, build_components

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..evaluation.suites import CLIPS
 from ..media.pictures import picture_of
-from .world import World
+from ..tiny.world import World
+from .suites import CLIPS
 
 # Seeds of the scenes. Training seeds are hashes below 2⁵³, and the evaluation's seeds begin at a million.
 SCENES = {"fish": 7_000_013, "robot": 7_000_009, "cat": 7_000_014, "bird": 7_000_016}
