@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -87,8 +89,11 @@ def told_by_a_process(module: str, *arguments: object, returns_freed: bool = Tru
 
 def peak_resident() -> float:
     """This process's peak resident set so far, in MiB."""
-    unit = MIB if sys.platform == "darwin" else 1024  # number of ru_maxrss units in a MiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB
+    # Linux hands `ru_maxrss` on to the programs that a process starts, so a child's would be its parent's at least.
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1]) / 1024
 
 
 def render_points(name: str, points: Points) -> list[float]:

@@ -13,7 +13,7 @@ import torch
 
 # Peak activations, as a number of elements for each latent cell and each channel of the UNet's first block, counted on
 # the Stable Diffusion 1.5 UNet in float16 with fused attention. The forward pass of one frame takes 65 MiB at 512².
-# The forward and backward pass of the LoRA fit on both images takes 2046 MiB at 512² (495 MiB with gradient
+# The forward and backward pass of the LoRA fit on both images takes 2045 MiB at 512² (495 MiB with gradient
 # checkpointing); in float32 the fit takes 1.5 times its float16 memory, not twice.
 FRAME_ELEMENTS = 26
 FIT_ELEMENTS = 818
