@@ -18,6 +18,8 @@ def test_jsonl_and_csv_say_the_same(album):
     rows = [
         pair("a", prompt="1984", n_frames=5, times=[0.25, 0.5], lora_learning_rate=1, include_inputs=False, seed=7),
         {"folder": "..", "fps": 12.5, "height": 64, "attention_blocks": []},
+        pair("b", prompt=["a cat", "a dog"], negative_prompt=["blurry"]),
+        pair("c", prompt='["a cat", 3]', negative_prompt="[NaN]"),
     ]
     jobs = plan(album, *rows)
     table = album / "manifest.csv"
@@ -30,7 +32,9 @@ def test_jsonl_and_csv_say_the_same(album):
             writer.writerow([cell if isinstance(cell, str) else json.dumps(cell) for cell in cells])
     others = read_manifest(table, album.parent / "out", DEFAULTS)
     assert [(j.photos, j.output, j.settings) for j in jobs] == [(j.photos, j.output, j.settings) for j in others]
-    first, second = (job.settings for job in jobs)
+    first, second, two_texts, one_text = (job.settings for job in jobs)
+    assert (two_texts["prompt"], two_texts["negative_prompt"]) == (["a cat", "a dog"], ["blurry"])
+    assert (one_text["prompt"], one_text["negative_prompt"]) == ('["a cat", 3]', "[NaN]")
     assert (first["prompt"], first["times"], first["include_inputs"]) == ("1984", [0.25, 0.5], False)
     assert type(first["lora_learning_rate"]) is float
     assert (second["n_frames"], second["include_inputs"], second["seed"]) == (2, True, 0)  # default, ours, default

@@ -253,15 +253,28 @@ def _check_keys(keys: Collection[str]) -> None:
 
 
 def _cell(key: str, text: str) -> object:
-    """The value of a cell: its text where a path or a text is wanted; elsewhere what it is as JSON, if it is JSON."""
-    if key in PLACES or (key in PARAMETERS and PARAMETERS[key].annotation.startswith("str")):
-        return text
+    """The value of a cell: its text where a path or a text is wanted; elsewhere what it is as JSON, if it is JSON.
+
+    Where several texts are allowed too, a list of texts in JSON is that list.
+    """
+    annotation = "str" if key in PLACES else PARAMETERS[key].annotation if key in PARAMETERS else ""
+    if annotation.startswith("str"):
+        return _texts(text) if "Sequence[str]" in annotation else text
     try:
         return read_json(text.lower() if text in ("TRUE", "FALSE") else text)  # as spreadsheets write truth values
     except json.JSONDecodeError:
         return text
     except ValueError as error:
         raise ValueError(f"`{key}` has a value that cannot be read: {error}") from error
+
+
+def _texts(text: str) -> str | list[str]:
+    """The texts that a text lists in JSON; where it lists none, the text itself."""
+    try:
+        value = read_json(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, list) and all(isinstance(entry, str) for entry in value) else text
 
 
 def _job(row: Mapping[str, object], origin: str, base: Path, folder: Path, defaults: Mapping[str, object]) -> Job:
