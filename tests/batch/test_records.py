@@ -25,7 +25,7 @@ RECORD = {
     "request": "r",
     "output": {"name": "a", "sha256": "s", "width": 8, "height": 8, "frame_size": [8, 8], "blacked_out": 0},
     "inputs": [{"path": "a0.png", "sha256": "0"}, {"path": "a1.png", "sha256": "1"}],
-    "settings": {},
+    "settings": {"seed": 0, "fps": 16},
     "model": {"name": "m", "fingerprint": "f"},
     "stack": {"dtype": "float32"},
     "seconds": {"prepare": 1.0, "render": 2, "write": 0.5},
@@ -77,6 +77,7 @@ DAMAGED_SIDECARS = [
     changed("inputs", []),
     changed("inputs", 1, "path", 3),
     changed("model", "fingerprint", KeyError),
+    *(changed("settings", key, value) for key in RECORD["settings"] for value in (KeyError, "x")),
     changed("stack", "dtype", None),
 ]
 DAMAGED_FAILURES = [

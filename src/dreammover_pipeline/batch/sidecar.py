@@ -37,7 +37,7 @@ SIDECAR_SHAPE = {
     "request": str,
     "output": {"name": str, "sha256": str, "width": int, "height": int, "blacked_out": int},
     "inputs": [{"path": str, "sha256": str}] * 2,
-    "settings": {},
+    "settings": {"seed": int, "fps": (int, float)},  # all other settings have defaults
     "model": {"name": str, "fingerprint": str},
     "stack": {"dtype": str},
     "seconds": dict.fromkeys(("prepare", "render", "write"), (int, float)),
