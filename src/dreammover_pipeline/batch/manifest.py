@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..arguments import Numbers, arguments_of
 from ..inputs import check_choice, check_integer, check_number, file_fault
-from ..media.files import check_fps, check_name_length, check_video_path
+from ..media.files import check_fps, check_name_length, check_video_path, make_folder
 from ..media.texts import read_json, read_text
 from ..pipeline import DreamMoverPipeline
 from ..prompts import pair_negatives, pair_prompts
@@ -140,19 +140,11 @@ def check_job_outputs(jobs: Sequence[Job]) -> None:
                     with refusing(owner.origin):
                         raise ValueError(f"writing '{owner.name}' would replace the {name}; choose another output")
             with refusing(job.origin):
-                _make_folder(job.output.parent)
+                make_folder(job.output.parent)
                 check_video_path(job.output)
                 check_places_of_records(job.output)
                 check_name_length(failure_path(job.output))  # the longest name of what is written beside the video
                 check_fps(job.settings["fps"], job.output)
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a folder and those it lies in; a ValueError where that is not possible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"the folder '{folder}' cannot be made: {error.strerror}") from error
 
 
 def _real(path: Path) -> Path:

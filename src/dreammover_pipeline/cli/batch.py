@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..media.files import make_folder
 from .loading import add_device_options, add_model_options, check_model, choose_device, load_pipeline, pipeline_class
 from .options import add_method_options, call_arguments, seed, size
 
@@ -132,7 +133,7 @@ def _work(jobs: Sequence[Job], args: argparse.Namespace, model: str, dtype: str 
 
     Raises:
         RuntimeError: Some pairs failed.
-        ValueError: A job is refused, and none was begun.
+        ValueError: A job or the folder for LoRAs is refused, and no job was begun.
     """
     from accelerate import PartialState
 
@@ -142,6 +143,8 @@ def _work(jobs: Sequence[Job], args: argparse.Namespace, model: str, dtype: str 
     from ..batch.worker import Worker
 
     start = time.perf_counter()
+    if args.lora_cache is not None:
+        make_folder(args.lora_cache, "--lora-cache: the folder")
     with _terminable():
         failures = read_failures(jobs)  # before the processes meet, so that every one of them is of an earlier run
         device = choose_device(args.device)
