@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 
 from ..arguments import taken
-from ..framing import fit
-from ..images import decode_images, rgb
+from ..images import decode_images
 from ..media.files import video_size, write_video_or_keep
 from ..outputs import DreamMoverPipelineOutput
+from ..pairs import fitted_photos
 from ..pipeline import DreamMoverPipeline
 from ..records import PreparedPair
 from ..scratch import move_over
 from ..settings import PREPARING, RENDERING
 from .jobs import PHOTOS, Job, find_photos
 from .journal import Journal
-from .lora_cache import LoraCache, lora_key
+from .lora_cache import LoraCache, cache_key
 from .sidecar import (
     FAILURE_MARK,
     FORMAT,
@@ -139,8 +139,7 @@ class Worker:
         if not settings["lora_steps"]:
             return pipe.prepare(first, last, **arguments, generator=generator), None
         canvas = pipe.canvas(first, settings["height"], settings["width"])
-        pixels = torch.stack([fit(rgb(photo), canvas) for photo in (first, last)])
-        key = lora_key(job, pixels, self.model["fingerprint"], self.stack)
+        key = cache_key(job, fitted_photos((first, last), canvas), self.model["fingerprint"], self.stack)
         cached = self.cache.load(key)
         pair = pipe.prepare(first, last, **arguments, generator=generator, lora=cached)
         if cached is None:
