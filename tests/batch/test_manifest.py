@@ -10,8 +10,8 @@ import pytest
 from support.batches import DEFAULTS, SHORT, pair, plan
 
 from dreammover_pipeline import DreamMoverPipeline
-from dreammover_pipeline.batch.jobs import RefusedRowsError
-from dreammover_pipeline.batch.manifest import PARAMETERS, check_values, read_manifest
+from dreammover_pipeline.batch.jobs import OF_POSES, RefusedRowsError
+from dreammover_pipeline.batch.manifest import KEYS, PARAMETERS, check_values, read_manifest
 
 
 def test_jsonl_and_csv_say_the_same(album):
@@ -155,6 +155,7 @@ def test_every_plain_argument_of_the_pipeline_can_be_said_and_reaches_a_stage():
     forms = {"output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
     conditions = {"poses", "control_images", "choices"}
     assert set(parameters) - set(PARAMETERS) == images | tensors | forms | conditions
+    assert set(PARAMETERS) - set(KEYS) == set(OF_POSES)
 
 
 def test_rows_of_a_spreadsheet_that_hold_nothing_are_left_out(album):
@@ -183,7 +184,7 @@ def test_tables_of_every_spreadsheet_say_the_same(album, encoding, separator, en
     "text", [r'"\ud800"', r'["\ud800", "a"]', "9" * 400, "9" * 5000, "1e400", "NaN", "[" * 9 + "]" * 9]
 )
 def test_no_value_of_any_key_stops_the_check_of_other_rows(album, text):
-    keys = [*PARAMETERS, "seed", "fps", "img0", "output"]
+    keys = [key for key in KEYS if key not in ("img1", "folder")]
     lines = [f'{{"folder": ".", "{key}": {text}}}' for key in keys]
     (album / "m.jsonl").write_text("\n".join([*lines, '{"folder": "."}']))
     with pytest.raises(RefusedRowsError) as refusal:

@@ -22,7 +22,7 @@ from ..prompts import pair_negatives, pair_prompts
 from ..settings import FLOWS, PREPARING, NegativeContent, RenderSettings
 from ..steering import point_pairs
 from .claims import put_back
-from .jobs import Job, refusing_together
+from .jobs import OF_POSES, Job, refusing_together
 from .sidecar import PRIVATE, check_places_of_records, failure_path, is_sidecar, read_sidecar
 
 PLACES = ("img0", "img1", "folder", "output")
@@ -32,14 +32,15 @@ GROUPS = (*PREPARING, NegativeContent, RenderSettings)
 # The arguments of the pipeline that a line of text can hold.
 PARAMETERS = {name: declared for name, declared in arguments_of(*GROUPS).items() if declared.values.in_files}
 SETTINGS = (*PARAMETERS, "seed", "fps")
+KEYS = (*PLACES, *(name for name in SETTINGS if name not in OF_POSES))  # that a row of a manifest may have
 
 
 def read_manifest(path: str | os.PathLike, folder: Path, defaults: Mapping[str, object]) -> list[Job]:
     """The jobs of a manifest: a `.jsonl` file with an object in each line, or a `.csv` file with the keys in line 1.
 
     A row names two photos, `img0` and `img1`, or a `folder` that holds them as `0.*` and `1.*`; these paths are
-    relative to the manifest. A row may name its `output`, relative to the folder of all outputs, and may decide any of
-    `SETTINGS`. The outputs are checked, and their folders made.
+    relative to the manifest. A row may name its `output`, relative to the folder of all outputs, and may decide the
+    settings among `KEYS`. The outputs are checked, and their folders made.
 
     Args:
         path: The manifest.
@@ -168,10 +169,13 @@ def check_values(pipe: DreamMoverPipeline, fingerprint: str, jobs: Sequence[Job]
             with refusing(job.origin):
                 pipe.check_inputs(**job.settings)
                 if job.recorded and job.recorded["model"]["fingerprint"] != fingerprint:
-                    name = job.recorded["model"]["name"]
+                    name, clip = job.recorded["model"]["name"], job.recorded["model"].get("clip")
+                    names, options = f"'{name}'", "--model"
+                    if clip is not None:
+                        names, options = f"{names} with the CLIP '{clip}'", "--model and --clip"
                     raise ValueError(
-                        f"its video was made with another checkpoint, which was named '{name}' and has other weights "
-                        "than the one that was loaded; give the right one by --model"
+                        f"its video was made with another checkpoint, which was named {names} and has other weights "
+                        f"than the one that was loaded; give the right one by {options}"
                     )
 
 
@@ -235,10 +239,9 @@ def _csv_row(keys: Sequence[str], cells: Sequence[str]) -> dict:
 
 def _check_keys(keys: Collection[str]) -> None:
     """Raise ValueError if a key is unknown, or is there twice."""
-    allowed = (*PLACES, *SETTINGS)
-    unknown = [key for key in keys if key not in allowed]
+    unknown = [key for key in keys if key not in KEYS]
     if unknown:
-        raise ValueError(f"it has the unknown key {unknown[0]!r}; allowed are {', '.join(allowed)}")
+        raise ValueError(f"it has the unknown key {unknown[0]!r}; allowed are {', '.join(KEYS)}")
     twice = [key for key, count in Counter(list(keys)).items() if count > 1]
     if twice:
         raise ValueError(f"it has the key {twice[0]!r} twice")

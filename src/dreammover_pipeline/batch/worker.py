@@ -51,11 +51,19 @@ class Worker:
         model: The name that the pipeline was loaded by.
         folder: The folder of all outputs, in which the journal is kept too.
         lora_cache: The folder of the fitted LoRAs; by default it is a folder inside `folder`.
+        clip: The name that a CLIP beside the model was loaded by; None without one.
     """
 
-    def __init__(self, pipe: DreamMoverPipeline, model: str, folder: Path, lora_cache: Path | None = None):
+    def __init__(
+        self,
+        pipe: DreamMoverPipeline,
+        model: str,
+        folder: Path,
+        lora_cache: Path | None = None,
+        clip: str | None = None,
+    ):
         self.pipe = pipe
-        self.model = {"name": model, "fingerprint": pipe.fingerprint()}
+        self.model = {"name": model, "clip": clip, "fingerprint": pipe.fingerprint()}
         self.stack = stack_of(pipe)
         self.process = {"run": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
         self.cache = LoraCache(lora_cache or folder / PRIVATE / "lora")
