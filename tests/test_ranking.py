@@ -5,7 +5,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from support.ranking import tiny_clip
 
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.ranking import Chooser, clip_judge
@@ -88,14 +88,7 @@ def test_a_choice_changes_what_is_made_of_it_and_nothing_else(pipe, photos):
 
 @pytest.fixture
 def clip(pipe):
-    """A tiny CLIP with the pipeline's own tokenizer."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**sizes, "vocab_size": len(pipe.tokenizer), "eos_token_id": pipe.tokenizer.eos_token_id}
-    vision = {**sizes, "image_size": 32, "patch_size": 16}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
-    crop = {"height": 32, "width": 32}
-    return model, CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=crop), pipe.tokenizer)
+    return tiny_clip(pipe.tokenizer)
 
 
 def test_clip_judges_by_the_difference_of_two_similarities(clip):

@@ -10,6 +10,7 @@ import pytest
 from dreammover_pipeline import PRESETS, DreamMoverPipeline
 from dreammover_pipeline.arguments import ASK_PYTHON, Choice, Numbers, Settings, WholeNumbers, arguments_of, taken
 from dreammover_pipeline.batch.manifest import PARAMETERS
+from dreammover_pipeline.cli.batch import WITHOUT
 from dreammover_pipeline.cli.evaluate import SETTINGS
 from dreammover_pipeline.cli.options import PipelineDefaults, add_method_options, call_arguments
 from dreammover_pipeline.settings import (
@@ -166,10 +167,10 @@ def test_every_argument_has_an_option_unless_only_python_can_say_it():
     assert set(arguments()) - set(expected.values()) == only_python
 
 
-def test_a_prepared_pair_has_the_options_of_rendering_and_a_batch_none_of_steering():
+def test_a_prepared_pair_has_the_options_of_rendering_and_a_batch_those_it_has_a_use_for():
     rendering = {name for name in arguments_of(*RENDERING) if arguments()[name].option is not ASK_PYTHON}
     assert set(options_of(rendering_only=True).values()) == rendering
-    assert set(options_of().values()) - set(options_of(steering=False).values()) == {"points", "mask", "poses"}
+    assert set(options_of().values()) - set(options_of(without=WITHOUT).values()) == set(WITHOUT)
 
 
 def test_the_help_shows_every_default():

@@ -187,8 +187,10 @@ def test_a_full_disk_leaves_the_old_file(pipe, pair, file):
 
 
 def test_a_missing_folder_is_an_error(pipe, pair, tmp_path):
-    with pytest.raises(FileNotFoundError):
-        pipe.save_pair(pair, tmp_path / "missing" / "pair.safetensors")
+    path = tmp_path / "missing" / "pair.safetensors"
+    with pytest.raises(FileNotFoundError) as error:
+        pipe.save_pair(pair, path)
+    assert str(error.value) == f"cannot write the file '{path}': there is no folder '{path.parent}'"
 
 
 # ── What is refused ────────────────────────────────────────────────────────────────────────────────────────────────

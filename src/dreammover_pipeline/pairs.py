@@ -72,12 +72,22 @@ class PairInput:
 
     def fitted(self) -> torch.Tensor:
         """The two photos on their canvas, (2, 3, H, W) in [0, 1]."""
-        return torch.stack([fit(rgb(photo), self.canvas) for photo in self.photos])
+        return fitted_photos(self.photos, self.canvas)
 
     def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The two photos as they stand at the ends of the video, as `fit_to_output` gives them."""
         first, last = (fit_to_output(photo, self.canvas) for photo in self.photos)
         return first, last
+
+
+def fitted_photos(photos: Sequence[torch.Tensor], canvas: Canvas) -> torch.Tensor:
+    """Photos of one pair as the models see them: on their canvas, (2, 3, H, W) in [0, 1].
+
+    Args:
+        photos: The two photos as `decode_images` returns them.
+        canvas: Where both are put.
+    """
+    return torch.stack([fit(rgb(photo), canvas) for photo in photos])
 
 
 def checked_pairs(

@@ -895,8 +895,8 @@ class DreamMoverPipeline(
         if settings.candidates > 1 and not judged:
             raise ValueError(
                 "`candidates` are ranked by CLIP, which this pipeline lacks; load it with `clip=CLIPModel."
-                "from_pretrained(...)` and `clip_processor=CLIPProcessor.from_pretrained(...)`, or pass a function as "
-                "`rank_by`"
+                "from_pretrained(...)` and `clip_processor=CLIPProcessor.from_pretrained(...)`, on the command line by"
+                " --clip, or pass a function as `rank_by`"
             )
 
     def _chooser(self, settings: RenderSettings) -> Chooser | None:

@@ -308,9 +308,13 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file completely or not at all; a file that exists at the path is replaced.
 
     Raises:
+        FileNotFoundError: There is no folder to write the file in.
         ValueError: There is anything but a file at the path.
     """
     check_file_place(path)
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"cannot write the file '{path}': there is no folder '{folder}'")
     with replacing(path) as temporary, open(temporary, "xb") as file:
         file.write(content)
         file.flush()

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from support.batches import pair, plan, work
 
-from dreammover_pipeline.batch.lora_cache import LoraCache, lora_key
+from dreammover_pipeline.batch.lora_cache import LoraCache, cache_key
 from dreammover_pipeline.batch.sidecar import digest, read_sidecar, sidecar_path, stack_of
 
 
@@ -66,7 +66,7 @@ def test_the_key_of_a_lora(pipe, album):
 
     def key(pixels=pixels, fingerprint="f", stack=stack, **settings):
         (job,) = plan(album, pair("a", **settings))
-        return lora_key(job, pixels, fingerprint, stack)
+        return cache_key(job, pixels, fingerprint, stack)
 
     others = [
         key(prompt="a blob"),

@@ -10,14 +10,16 @@ import pytest
 from support.batches import DEFAULTS, SHORT, pair, plan
 
 from dreammover_pipeline import DreamMoverPipeline
-from dreammover_pipeline.batch.jobs import RefusedRowsError
-from dreammover_pipeline.batch.manifest import PARAMETERS, check_values, read_manifest
+from dreammover_pipeline.batch.jobs import OF_POSES, RefusedRowsError
+from dreammover_pipeline.batch.manifest import KEYS, PARAMETERS, check_values, read_manifest
 
 
 def test_jsonl_and_csv_say_the_same(album):
     rows = [
         pair("a", prompt="1984", n_frames=5, times=[0.25, 0.5], lora_learning_rate=1, include_inputs=False, seed=7),
         {"folder": "..", "fps": 12.5, "height": 64, "attention_blocks": []},
+        pair("b", prompt=["a cat", "a dog"], negative_prompt=["blurry"]),
+        pair("c", prompt='["a cat", 3]', negative_prompt="[NaN]"),
     ]
     jobs = plan(album, *rows)
     table = album / "manifest.csv"
@@ -30,7 +32,9 @@ def test_jsonl_and_csv_say_the_same(album):
             writer.writerow([cell if isinstance(cell, str) else json.dumps(cell) for cell in cells])
     others = read_manifest(table, album.parent / "out", DEFAULTS)
     assert [(j.photos, j.output, j.settings) for j in jobs] == [(j.photos, j.output, j.settings) for j in others]
-    first, second = (job.settings for job in jobs)
+    first, second, two_texts, one_text = (job.settings for job in jobs)
+    assert (two_texts["prompt"], two_texts["negative_prompt"]) == (["a cat", "a dog"], ["blurry"])
+    assert (one_text["prompt"], one_text["negative_prompt"]) == ('["a cat", 3]', "[NaN]")
     assert (first["prompt"], first["times"], first["include_inputs"]) == ("1984", [0.25, 0.5], False)
     assert type(first["lora_learning_rate"]) is float
     assert (second["n_frames"], second["include_inputs"], second["seed"]) == (2, True, 0)  # default, ours, default
@@ -151,6 +155,7 @@ def test_every_plain_argument_of_the_pipeline_can_be_said_and_reaches_a_stage():
     forms = {"output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
     conditions = {"poses", "control_images", "choices"}
     assert set(parameters) - set(PARAMETERS) == images | tensors | forms | conditions
+    assert set(PARAMETERS) - set(KEYS) == set(OF_POSES)
 
 
 def test_rows_of_a_spreadsheet_that_hold_nothing_are_left_out(album):
@@ -179,7 +184,7 @@ def test_tables_of_every_spreadsheet_say_the_same(album, encoding, separator, en
     "text", [r'"\ud800"', r'["\ud800", "a"]', "9" * 400, "9" * 5000, "1e400", "NaN", "[" * 9 + "]" * 9]
 )
 def test_no_value_of_any_key_stops_the_check_of_other_rows(album, text):
-    keys = [*PARAMETERS, "seed", "fps", "img0", "output"]
+    keys = [key for key in KEYS if key not in ("img1", "folder")]
     lines = [f'{{"folder": ".", "{key}": {text}}}' for key in keys]
     (album / "m.jsonl").write_text("\n".join([*lines, '{"folder": "."}']))
     with pytest.raises(RefusedRowsError) as refusal:

@@ -172,6 +172,10 @@ def test_what_is_refused_is_one_line_before_the_model_is_looked_for(manifest, ca
             ["batch", str(manifest), "-o", str(manifest)],
             f"line 1 and all others: the folder '{manifest}' cannot be made: File exists",
         ),
+        (
+            ["batch", str(manifest), "-o", out, "--lora-cache", str(manifest)],
+            f"--lora-cache: the folder '{manifest}' cannot be made: File exists",
+        ),
         (["batch", str(manifest)], "-o/--output"),
         (["again", str(sidecar), "-o", out], "is no existing file"),
     ]:

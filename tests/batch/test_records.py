@@ -25,8 +25,8 @@ RECORD = {
     "request": "r",
     "output": {"name": "a", "sha256": "s", "width": 8, "height": 8, "frame_size": [8, 8], "blacked_out": 0},
     "inputs": [{"path": "a0.png", "sha256": "0"}, {"path": "a1.png", "sha256": "1"}],
-    "settings": {},
-    "model": {"name": "m", "fingerprint": "f"},
+    "settings": {"seed": 0, "fps": 16},
+    "model": {"name": "m", "clip": None, "fingerprint": "f"},
     "stack": {"dtype": "float32"},
     "seconds": {"prepare": 1.0, "render": 2, "write": 0.5},
 }
@@ -77,6 +77,8 @@ DAMAGED_SIDECARS = [
     changed("inputs", []),
     changed("inputs", 1, "path", 3),
     changed("model", "fingerprint", KeyError),
+    changed("model", "clip", 3),
+    *(changed("settings", key, value) for key in RECORD["settings"] for value in (KeyError, "x")),
     changed("stack", "dtype", None),
 ]
 DAMAGED_FAILURES = [
@@ -94,7 +96,8 @@ def test_whole_records_are_read(tmp_path):
     assert read_sidecar(path) == RECORD
     path.write_text(json.dumps(RECORD), encoding="utf-8-sig")
     assert read_sidecar(path) == RECORD
-    older = {**RECORD, "output": {key: value for key, value in RECORD["output"].items() if key != "frame_size"}}
+    older = copy.deepcopy(RECORD)
+    del older["output"]["frame_size"], older["model"]["clip"]
     path.write_text(json.dumps(older))
     assert read_sidecar(path) == older
 

@@ -70,6 +70,13 @@ def test_bad_options_are_refused_before_anything_is_made(tmp_path, monkeypatch, 
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_that_is_no_folder_is_refused_before_a_model_is_loaded(tmp_path, capsys):
+    (tmp_path / "taken").touch()
+    command = ["evaluate", "-o", str(tmp_path / "taken"), "--device=cpu", "--model", str(tmp_path)]  # holds no model
+    assert main(command) == 2
+    assert f"--output: the folder '{tmp_path / 'taken'}' cannot be made: File exists" in capsys.readouterr().err
+
+
 def test_a_method_whose_weights_are_missing_is_refused_if_it_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
     assert main(["evaluate", "-o", str(tmp_path / "out"), "--methods", "crossfade", "rife"]) == 1

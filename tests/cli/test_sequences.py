@@ -105,7 +105,8 @@ def test_after_a_kill_the_command_makes_what_is_missing(chain, loaded, album, fa
         ("--frames 3,4,5", "--frames has 3 numbers, but 3 photos have 2 gaps"),
         ("--frames 3,many", "invalid int value: '3,many'"),
         ("--duration 1,0.05", "a gap cannot last 0.05 s"),
-        ("--duration 1,nan", "a gap cannot last nan s"),
+        ("--duration 1,nan", "a duration must be above 0 and at most 86400 seconds, not nan"),
+        ("--duration 1e308,1 --fps 1000", "a duration must be above 0 and at most 86400 seconds, not 1e+308"),
         ("--duration 1,1 --frames 3", "leave one of them out"),
         ("--duration 0.25", "too short for a frame in each of the 2 gaps"),
         ("--duration 1 --frames 3", "leave one of them out"),
@@ -141,6 +142,15 @@ def test_gaps_are_not_kept_where_something_else_is(chain, capsys):
     assert main([*chain, "-o", "out.mp4"]) == 2
     assert "holds something else, 'diary.txt'" in capsys.readouterr().err
     assert os.listdir("out.mp4.parts") == ["diary.txt"]
+
+
+def test_gaps_are_not_kept_behind_a_link(chain, capsys):
+    Path("elsewhere").mkdir()
+    Path("out.mp4.parts").symlink_to("elsewhere")
+    assert main([*chain, "-o", "out.mp4"]) == 2
+    assert "there is a symbolic link of that name; move it away" in capsys.readouterr().err
+    assert Path("out.mp4.parts").is_symlink()
+    assert os.listdir("elsewhere") == []
 
 
 def test_two_photos_have_one_gap(chain, capsys):

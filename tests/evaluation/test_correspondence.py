@@ -87,3 +87,13 @@ def test_the_command_writes_rows_and_tables(tmp_path, capsys):
     assert f"{len(written)} rows" in capsys.readouterr().out
     assert main(["correspondence", "-o", str(out), "--suites", "fish"]) == 2
     assert "--suites" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_loaded(tmp_path, capsys):
+    arguments = ["--device", "cpu", "--model", str(tmp_path)]  # which holds no model
+    (tmp_path / "a.png").touch()
+    assert main(["correspondence", "-o", str(tmp_path / "a.png"), *arguments]) == 2
+    assert f"--output: the folder '{tmp_path / 'a.png'}' cannot be made: File exists" in capsys.readouterr().err
+    (tmp_path / "correspondence.md").mkdir()
+    assert main(["correspondence", "-o", str(tmp_path), *arguments]) == 2
+    assert "correspondence.md': there is a folder of that name" in capsys.readouterr().err

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs that are killed and go on."""
 
+import json
+import re
 from dataclasses import replace
 from importlib import metadata
 
@@ -44,6 +46,37 @@ def test_a_run_of_something_else_is_not_gone_on_with(tmp_path):
     assert (tmp_path / ROWS).read_bytes() == before
     with pytest.raises(ValueError, match="holds no run"):
         RunFile.read(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"my own notes", 1),
+        (b"my own notes\n", 1),
+        (b'{"a": 1}\n{"a": 2', 1),
+        (b"a,b\n1,2\n", 1),
+        (b"[]\n", 1),
+        (b"\xff\n", 1),
+        (b"[" * 100_000 + b"\n", 1),
+        (json.dumps(HEADER).encode() + b'\n{"a": 1}\n{"b', 2),
+    ],
+)
+def test_a_file_that_is_no_run_is_named_and_left_as_it_is(tmp_path, content, line):
+    path = tmp_path / ROWS
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{ROWS}' is not the file of an evaluation, as its line {line} shows"):
+        RunFile.start(tmp_path, HEADER)
+    assert path.read_bytes() == content
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        RunFile.read(tmp_path)
+
+
+def test_a_run_that_is_refused_keeps_a_line_that_was_cut(tmp_path):
+    content = RunFile.start(tmp_path, HEADER).path.read_bytes() + b'{"suite": "sa'
+    (tmp_path / ROWS).write_bytes(content)
+    with pytest.raises(ValueError, match="holds a run with seed 0, not 1"):
+        RunFile.start(tmp_path, HEADER | {"seed": 1})
+    assert (tmp_path / ROWS).read_bytes() == content
 
 
 def test_a_killed_run_goes_on_where_it_was(pipe, tmp_path):

@@ -117,6 +117,22 @@ def test_what_cannot_be_written_is_refused(arguments, reason, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_foreign_readme_is_not_replaced_by_the_section(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    section = tmp_path / "mod_README.md"
+    section.write_text("my own notes")
+    error = refusal(capsys, "--single-file", "mod.py")
+    assert "written to 'mod_README.md', but a file of that name is there that this program did not write" in error
+    assert section.read_text() == "my own notes"
+    assert list(tmp_path.iterdir()) == [section]
+    section.unlink()
+    section.mkdir()
+    assert "there is a folder of that name" in refusal(capsys, "--single-file", "mod.py")
+    section.rmdir()
+    for _ in range(2):  # its own section is replaced
+        assert main(["export-hub", "--single-file", "mod.py"]) == 0
+
+
 def test_the_single_file_is_complete_and_readable(shared):
     file = shared / "dreammover.py"
     text = file.read_text()

@@ -9,6 +9,7 @@ from PIL import Image
 from support.pages import EXAMPLES
 
 from dreammover_pipeline.cli.main import main
+from dreammover_pipeline.media.files import check_still, write_video
 from dreammover_pipeline.media.playback import frames_to_fill, play
 
 
@@ -98,3 +99,29 @@ def test_bad_options_are_refused(tmp_path, capsys, restored_logging, options, re
     assert main(["interpolate", *PHOTOS, *TINY, *options.split(), "-o", str(output)]) == 2
     assert reason in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--output", "--compare"])
+@pytest.mark.parametrize(("fps", "hold", "still"), [("1", "656", "656.0"), ("18", "655", "707.4")])
+def test_a_gif_that_would_stand_still_for_too_long_is_refused(
+    tmp_path, capsys, restored_logging, option, fps, hold, still
+):
+    paths = {"--output": "out.mp4", option: "out.gif"}
+    options = [part for name, path in paths.items() for part in (name, str(tmp_path / path))]
+    assert main(["interpolate", *PHOTOS, *TINY, *options, "--fps", fps, "--hold", hold]) == 2
+    error = capsys.readouterr().err
+    assert "a picture can stand still for 655.35 s at most in" in error
+    assert f"not for {still} s" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gif_stands_still_for_as_long_as_its_format_can_say(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    check_still(655, 1, tmp_path / "out.gif")
+    write_video(play(frames, 1, hold=655), tmp_path / "out.gif", fps=1)
+    with Image.open(tmp_path / "out.gif") as gif:
+        assert (gif.n_frames, gif.info["duration"]) == (2, 655_000)
+    with pytest.raises(ValueError, match=r"655\.35 s at most in '.*out\.gif', not for 656\.0 s"):
+        check_still(656, 1, tmp_path / "out.gif")
+    check_still(656, 1, tmp_path / "out.mp4")
+    check_still(656, 1, tmp_path / "out")

@@ -113,6 +113,8 @@ def test_a_click_on_a_candidate_makes_the_video_with_it(handlers, uploads, warni
     assert handlers.look_at(0.3, REQUEST) == gr.skip()
     assert warnings == []
 
+    text, _ = handlers.moment(0.5, REQUEST, progress)
+    assert text == "Made a frame at δ = 0.5; the photos were known already."
     status, *others = chosen(0.5, 1, seed=1)
     assert status.startswith("The photos or the settings are no longer those of these candidates")
     assert skipped(*others)

@@ -35,7 +35,7 @@ def test_a_session_decodes_each_photo_once(session, files, decoded):
     preparing = {**PREPARING, "lora_steps": 0, "spots": [((30, 40), (30, 40))]}
     for seed in (0, 1):
         session.make(files, {**preparing, "seed": seed}, RENDERING, fps=8)
-    session.moment(0.5, {}, lambda stage, done, total: None)
+    session.moment(0.5, lambda stage, done, total: None)
     session.mark(files, [[], []])
     assert decoded == ["0.png", "1.png"]
 

@@ -164,16 +164,58 @@ def test_candidates_that_the_safety_checker_flags_are_black(components, safety_c
         assert Image.open(path).getextrema() == ((0, 0),) * 3
 
 
-def test_a_moment_of_the_prepared_pair(session, files, pipe):
+def test_a_moment_of_the_finished_video(session, files, pipe):
     with pytest.raises(ValueError, match="make a video first"):
-        session.moment(0.5, {}, Stages())
+        session.moment(0.5, Stages())
     finished = session.make(files, PREPARING, RENDERING, fps=8)
-    first = session.moment(1 / 3, {}, Stages())
+    first = session.moment(1 / 3, Stages())
     alone, among_others = (np.asarray(Image.open(path)) for path in (first, finished.rendered.files[1]))
     np.testing.assert_allclose(alone, among_others, atol=1)  # frames of any batch size are the same up to rounding
-    second = session.moment(0.9, {}, Stages())
+    second = session.moment(0.9, Stages())
     assert second.is_file()
     assert not first.exists()
+
+
+def test_a_moment_is_made_as_the_frames_of_the_video_are(session, files):
+    finished = session.make(files, {**PREPARING, "lora_steps": 0}, NOISE, fps=8)
+    alone, among_others = (
+        np.asarray(Image.open(path)) for path in (session.moment(0.5, Stages()), finished.rendered.files[2])
+    )
+    np.testing.assert_allclose(alone, among_others, atol=1)
+
+
+def test_after_a_cancelled_video_moments_and_changes_are_of_the_finished_one(session, files):
+    preparing, others = {**PREPARING, "lora_steps": 0}, files[::-1]
+    finished = session.make(files, preparing, RENDERING, fps=8)
+    before = session.moment(0.3, Stages()).read_bytes()
+    with pytest.raises(StoppedError):
+        session.make(others, preparing, RENDERING, fps=8, report=Stages("Denoising", session.cancel))
+    assert session.finished is finished
+    assert session.moment(0.3, Stages()).read_bytes() == before
+    assert session.has_prepared(files, preparing)
+    assert session.make(files, preparing, RENDERING, fps=24).work == ("written",)
+    assert session.make(files, preparing, {**RENDERING, "n_frames": 1}, fps=24).work == ("rendered", "written")
+    # what the cancelled job prepared is kept too
+    assert session.make(others, preparing, RENDERING, fps=8).work == ("rendered", "written")
+    assert not session.has_prepared(files, preparing)
+
+
+def test_frames_of_the_finished_video_are_kept_where_another_cannot_be_written(session, files, program, monkeypatch):
+    preparing, others = {**PREPARING, "lora_steps": 0}, files[::-1]
+    session.make(files, preparing, RENDERING, fps=8)
+    program(LATE_FAILURE)
+    with pytest.raises(RuntimeError, match="its frames are kept"):
+        session.make(others, preparing, RENDERING, fps=8)
+    monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
+    assert session.make(files, preparing, RENDERING, fps=24).work == ("written",)
+    last = session.make(others, preparing, RENDERING, fps=24)
+    assert last.work == ("written",)
+    assert all_files(session.folder) == {
+        last.video,
+        last.comparison,
+        *last.rendered.files,
+        *last.rendered.pictures.values(),
+    }
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -209,7 +251,7 @@ def test_bad_settings_cost_nothing(session, files):
     with pytest.raises(ValueError, match="the hold at the ends must last"):
         session.make(files, PREPARING, RENDERING, fps=8, hold=-1)
     with pytest.raises(ValueError, match="times"):
-        session.moment(1.5, {}, Stages())
+        session.moment(1.5, Stages())
     assert session.finished is finished
     assert session.has_prepared(files, preparing)
 

@@ -12,6 +12,8 @@ from PIL import Image
 
 from ..inputs import file_fault
 
+# The arguments of the pipeline that act only on frames with poses, of which a batch has none.
+OF_POSES = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
 PHOTOS = ("img0", "img1")  # what error messages call the two photos
 
 

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
 
 from ..arguments import arguments_of
 from ..settings import FitSettings
-from ..storage import digest_of, read_tensors, write_tensors
+from ..storage import digest_of, digest_of_tensors, read_tensors, write_tensors
 from .jobs import Job
 
 
@@ -26,11 +25,11 @@ class LoraCache:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def load(self, key: str) -> dict[str, torch.Tensor] | None:
-        """The LoRA of a key that `lora_key` gave; None if its file is missing, cut off, damaged or altered."""
+        """The LoRA of a key that `cache_key` gave; None if its file is missing, cut off, damaged or altered."""
         return read_tensors(self._path(key))
 
     def save(self, key: str, weights: dict[str, torch.Tensor]) -> None:
-        """Keep a LoRA under the key that `lora_key` gives. Its file appears whole or not at all."""
+        """Keep a LoRA under the key that `cache_key` gives. Its file appears whole or not at all."""
         write_tensors(self._path(key), weights)
 
     def _path(self, key: str) -> Path:
@@ -38,7 +37,7 @@ class LoraCache:
         return self.folder / f"{key}.safetensors"
 
 
-def lora_key(job: Job, pixels: torch.Tensor, fingerprint: str, stack: dict[str, object]) -> str:
+def cache_key(job: Job, pixels: torch.Tensor, fingerprint: str, stack: dict[str, object]) -> str:
     """A digest of everything that decides a pair's LoRA to the last bit.
 
     Args:
@@ -49,5 +48,4 @@ def lora_key(job: Job, pixels: torch.Tensor, fingerprint: str, stack: dict[str, 
     """
     decisive = {*arguments_of(FitSettings), "prompt", "seed"}
     settings = {name: value for name, value in job.settings.items() if name in decisive}
-    content = hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()
-    return digest_of([content, list(pixels.shape), settings, fingerprint, stack])
+    return digest_of([digest_of_tensors([pixels]), settings, fingerprint, stack])

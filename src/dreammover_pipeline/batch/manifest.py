@@ -15,14 +15,14 @@ from pathlib import Path
 
 from ..arguments import Numbers, arguments_of
 from ..inputs import check_choice, check_integer, check_number, file_fault
-from ..media.files import check_fps, check_name_length, check_video_path
+from ..media.files import check_fps, check_name_length, check_video_path, make_folder
 from ..media.texts import read_json, read_text
 from ..pipeline import DreamMoverPipeline
 from ..prompts import pair_negatives, pair_prompts
 from ..settings import FLOWS, PREPARING, NegativeContent, RenderSettings
 from ..steering import point_pairs
 from .claims import put_back
-from .jobs import Job, refusing_together
+from .jobs import OF_POSES, Job, refusing_together
 from .sidecar import PRIVATE, check_places_of_records, failure_path, is_sidecar, read_sidecar
 
 PLACES = ("img0", "img1", "folder", "output")
@@ -32,14 +32,15 @@ GROUPS = (*PREPARING, NegativeContent, RenderSettings)
 # The arguments of the pipeline that a line of text can hold.
 PARAMETERS = {name: declared for name, declared in arguments_of(*GROUPS).items() if declared.values.in_files}
 SETTINGS = (*PARAMETERS, "seed", "fps")
+KEYS = (*PLACES, *(name for name in SETTINGS if name not in OF_POSES))  # that a row of a manifest may have
 
 
 def read_manifest(path: str | os.PathLike, folder: Path, defaults: Mapping[str, object]) -> list[Job]:
     """The jobs of a manifest: a `.jsonl` file with an object in each line, or a `.csv` file with the keys in line 1.
 
     A row names two photos, `img0` and `img1`, or a `folder` that holds them as `0.*` and `1.*`; these paths are
-    relative to the manifest. A row may name its `output`, relative to the folder of all outputs, and may decide any of
-    `SETTINGS`. The outputs are checked, and their folders made.
+    relative to the manifest. A row may name its `output`, relative to the folder of all outputs, and may decide the
+    settings among `KEYS`. The outputs are checked, and their folders made.
 
     Args:
         path: The manifest.
@@ -140,19 +141,11 @@ def check_job_outputs(jobs: Sequence[Job]) -> None:
                     with refusing(owner.origin):
                         raise ValueError(f"writing '{owner.name}' would replace the {name}; choose another output")
             with refusing(job.origin):
-                _make_folder(job.output.parent)
+                make_folder(job.output.parent)
                 check_video_path(job.output)
                 check_places_of_records(job.output)
                 check_name_length(failure_path(job.output))  # the longest name of what is written beside the video
                 check_fps(job.settings["fps"], job.output)
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a folder and those it lies in; a ValueError where that is not possible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"the folder '{folder}' cannot be made: {error.strerror}") from error
 
 
 def _real(path: Path) -> Path:
@@ -176,10 +169,13 @@ def check_values(pipe: DreamMoverPipeline, fingerprint: str, jobs: Sequence[Job]
             with refusing(job.origin):
                 pipe.check_inputs(**job.settings)
                 if job.recorded and job.recorded["model"]["fingerprint"] != fingerprint:
-                    name = job.recorded["model"]["name"]
+                    name, clip = job.recorded["model"]["name"], job.recorded["model"].get("clip")
+                    names, options = f"'{name}'", "--model"
+                    if clip is not None:
+                        names, options = f"{names} with the CLIP '{clip}'", "--model and --clip"
                     raise ValueError(
-                        f"its video was made with another checkpoint, which was named '{name}' and has other weights "
-                        "than the one that was loaded; give the right one by --model"
+                        f"its video was made with another checkpoint, which was named {names} and has other weights "
+                        f"than the one that was loaded; give the right one by {options}"
                     )
 
 
@@ -243,25 +239,37 @@ def _csv_row(keys: Sequence[str], cells: Sequence[str]) -> dict:
 
 def _check_keys(keys: Collection[str]) -> None:
     """Raise ValueError if a key is unknown, or is there twice."""
-    allowed = (*PLACES, *SETTINGS)
-    unknown = [key for key in keys if key not in allowed]
+    unknown = [key for key in keys if key not in KEYS]
     if unknown:
-        raise ValueError(f"it has the unknown key {unknown[0]!r}; allowed are {', '.join(allowed)}")
+        raise ValueError(f"it has the unknown key {unknown[0]!r}; allowed are {', '.join(KEYS)}")
     twice = [key for key, count in Counter(list(keys)).items() if count > 1]
     if twice:
         raise ValueError(f"it has the key {twice[0]!r} twice")
 
 
 def _cell(key: str, text: str) -> object:
-    """The value of a cell: its text where a path or a text is wanted; elsewhere what it is as JSON, if it is JSON."""
-    if key in PLACES or (key in PARAMETERS and PARAMETERS[key].annotation.startswith("str")):
-        return text
+    """The value of a cell: its text where a path or a text is wanted; elsewhere what it is as JSON, if it is JSON.
+
+    Where several texts are allowed too, a list of texts in JSON is that list.
+    """
+    annotation = "str" if key in PLACES else PARAMETERS[key].annotation if key in PARAMETERS else ""
+    if annotation.startswith("str"):
+        return _texts(text) if "Sequence[str]" in annotation else text
     try:
         return read_json(text.lower() if text in ("TRUE", "FALSE") else text)  # as spreadsheets write truth values
     except json.JSONDecodeError:
         return text
     except ValueError as error:
         raise ValueError(f"`{key}` has a value that cannot be read: {error}") from error
+
+
+def _texts(text: str) -> str | list[str]:
+    """The texts that a text lists in JSON; where it lists none, the text itself."""
+    try:
+        value = read_json(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, list) and all(isinstance(entry, str) for entry in value) else text
 
 
 def _job(row: Mapping[str, object], origin: str, base: Path, folder: Path, defaults: Mapping[str, object]) -> Job:

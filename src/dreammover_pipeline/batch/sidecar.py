@@ -37,7 +37,7 @@ SIDECAR_SHAPE = {
     "request": str,
     "output": {"name": str, "sha256": str, "width": int, "height": int, "blacked_out": int},
     "inputs": [{"path": str, "sha256": str}] * 2,
-    "settings": {},
+    "settings": {"seed": int, "fps": (int, float)},  # all other settings have defaults
     "model": {"name": str, "fingerprint": str},
     "stack": {"dtype": str},
     "seconds": dict.fromkeys(("prepare", "render", "write"), (int, float)),
@@ -65,9 +65,11 @@ def work_path(output: Path) -> Path:
 def read_sidecar(path: Path) -> dict | None:
     """The content of a sidecar; None if the file does not exist, is damaged or is no sidecar."""
     record = _content(path)
-    whole = _has_shape(record, SIDECAR_SHAPE) and record.get(SIDECAR_MARK) == FORMAT
-    # Earlier versions did not scale videos, and did not record the size of the frames.
-    return record if whole and _has_shape(record["output"].get("frame_size", [0, 0]), [int, int]) else None
+    if not _has_shape(record, SIDECAR_SHAPE) or record.get(SIDECAR_MARK) != FORMAT:
+        return None
+    # Earlier versions did not scale videos and took no CLIP, and recorded neither the size of the frames nor a CLIP.
+    sized = _has_shape(record["output"].get("frame_size", [0, 0]), [int, int])
+    return record if sized and _has_shape(record["model"].get("clip"), (str, type(None))) else None
 
 
 def read_failures(jobs: Iterable[Job]) -> dict[str, dict]:

@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 
 from ..arguments import taken
-from ..framing import fit
-from ..images import decode_images, rgb
+from ..images import decode_images
 from ..media.files import video_size, write_video_or_keep
 from ..outputs import DreamMoverPipelineOutput
+from ..pairs import fitted_photos
 from ..pipeline import DreamMoverPipeline
 from ..records import PreparedPair
 from ..scratch import move_over
 from ..settings import PREPARING, RENDERING
 from .jobs import PHOTOS, Job, find_photos
 from .journal import Journal
-from .lora_cache import LoraCache, lora_key
+from .lora_cache import LoraCache, cache_key
 from .sidecar import (
     FAILURE_MARK,
     FORMAT,
@@ -51,11 +51,19 @@ class Worker:
         model: The name that the pipeline was loaded by.
         folder: The folder of all outputs, in which the journal is kept too.
         lora_cache: The folder of the fitted LoRAs; by default it is a folder inside `folder`.
+        clip: The name that a CLIP beside the model was loaded by; None without one.
     """
 
-    def __init__(self, pipe: DreamMoverPipeline, model: str, folder: Path, lora_cache: Path | None = None):
+    def __init__(
+        self,
+        pipe: DreamMoverPipeline,
+        model: str,
+        folder: Path,
+        lora_cache: Path | None = None,
+        clip: str | None = None,
+    ):
         self.pipe = pipe
-        self.model = {"name": model, "fingerprint": pipe.fingerprint()}
+        self.model = {"name": model, "clip": clip, "fingerprint": pipe.fingerprint()}
         self.stack = stack_of(pipe)
         self.process = {"run": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
         self.cache = LoraCache(lora_cache or folder / PRIVATE / "lora")
@@ -139,8 +147,7 @@ class Worker:
         if not settings["lora_steps"]:
             return pipe.prepare(first, last, **arguments, generator=generator), None
         canvas = pipe.canvas(first, settings["height"], settings["width"])
-        pixels = torch.stack([fit(rgb(photo), canvas) for photo in (first, last)])
-        key = lora_key(job, pixels, self.model["fingerprint"], self.stack)
+        key = cache_key(job, fitted_photos((first, last), canvas), self.model["fingerprint"], self.stack)
         cached = self.cache.load(key)
         pair = pipe.prepare(first, last, **arguments, generator=generator, lora=cached)
         if cached is None:

@@ -15,8 +15,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .loading import add_device_options, add_model_options, check_model, choose_device, load_pipeline, pipeline_class
+from ..batch.jobs import OF_POSES
+from ..media.files import make_folder
+from .loading import (
+    add_component_options,
+    add_device_options,
+    add_model_options,
+    check_model,
+    choose_device,
+    load_pipeline,
+    pipeline_class,
+)
 from .options import add_method_options, call_arguments, seed, size
+
+# The arguments that a batch has no option for: those of one pair of photos, and those that its frames have no use for.
+WITHOUT = ("points", "mask", "poses", *OF_POSES)
 
 if TYPE_CHECKING:
     from ..batch.jobs import Job
@@ -58,7 +71,8 @@ def add_batch(commands: argparse._SubParsersAction) -> None:
     )
     _add_common(parser)
     add_model_options(parser, default="sd15")
-    add_method_options(parser, steering=False)
+    add_component_options(parser, ["clip"])
+    add_method_options(parser, without=WITHOUT)
 
     text = "Make the videos of sidecars once more, from the photos and with the settings and the model they record."
     parser = commands.add_parser("again", help="make a video of a batch once more, from its sidecar", description=text)
@@ -66,6 +80,7 @@ def add_batch(commands: argparse._SubParsersAction) -> None:
     add = parser.add_argument
     add("sidecars", nargs="+", metavar="SIDECAR", help="The .json file beside a video that dreammover batch made.")
     add("--model", metavar="NAME", help="The model to load instead of the one that the sidecars name.")
+    add("--clip", metavar="NAME", help="The CLIP to load instead of the one that the sidecars name.")
     add_device_options(add)
     _add_common(parser)
 
@@ -97,42 +112,45 @@ def _batch(args: argparse.Namespace) -> None:
     from ..batch.manifest import read_manifest
 
     jobs = read_manifest(args.manifest, args.output, {**call_arguments(args), "seed": args.seed, "fps": args.fps})
-    _work(jobs, args, args.model, args.dtype)
+    _work(jobs, args, args.model, args.clip, args.dtype)
 
 
 def _again(args: argparse.Namespace) -> None:
     """Make the videos of sidecars once more.
 
     Raises:
-        ValueError: The sidecars record several models or precisions.
+        ValueError: The sidecars record several models, CLIPs or precisions.
     """
     pipeline_class()
     from ..batch.manifest import read_sidecars
 
     jobs = read_sidecars(args.sidecars, args.output)
-    models = {(job.recorded["model"]["name"], job.recorded["stack"]["dtype"]) for job in jobs}
+    recorded = [(job.recorded["model"], job.recorded["stack"]["dtype"]) for job in jobs]
+    models = {(model["name"], model.get("clip"), dtype) for model, dtype in recorded}
     if len(models) > 1:
         raise ValueError(
-            f"the sidecars record several models or dtypes, {sorted(models)}; give one command for each of them"
+            f"the sidecars record several models, CLIPs or dtypes, {sorted(models, key=str)}; give one command for "
+            "each of them"
         )
-    ((model, dtype),) = models
+    ((model, clip, dtype),) = models
     model = args.model or model
     check_model(model, args.allow_pickle)
-    _work(jobs, args, model, dtype)
+    _work(jobs, args, model, args.clip or clip, dtype)
 
 
-def _work(jobs: Sequence[Job], args: argparse.Namespace, model: str, dtype: str | None) -> None:
+def _work(jobs: Sequence[Job], args: argparse.Namespace, model: str, clip: str | None, dtype: str | None) -> None:
     """Load the model once and do this process's part of the jobs. The main process prints how all jobs ended.
 
     Args:
         jobs: All jobs of the batch.
         args: The options that both commands have.
         model: The name of the model.
+        clip: The name of a CLIP beside the model; None without one.
         dtype: The precision of the model; by default it depends on the device.
 
     Raises:
         RuntimeError: Some pairs failed.
-        ValueError: A job is refused, and none was begun.
+        ValueError: A job or the folder for LoRAs is refused, and no job was begun.
     """
     from accelerate import PartialState
 
@@ -142,15 +160,17 @@ def _work(jobs: Sequence[Job], args: argparse.Namespace, model: str, dtype: str 
     from ..batch.worker import Worker
 
     start = time.perf_counter()
+    if args.lora_cache is not None:
+        make_folder(args.lora_cache, "--lora-cache: the folder")
     with _terminable():
         failures = read_failures(jobs)  # before the processes meet, so that every one of them is of an earlier run
         device = choose_device(args.device)
         state = PartialState(cpu=device.startswith("cpu"))
         if state.num_processes > 1:
             device = state.device.type if state.device.type == "cpu" else str(state.device)
-        pipe = load_pipeline(model, dtype, device, args.allow_pickle)
+        pipe = load_pipeline(model, dtype, device, args.allow_pickle, clip=clip)
         pipe.set_progress_bar_config(disable=True)
-        worker = Worker(pipe, model, args.output, args.lora_cache)
+        worker = Worker(pipe, model, args.output, args.lora_cache, clip)
         check_values(pipe, worker.model["fingerprint"], jobs)
         outcomes = run(worker, jobs, failures, state.process_index, state.num_processes, args.quiet)
     if not state.is_main_process:

@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..arguments import arguments_of
+from ..inputs import check_choice, check_file_place, check_integer
+from ..media.files import make_folder
 from ..settings import PrepareSettings, RenderSettings, VideoSettings
 from .loading import add_component_options, add_model_options, check_model, load_chosen, pipeline_class
 
@@ -127,8 +129,6 @@ def _evaluate(args: argparse.Namespace) -> None:
     chosen = QUICK if args.quick else FULL
     pairs = chosen["pairs"] if args.pairs is None else args.pairs
     frames = chosen["frames"] if args.frames is None else args.frames
-    from ..inputs import check_choice, check_integer
-
     check_integer("--pairs", pairs, 1)
     check_integer("--frames", frames, 1)
     check_integer("--seed", args.seed, 0)
@@ -155,6 +155,9 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     names = args.suites or DIFFICULTIES
     find_suites(names, pairs, frames, 64)  # only to refuse bad names before a model is loaded
+    for group in (PrepareSettings, RenderSettings):
+        group.of(settings)  # the same for values that no model takes
+    make_folder(args.output, "--output: the folder")
     tools = find_tools(args.flow)
     pipe = load_chosen(args)
     pipe.set_progress_bar_config(disable=True)
@@ -172,8 +175,6 @@ def _correspondence(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     _require_libraries()
     check_model(args.model, args.allow_pickle)
-    from ..inputs import check_choice, check_integer
-
     check_integer("--pairs", args.pairs, 1)
     check_integer("--seed", args.seed, 0)
     for name in args.suites:
@@ -182,16 +183,17 @@ def _correspondence(args: argparse.Namespace) -> None:
     from ..evaluation.correspondence import study, table
     from ..evaluation.suites import find_suites
 
+    folder = Path(args.output)
+    rows_file, report = folder / "correspondence.jsonl", folder / "correspondence.md"
+    make_folder(folder, "--output: the folder")
+    for path in (rows_file, report):
+        check_file_place(path)
     pipe = load_chosen(args)
     pipe.set_progress_bar_config(disable=True)
     pipe.check_inputs(inversion_steps=max(args.steps), feature_step=min(args.steps))
     suites = find_suites(args.suites, args.pairs, 1, native_size(pipe), args.seed)
     rows = study(pipe, suites, args.steps, args.quiet)
-    folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "correspondence.jsonl").write_text(lines, encoding="utf-8")
-    report = folder / "correspondence.md"
+    rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     report.write_text("\n".join(f"## {suite.name}\n\n{table(rows, suite.name)}" for suite in suites), encoding="utf-8")
     print(f"{report}: {len(rows)} rows in {time.perf_counter() - start:.0f} s")
 

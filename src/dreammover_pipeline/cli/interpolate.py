@@ -7,7 +7,6 @@ torch and diffusers take seconds to import, so they are imported only after the 
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import shutil
 import time
@@ -21,6 +20,7 @@ from ..arguments import taken
 from ..inputs import file_fault
 from ..media.files import check_file_path, check_name_length
 from ..media.pictures import crossfade, picture_of
+from ..media.playback import check_duration
 from ..scratch import put_in_order
 from ..settings import PREPARING, RENDERING, arguments
 from .loading import add_component_options, add_model_options, check_model, load_chosen, pipeline_class
@@ -284,7 +284,8 @@ def _frames_of_gaps(args: argparse.Namespace, gaps: int) -> list[int]:
         return [made // gaps + (k < made % gaps) for k in range(gaps)]
     check_length(args)
     for duration in args.duration:
-        if not 0 < duration < math.inf or round(duration * args.fps) < 2:
+        check_duration(duration)
+        if round(duration * args.fps) < 2:
             raise ValueError(
                 f"a gap cannot last {duration:g} s; at {args.fps:g} frames per second the shortest with a frame "
                 f"between its photos is {2 / args.fps:.3g} s"
@@ -293,13 +294,13 @@ def _frames_of_gaps(args: argparse.Namespace, gaps: int) -> list[int]:
 
 
 def _check_parts(parts: Path) -> None:
-    """Raise ValueError if the folder for finished gaps holds anything else, since it is removed in the end."""
+    """Raise ValueError unless the place for finished gaps, removed in the end, is free or a folder of them alone."""
     from ..kept_gaps import FILE_NAMES
 
-    if parts.exists() and not parts.is_dir():
+    if parts.is_symlink() or (parts.exists() and not parts.is_dir()):
+        fault = "a symbolic link" if parts.is_symlink() else file_fault(parts) or "a file"
         raise ValueError(
-            f"finished gaps are kept in a folder '{parts}', but there is {file_fault(parts) or 'a file'} of that "
-            "name; move it away"
+            f"finished gaps are kept in a folder '{parts}', but there is {fault} of that name; move it away"
         )
     own = re.compile(rf"{FILE_NAMES}|\.dreammover.*")
     others = [entry.name for entry in parts.glob("*") if not own.fullmatch(entry.name)]

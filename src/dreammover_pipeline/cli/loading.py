@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,11 @@ MODEL_FILES = (".safetensors", ".ckpt")
 PLAIN_FILE = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.(safetensors|bin)")
 VARIANT_FILE = re.compile(r"diffusion_pytorch_model\.([a-zA-Z]\w*)(-\d+-of-\d+)?\.(?:safetensors|bin)")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+# The optional models that options name, by the names of the options and of the pipeline's components.
+COMPONENTS = {
+    "controlnet": "A ControlNet, which frames with poses follow: a Hub id or a folder.",
+    "clip": "A CLIP, which ranks candidates: a Hub id or a folder.",
+}
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -43,11 +48,15 @@ def add_model_options(parser: argparse.ArgumentParser, default: str) -> None:
     add_device_options(add)
 
 
-def add_component_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name optional models, for a command that `load_chosen` loads the model of."""
-    add = parser.add_argument
-    add("--controlnet", metavar="NAME", help="A ControlNet, which frames with poses follow: a Hub id or a folder.")
-    add("--clip", metavar="NAME", help="A CLIP, which ranks candidates: a Hub id or a folder.")
+def add_component_options(parser: argparse.ArgumentParser, names: Iterable[str] = COMPONENTS) -> None:
+    """Add the options that name optional models, which are loaded with the model of a command.
+
+    Args:
+        parser: The parser of a command.
+        names: Those of `COMPONENTS` that the command has a use for.
+    """
+    for name in names:
+        parser.add_argument(f"--{name}", metavar="NAME", help=COMPONENTS[name])
 
 
 def add_device_options(add: Callable[..., object]) -> None:
@@ -176,7 +185,7 @@ def load_chosen(args: argparse.Namespace) -> DreamMoverPipeline:
 
     The models of `add_component_options` are loaded with it where the command has those options.
     """
-    others = {name: getattr(args, name, None) for name in ("controlnet", "clip")}
+    others = {name: getattr(args, name, None) for name in COMPONENTS}
     return load_pipeline(args.model, args.dtype, choose_device(args.device), args.allow_pickle, **others)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from ..arguments import (
     ASK_PYTHON,
@@ -29,8 +29,6 @@ from ..arguments import (
 from ..media.texts import read_json, read_text
 from ..settings import GROUPS, PRESETS, RENDERING, arguments
 
-# The arguments that only make sense for one pair of photos.
-STEERING = ("points", "mask", "poses")
 # What the help calls the value of an option, where that does not follow from the values that the argument takes.
 METAVARS = {"points": "JSON|FILE", "easing": "NAME"}
 
@@ -48,14 +46,14 @@ class PipelineDefaults(argparse.HelpFormatter):
 
 
 def add_method_options(
-    parser: argparse.ArgumentParser, rendering_only: bool = False, steering: bool = True, gaps: bool = False
+    parser: argparse.ArgumentParser, rendering_only: bool = False, without: Collection[str] = (), gaps: bool = False
 ) -> None:
     """Add the options that become arguments of the pipeline; this group must be the last one to be added.
 
     Args:
         parser: The parser of a command.
         rendering_only: Whether only the arguments of the pipeline's `render` are wanted.
-        steering: Whether the arguments that only make sense for one pair of photos are wanted.
+        without: The arguments that are not wanted.
         gaps: Whether the command takes more than two photos, and so has several gaps between photos.
     """
     group = parser.add_argument_group("method", argument_default=argparse.SUPPRESS)
@@ -63,7 +61,7 @@ def add_method_options(
         text = "A set of values for some options; options that are typed beside it prevail."
         group.add_argument("--preset", choices=PRESETS, help=text)
     for name, declared in arguments_of(*(RENDERING if rendering_only else GROUPS)).items():
-        if declared.option is not ASK_PYTHON and (steering or name not in STEERING):
+        if declared.option is not ASK_PYTHON and name not in without:
             group.add_argument(declared.option, dest=name, **_parsing(declared, gaps))
     parser.formatter_class = PipelineDefaults  # set last, since newer Pythons format each help when it is added
 

@@ -20,6 +20,7 @@ from ..media.correspondences import flow_picture, matches_picture
 from ..media.files import (
     check_fps,
     check_picture_path,
+    check_still,
     check_video_path,
     video_size,
     write_picture,
@@ -27,7 +28,7 @@ from ..media.files import (
     write_video_or_keep,
 )
 from ..media.pictures import ContactSheet, comparison, crossfade, picture_of
-from ..media.playback import check_hold, frames_to_fill, play
+from ..media.playback import frames_to_fill, frames_to_hold, play
 from ..media.sources import sources_picture
 from ..scratch import put_in_order
 from ..settings import RenderSettings
@@ -140,12 +141,15 @@ def check_length(args: argparse.Namespace) -> None:
     """Refuse a hold that cannot be, and a duration beside a number of frames.
 
     Args:
-        args: The options that `add_output_options` and `add_method_options` add.
+        args: The options that `add_output_options` and `add_method_options` add, with a frame rate that was checked.
 
     Raises:
         ValueError: An option is refused.
     """
-    check_hold(args.hold)
+    held = frames_to_hold(args.hold, args.fps)
+    for path in (args.output, args.compare):
+        if path is not None:
+            check_still(held, args.fps, path)
     if args.duration is not None and hasattr(args, "n_frames"):
         raise ValueError("--duration decides the number of frames, and so does --frames; leave one of them out")
 

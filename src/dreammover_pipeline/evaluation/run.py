@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..inputs import check_file_place
 from ..media.pictures import picture_of
 from ..pipeline import DreamMoverPipeline
 from .case import EvaluationCase
@@ -29,7 +30,8 @@ from .suites import Suite
 
 ROWS = "run.jsonl"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "numpy", "scikit-image", "opencv-python-headless")
-KEY = ("suite", "pair", "method")
+HEADER_KEY = ("suites", "seed", "settings")  # what the first line of every run has, by which its file is known as one
+KEY = ("suite", "pair", "method")  # what tells a row from all others, and every row has
 
 
 @dataclass
@@ -44,27 +46,33 @@ class RunFile:
     def start(cls, folder: str | Path, header: Mapping[str, object]) -> RunFile:
         """Begin a run in a folder, or go on with a run of the same header that is there.
 
-        If the process was killed while it wrote the last line, that line is dropped.
+        If the process was killed while it wrote the last line, that line is dropped. A file that is not of this run
+        is left as it is.
 
         Raises:
-            ValueError: the folder holds a run of another header.
+            ValueError: the folder holds a run of another header, or what is in the place of its file is no run.
         """
         path = Path(folder) / ROWS
         path.parent.mkdir(parents=True, exist_ok=True)
         header = json.loads(json.dumps(header))
-        lines = _whole_lines(path)
+        lines, rest = _whole_lines(path)
         if not lines:
+            first = _line(header)
+            if not first.startswith(rest):
+                raise _no_run(path, 1)
             run = cls(path, header, [])
-            run._append_line(header)
+            run._append(first[len(rest) :])  # a kill may have left the beginning of the line
             return run
-        other = lines[0]
+        other, *rows = lines
         for name in sorted(header.keys() | other.keys()):
             if header.get(name) != other.get(name):
                 raise ValueError(
                     f"'{path}' holds a run with {name} {other.get(name)!r}, not {header.get(name)!r}; "
                     "choose another folder"
                 )
-        return cls(path, other, lines[1:])
+        if rest:
+            os.truncate(path, path.stat().st_size - len(rest))
+        return cls(path, other, rows)
 
     @classmethod
     def read(cls, folder: str | Path) -> RunFile:
@@ -74,15 +82,14 @@ class RunFile:
             ValueError: the folder holds no run.
         """
         path = Path(folder) / ROWS
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        lines, _ = _whole_lines(path)
         if not lines:
-            raise ValueError(f"'{folder}' holds no run; there is no '{ROWS}' in it")
+            raise ValueError(f"'{folder}' holds no run; a '{ROWS}' with a whole line is needed in it")
         return cls(path, lines[0], lines[1:])
 
     def append(self, row: dict) -> None:
         """Add a row. When this returns, the row is on the disk; after a kill it is there as a whole or not at all."""
-        self._append_line(row)
+        self._append(_line(row))
         self.rows.append(row)
 
     def done(self) -> set[tuple[str, str, str]]:
@@ -99,23 +106,45 @@ class RunFile:
         """
         return self.path.parent / "frames" / suite / pair / f"{row}.png"
 
-    def _append_line(self, record: dict) -> None:
-        line = json.dumps(record, allow_nan=False) + "\n"
+    def _append(self, content: bytes) -> None:
         with self.path.open("ab") as file:
-            file.write(line.encode())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
 
 
-def _whole_lines(path: Path) -> list[dict]:
-    """Read the lines of a run's file; whatever follows its last whole line is cut off the file."""
-    if not path.is_file():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.decode().splitlines()]
+def _line(record: Mapping[str, object]) -> bytes:
+    """The line of a run's file that holds a record."""
+    return (json.dumps(record, allow_nan=False) + "\n").encode()
+
+
+def _whole_lines(path: Path) -> tuple[list[dict], bytes]:
+    """The records in the whole lines of a run's file, and the bytes after the last of these lines.
+
+    Both are empty where there is no file.
+
+    Raises:
+        ValueError: there is no file but something else, or a line is not what a run has in its place.
+    """
+    check_file_place(path)
+    *lines, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict) or not record.keys() >= set(KEY if records else HEADER_KEY):
+            raise _no_run(path, number)
+        records.append(record)
+    return records, rest
+
+
+def _no_run(path: Path, line: int) -> ValueError:
+    """The error about a file in a run's place that is no run, as a line of it shows."""
+    return ValueError(
+        f"'{path}' is not the file of an evaluation, as its line {line} shows; move it away, or choose another folder"
+    )
 
 
 def header(

@@ -133,7 +133,8 @@ def write_single_file(path: Path) -> Path:
         The path of the section, `name_README.md`.
 
     Raises:
-        ValueError: the path is not that of a Python module, or lies inside this package.
+        ValueError: the path is not that of a Python module, or lies inside this package, or in the place of the
+            section is something that this function did not write.
         RuntimeError: the modules cannot be joined into one.
         OSError: a file cannot be written.
     """
@@ -143,6 +144,13 @@ def write_single_file(path: Path) -> Path:
     if path.resolve().is_relative_to(PACKAGE):
         raise ValueError(f"'{path}' is in this program's own folder; choose another folder")
     section = path.with_name(f"{path.stem}_README.md")
+    check_file_path(section, [".md"])
+    mark = SECTION.splitlines()[0].encode()
+    if section.exists() and not section.read_bytes().startswith(mark):
+        raise ValueError(
+            f"the README section of '{path}' is written to '{section}', but a file of that name is there that this "
+            "program did not write; move it away, or choose another name"
+        )
     path.write_text(_joined(f'custom_pipeline="{path.stem}"'), encoding="utf-8")
     section.write_text(SECTION.format(name=path.stem), encoding="utf-8")
     return section

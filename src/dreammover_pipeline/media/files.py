@@ -40,6 +40,7 @@ PROBE_SECONDS = 30  # that ffmpeg may take to say what it can encode
 FPS_RANGE = (0.01, 1000)
 # Browsers play a gif of more than 50 frames per second, whose delays are under 20 ms, at 10 frames per second.
 GIF_FPS_RANGE = (0.01, 50)
+GIF_LONGEST_DELAY = 65_535  # hundredths of a second for which a picture of a gif can stand still
 
 # Many players refuse H.264 above level 5.2. These are that level's limits (ITU-T H.264, table A-1).
 MACROBLOCK = 16  # pixels along a side of the squares that H.264 divides a frame into
@@ -54,7 +55,8 @@ def write_video(frames: Iterable[Image.Image], path: str | os.PathLike, fps: flo
     The ending of the path decides which: `.mp4`, `.gif`, or a folder where the path has no ending or ends in a slash.
     An mp4 needs an even width and height, so frames of odd size get their last column or row twice. In an mp4 frames
     that are too large for many players are scaled down to the size that `video_size` tells. Each frame of a gif has a
-    palette of its own and lasts 1/fps seconds, rounded to 10 ms; equal neighbours become one longer frame.
+    palette of its own and lasts 1/fps seconds, rounded to 10 ms; equal neighbours become one longer frame, which can
+    last 655.35 s at most.
 
     Args:
         frames: at least one picture, all of one size; they are taken one at a time.
@@ -200,6 +202,24 @@ def check_file_path(path: str | os.PathLike, suffixes: Sequence[str]) -> None:
     check_file_place(path)
 
 
+def make_folder(folder: str | os.PathLike, name: str = "the folder") -> None:
+    """Make a folder for what is to be written, and those it lies in, unless it is there.
+
+    Args:
+        folder: the folder.
+        name: what error messages call it, such as the option that it was given by.
+
+    Raises:
+        ValueError: it cannot be made, or is read-only.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{name} '{folder}' cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{name} '{folder}' is read-only")
+
+
 def check_fps(fps: float, path: str | os.PathLike) -> None:
     """Refuse a frame rate that the kind of video at `path` cannot have.
 
@@ -209,6 +229,20 @@ def check_fps(fps: float, path: str | os.PathLike) -> None:
     low, high = GIF_FPS_RANGE if _video_suffix(path) == ".gif" else FPS_RANGE
     if not low <= fps <= high:  # NaN fails both comparisons
         raise ValueError(f"fps must be between {low} and {high} for '{path}', got {fps}")
+
+
+def check_still(count: int, fps: float, path: str | os.PathLike) -> None:
+    """Refuse a number of equal neighbours that the kind of video at `path` cannot show.
+
+    Raises:
+        ValueError: they would stand still for longer than a gif can say.
+    """
+    delay = count * _gif_delay(fps)
+    if _video_suffix(path) == ".gif" and delay > GIF_LONGEST_DELAY:
+        raise ValueError(
+            f"a picture can stand still for {GIF_LONGEST_DELAY / 100} s at most in '{path}', not for {delay / 100} s; "
+            "name an .mp4 file or a folder, or let the ends stand still for a shorter time"
+        )
 
 
 def _ffmpeg() -> str:
@@ -372,7 +406,12 @@ def _padded_to_even(pixels: np.ndarray) -> np.ndarray:
 def _write_gif(frames: Iterator[Image.Image], path: Path, fps: float) -> None:
     # Pillow dithers only with a palette that it is given, and without dithering smooth shades would show bands.
     paletted = (frame.quantize(palette=frame.quantize()) for frame in frames)
-    next(paletted).save(path, save_all=True, append_images=paletted, duration=10 * round(100 / fps), loop=0)
+    next(paletted).save(path, save_all=True, append_images=paletted, duration=10 * _gif_delay(fps), loop=0)
+
+
+def _gif_delay(fps: float) -> int:
+    """The hundredths of a second that a frame of a gif lasts."""
+    return round(100 / fps)
 
 
 def _write_folder(frames: Iterator[Image.Image], path: Path, fps: float) -> None:

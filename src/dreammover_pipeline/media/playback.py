@@ -31,7 +31,7 @@ def play(frames: Sequence[Frame], fps: float, hold: float = 0.0, ping_pong: bool
     if len(frames) < 2:
         raise ValueError(f"a video needs at least its first and its last frame, but {len(frames)} frames came")
     first, *between, last = frames
-    shown = _shown(hold, fps)
+    shown = frames_to_hold(hold, fps)
     back = between[::-1] if ping_pong else []
     return [first] * shown + between + [last] * shown + back
 
@@ -53,9 +53,8 @@ def frames_to_fill(duration: float, fps: float, hold: float = 0.0, ping_pong: bo
         ValueError: `duration` is not above 0 and at most `LONGEST`, or too short for one frame in between, or `hold`
             is not from 0 to `LONGEST`.
     """
-    ends = 2 * _shown(hold, fps)
-    if not 0 < duration <= LONGEST:
-        raise ValueError(f"the duration must be above 0 and at most {LONGEST} seconds, not {duration}")
+    ends = 2 * frames_to_hold(hold, fps)
+    check_duration(duration)
     ways = 2 if ping_pong else 1
     between = (round(duration * fps) - ends) // ways
     if between < 1:
@@ -66,13 +65,23 @@ def frames_to_fill(duration: float, fps: float, hold: float = 0.0, ping_pong: bo
     return between
 
 
+def check_duration(duration: float) -> None:
+    """Raise ValueError unless `duration` is a number of seconds above 0 and at most `LONGEST`."""
+    if not 0 < duration <= LONGEST:  # NaN fails every comparison
+        raise ValueError(f"a duration must be above 0 and at most {LONGEST} seconds, not {duration}")
+
+
 def check_hold(hold: float) -> None:
     """Raise ValueError unless `hold` is a number of seconds from 0 to `LONGEST`."""
     if not 0 <= hold <= LONGEST:  # NaN fails every comparison
         raise ValueError(f"the hold at the ends must last 0 to {LONGEST} seconds, not {hold}")
 
 
-def _shown(hold: float, fps: float) -> int:
-    """How many times the first and the last frame are shown to stand still for `hold` seconds."""
+def frames_to_hold(hold: float, fps: float) -> int:
+    """How many times the first and the last frame are shown to stand still for `hold` seconds.
+
+    Raises:
+        ValueError: `hold` is not from 0 to `LONGEST`.
+    """
     check_hold(hold)
     return max(1, round(hold * fps))

@@ -115,7 +115,7 @@ class EventHandlers:
     def moment(self, delta: float, request: gr.Request, progress=PROGRESS):
         """Make and show a single frame at a δ of the visitor's choice."""
         with errors_on_page() as messages:
-            path = self._session(request).moment(delta, {}, _shown_by(progress))
+            path = self._session(request).moment(delta, _shown_by(progress))
             return f"Made a frame at δ = {delta:g}; the photos were known already.", _frame(path, delta)
         return messages[0], gr.skip()
 

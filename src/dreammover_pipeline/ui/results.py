@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,8 @@ class RenderedFrames:
 
     Args:
         key: a key that is equal only for the same prepared pair and the same settings.
+        prepared: the prepared pair.
+        rendering: the settings, which are arguments of `DreamMoverPipeline.render`.
         folder: the folder that holds all files of these frames.
         files: the frames, in their order.
         times: the δ of every frame.
@@ -41,6 +43,8 @@ class RenderedFrames:
     """
 
     key: str
+    prepared: PreparedPhotos
+    rendering: Mapping[str, object]
     folder: Path
     files: tuple[Path, ...]
     times: tuple[float, ...]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a session of the page does and keeps: a prepared pair, the frames made of it, and the files it shows.
+"""What a session of the page does and keeps: prepared pairs, the frames made of them, and the files it shows.
 
 Whatever a session writes lies in one folder, which is removed with the session. Files that are shown stay until those
 that replace them are complete.
@@ -41,7 +41,7 @@ class StoppedError(Exception):
 
 
 class Session:
-    """One open page, with the pair that it prepared last and the video that it finished last.
+    """One open page, with the pair that it prepared last, and the video that it finished last with what it is made of.
 
     Args:
         pipe: the pipeline, which all sessions share.
@@ -90,7 +90,7 @@ class Session:
             photos: the files of the first and of the last photo.
             preparing: settings as `make` takes them.
         """
-        return self._prepared is not None and self._prepared.key == _key(photos, preparing)
+        return self._known_pair(_key(photos, preparing)) is not None
 
     def make(
         self,
@@ -103,7 +103,10 @@ class Session:
         report: ProgressListener = lambda stage, done, total: None,
         choices: Mapping[float, int] | None = None,
     ) -> FinishedVideo:
-        """Make a video, and do only the part of the work that this session's last video did not do already.
+        """Make a video, and do only the part of the work whose results this session has not kept.
+
+        Kept are the pair that was prepared last, the frames that were made last, and the finished video with its pair
+        and its frames.
 
         Args:
             photos: the files of the first and of the last photo.
@@ -130,50 +133,55 @@ class Session:
         check_fps(fps, "video.mp4")
         check_hold(hold)
         with self._job(report):
-            key = f"{_key(photos, preparing)} {sorted(rendering.items())}"
-            known = self._rendered is not None and self._rendered.key == key
-            chosen = self._rendered.chosen if known else {}
+            prepared_key = _key(photos, preparing)
+            key = f"{prepared_key} {sorted(rendering.items())}"
+            rendered = next((frames for frames in self._kept_frames() if frames.key == key), None)
+            chosen = {} if rendered is None else rendered.chosen
             wanted = {**chosen, **(choices or {})}
             if wanted.keys() != chosen.keys():
                 raise ValueError(
                     "the photos or the settings are no longer those of these candidates; make a new video"
                 )
             work = []
-            if not self.has_prepared(photos, preparing):
-                self._prepared = self._prepare(photos, preparing)
-                work.append("prepared")
-            if not known or wanted != chosen:
-                self._replace_rendered(self._render(key, rendering, wanted))
+            if rendered is None or wanted != chosen:
+                prepared = self._known_pair(prepared_key)
+                if prepared is None:
+                    prepared = self._prepared = self._prepare(prepared_key, photos, preparing)
+                    work.append("prepared")
+                rendered = self._render(key, prepared, rendering, wanted)
+                self._replace_rendered(rendered)
                 work.append("rendered")
             try:
-                return self._write(self._rendered, fps, hold, ping_pong, (*work, "written"))
+                return self._write(rendered, fps, hold, ping_pong, (*work, "written"))
             except (OSError, RuntimeError) as error:
                 raise RuntimeError(
                     f"the video could not be written: {error}; its frames are kept, so another attempt only writes it"
                 ) from error
 
-    def moment(self, time: float, rendering: Mapping[str, object], report: ProgressListener) -> Path:
-        """Make a single frame of the prepared pair, at a δ of the visitor's choice, and return its file.
+    def moment(self, time: float, report: ProgressListener) -> Path:
+        """Make a single frame of what the finished video shows, at a δ of the visitor's choice, and return its file.
+
+        It is made as the frames of the video are, but alone and once.
 
         Args:
             time: the frame's δ, in (0, 1).
-            rendering: arguments of `DreamMoverPipeline.render` but for the pair; "times" and "easing" are ignored.
             report: a function called as (stage name, steps done, steps in all) when a stage begins and after each of
                 its steps.
 
         Raises:
             StoppedError: the visitor cancelled the job or left.
-            TypeError, ValueError: no pair is prepared yet, or an argument is not what it may be; raised before any
+            TypeError, ValueError: no video is finished yet, or the time is not what it may be; raised before any
                 model runs.
             RuntimeError: the work failed.
         """
-        if self._prepared is None:
+        finished = self._finished
+        if finished is None:
             raise ValueError("make a video first; then single frames of it can be made at any time")
-        settings = {**rendering, "times": [time], "easing": "linear"}
+        prepared = finished.rendered.prepared
+        settings = {**finished.rendered.rendering, "times": [time], "easing": "linear", "candidates": 1}
         self._pipe.check_inputs(**settings)
         with self._job(report):
-            generator = self._frames_generator()
-            ((frame,),) = self._pipe.render(self._prepared.pair, **settings, generator=generator).frames
+            ((frame,),) = self._pipe.render(prepared.pair, **settings, generator=_frames_generator(prepared)).frames
             return self._show("moment", {"moment": frame})[0]
 
     def mark(self, photos: Sequence[Path | None], spots: Sequence[Sequence[Spot]]) -> list[Path | None]:
@@ -221,21 +229,30 @@ class Session:
                     free_cache(self._pipe.device)
                     self.used = time.monotonic()
 
-    def _prepare(self, photos: Sequence[Path], preparing: Mapping[str, object]) -> PreparedPhotos:
+    def _kept_frames(self) -> list[RenderedFrames]:
+        """The frames that are kept, those that were made last first."""
+        shown = None if self._finished is None else self._finished.rendered
+        return [frames for frames in (self._rendered, shown) if frames is not None]
+
+    def _known_pair(self, key: str) -> PreparedPhotos | None:
+        """The prepared pair that has a key, if it is kept."""
+        last = [] if self._prepared is None else [self._prepared]
+        pairs = [*last, *(frames.prepared for frames in self._kept_frames())]
+        return next((prepared for prepared in pairs if prepared.key == key), None)
+
+    def _prepare(self, key: str, photos: Sequence[Path], preparing: Mapping[str, object]) -> PreparedPhotos:
         pictures = self._photos.get(photos)
         arguments = dict(preparing)
         seed = arguments.pop("seed")
         generator = torch.Generator("cpu").manual_seed(seed)
         arguments["points"] = points_of_spots(arguments.pop("spots"), pictures)
         pair = self._pipe.prepare(*pictures, **arguments, generator=generator)
-        return PreparedPhotos(_key(photos, preparing), pair, seed)
+        return PreparedPhotos(key, pair, seed)
 
-    def _frames_generator(self) -> torch.Generator:
-        """What decides the noise of frames that are made in noise: the visitor's seed, as for all else."""
-        return torch.Generator("cpu").manual_seed(self._prepared.seed)
-
-    def _render(self, key: str, rendering: Mapping[str, object], choices: Mapping[float, int]) -> RenderedFrames:
-        pair = self._prepared.pair
+    def _render(
+        self, key: str, prepared: PreparedPhotos, rendering: Mapping[str, object], choices: Mapping[float, int]
+    ) -> RenderedFrames:
+        pair = prepared.pair
         with self._pipe.keeping_sources() as sources:
             output = self._pipe.render(
                 pair,
@@ -243,7 +260,7 @@ class Session:
                 rank_by=equally_good,
                 choices=choices,
                 include_inputs=True,
-                generator=self._frames_generator(),
+                generator=_frames_generator(prepared),
             )
         (frames,), (times,) = output.frames, output.times
         (chooser,) = output.candidates or [Chooser(equally_good, {})]  # one that nothing was shown to
@@ -257,7 +274,18 @@ class Session:
         paths = {name: folder / f"{name}.png" for name in pictures}
         for name, picture in pictures.items():
             write_picture(picture, paths[name])
-        return RenderedFrames(key, folder, files, times, paths, output.blacked_out, candidates, chooser.chosen)
+        return RenderedFrames(
+            key,
+            prepared,
+            dict(rendering),
+            folder,
+            files,
+            times,
+            paths,
+            output.blacked_out,
+            candidates,
+            chooser.chosen,
+        )
 
     def _replace_rendered(self, rendered: RenderedFrames) -> None:
         """Keep these frames instead of those before them, which are removed unless the finished video is of them."""
@@ -305,6 +333,11 @@ class Session:
         folder = self.folder / secrets.token_hex(16)
         folder.mkdir(parents=True)
         return folder
+
+
+def _frames_generator(prepared: PreparedPhotos) -> torch.Generator:
+    """What decides the noise of frames that are made in noise: the visitor's seed, as for all else."""
+    return torch.Generator("cpu").manual_seed(prepared.seed)
 
 
 def _write_pictures(pictures: Iterable[Image.Image], folder: Path) -> tuple[Path, ...]:
