@@ -38,7 +38,7 @@ def test_frames_are_those_of_the_cpu(tiny_pipe, there, photos, job):
         assert isinstance(made.flow[0].forward, Elsewhere)
     assert made.frames.shape == expected.shape
     # Operations round differently there, so a place may be taken from elsewhere where two are nearly as good.
-    assert (made.frames - expected).abs().quantile(0.99) < 1e-3
+    assert (made.frames - expected).abs().quantile(0.99) < 1e-4  # 6e-7 was seen
 
 
 def test_what_was_kept_comes_back_to_the_device(tiny_pipe, there, photos, tmp_path):
@@ -48,10 +48,10 @@ def test_what_was_kept_comes_back_to_the_device(tiny_pipe, there, photos, tmp_pa
         tiny_pipe.save_pair(pair, tmp_path / "pair")
         again = tiny_pipe.load_pair(tmp_path / "pair")
         assert isinstance(again.inversion.path, Elsewhere)
-        first, second = (tiny_pipe.render(x, n_frames=1, output_type="pt").frames for x in (pair, again))
+        first, second = (tiny_pipe.render(x, n_frames=1, output_type="latent").frames for x in (pair, again))
         assert torch.equal(first, second)
         album = [photos[0], photos[1], photos[0]]
-        keep = {**QUICK, "n_frames": 1, "output_type": "pt", "keep": tmp_path / "gaps"}
+        keep = {**QUICK, "n_frames": 1, "output_type": "latent", "keep": tmp_path / "gaps"}
         made = tiny_pipe.interpolate_sequence(album, **keep).frames
         assert len(list((tmp_path / "gaps").glob("gap*"))) == 2
         assert torch.equal(tiny_pipe.interpolate_sequence(album, **keep).frames, made)
@@ -76,6 +76,7 @@ def test_more_steps_wait_no_oftener(tiny_pipe, there, photos):
     [
         (lambda x: x + torch.ones(2), "two devices"),
         (lambda x: torch.stack([x, torch.ones(2)]), "two devices"),
+        (lambda x: torch.randn(2, generator=torch.Generator(), device=x.device), "a generator of another one"),
         (lambda x: x.double(), "no torch.float64"),
         (lambda x: x.new_zeros(2, dtype=torch.float64), "no torch.float64"),
         (lambda x: torch.linspace(0, 1, 3, dtype=torch.float64, device=x.device), "no torch.float64"),

@@ -341,7 +341,7 @@ def test_what_is_kept_later_replaces_what_was_kept(tmp_path):
 def test_the_keys_of_a_folder(tmp_path):
     gaps = [random_gap(), random_gap(text=PairText(("b", "c")))]
     preparing, rendering, cpu = PrepareSettings(), [RenderSettings()] * 2, torch.device("cpu")
-    own, shared = (kept_gaps(tmp_path, gaps, preparing, rendering, both, "m", cpu) for both in (False, True))
+    own, shared = (kept_gaps(tmp_path, gaps, preparing, rendering, both, "f", "m", cpu) for both in (False, True))
     assert own.lora_keys == [lora_key([gap], preparing, "m") for gap in gaps]
     assert shared.lora_keys == [lora_key(gaps, preparing, "m")] * 2
     keys = {*own.gap_keys, *shared.gap_keys, *own.lora_keys, *shared.lora_keys}

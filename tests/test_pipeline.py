@@ -399,6 +399,25 @@ def test_latents_of_a_callback_are_taken_in_the_precision_of_the_others(pipe, ph
     assert close(rounded.frames, pipe(*photos, **arguments).frames, 0.2)
 
 
+@pytest.mark.parametrize("method", ["flow", "noise"])
+def test_a_callback_may_end_guidance(pipe, photos, fast, method):
+    """Without negative embeddings it is what it is with a scale of 1, but for rounding."""
+
+    def ending(pipeline, i, timestep, tensors):
+        return {"negative_prompt_embeds": None}
+
+    def neutral(pipeline, i, timestep, tensors):
+        pipeline._guidance_scale = 1.0
+
+    arguments = fast | {"output_type": "latent", "guidance_scale": 3.0, "negative_prompt": "fog", "method": method}
+    arguments["n_frames"] = 1  # since in noise every generation of frames begins with embeddings of its own
+    ended, unguided = (
+        pipe(*photos, **arguments, callback_on_step_end=callback, generator=torch.Generator().manual_seed(0))
+        for callback in (ending, neutral)
+    )
+    assert close(ended.frames, unguided.frames)
+
+
 def test_callback_may_replace_latents_and_guidance(pipe, photos, fast):
     def zero_at_the_end(pipeline, i, timestep, tensors):
         pipeline._guidance_scale += 1.0

@@ -207,13 +207,16 @@ class Choices(Values):
             check_integer(f"{name}[{time}]", index, 0)
 
 
+LATENTS, PICTURES = "latents", "pictures"  # what of the frames an argument may decide
+
+
 @dataclass(frozen=True)
 class Argument:
     """The declaration of one argument.
 
-    `paper` is the value that the paper has; `decides` is false where the argument says how the frames are computed and
-    not which; `option` is the command line's name, `ASK_PYTHON` where it has none; `slider` is the range that the web
-    page offers, None where it offers none.
+    `paper` is the value that the paper has; `decides` is `LATENTS` or `PICTURES`, or None where the argument says how
+    the frames are computed and not which; `option` is the command line's name, `ASK_PYTHON` where it has none;
+    `slider` is the range that the web page offers, None where it offers none.
     """
 
     name: str
@@ -222,7 +225,7 @@ class Argument:
     values: Values
     about: str
     paper: object
-    decides: bool
+    decides: str | None
     option: str | object
     slider: tuple[float, float] | None
 
@@ -233,7 +236,7 @@ def argument(
     about: str,
     *,
     paper: object = None,
-    decides: bool = True,
+    decides: str | None = LATENTS,
     option: str | object | None = None,
     slider: tuple[float, float] | None = None,
 ):
@@ -244,7 +247,8 @@ def argument(
         values: The values that are allowed beside a default of None.
         about: What the argument means, in sentences that stand alone.
         paper: The paper's value where it is not the default.
-        decides: Whether the argument decides the frames.
+        decides: `LATENTS` if the argument decides the frames' latents, `PICTURES` if only what is made of them, and
+            None if neither.
         option: The name on the command line where it does not follow from the argument's, or `ASK_PYTHON`.
         slider: The range that the web page offers.
     """

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import lru_cache
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -96,7 +96,7 @@ class ReferenceAttnProcessor:
         return attended.reshape(batch, length, channels)
 
 
-@cache
+@lru_cache(maxsize=64)
 def naming_arguments_of(inner: type, wrapper: type) -> type:
     """A kind of the wrapper whose `__call__` names the arguments of the processor that it wraps.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
@@ -221,7 +221,7 @@ class FramePredictor:
     batches: Batches
     control: FrameControl | None
     steps: int
-    _photos_lead: bool = False
+    _photos_lead: bool = field(default=False, init=False)
 
     def __call__(self, latents: torch.Tensor, timestep: int) -> torch.Tensor:
         """ε of frames (F, C, h, w) at a timestep of the pair's path, (F, C, h, w), float32."""

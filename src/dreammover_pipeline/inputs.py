@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from ctypes import c_float
 from numbers import Integral, Real
 
@@ -158,8 +158,8 @@ def check_feature_blocks_exist(blocks: int | Sequence[int], up_blocks: int) -> N
 
 
 def check_attention_blocks(blocks: object) -> None:
-    """Raise TypeError or ValueError unless `blocks` is a sequence of integers of at least 0."""
-    if isinstance(blocks, str) or not isinstance(blocks, Sequence):
+    """Raise TypeError or ValueError unless `blocks` is a collection of integers of at least 0."""
+    if isinstance(blocks, str) or not isinstance(blocks, Collection):
         raise TypeError(f"`attention_blocks` must be a sequence of integers, not {blocks!r}")
     for block in blocks:
         check_integer("attention_blocks", block, 0)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .arguments import arguments_of
+from .arguments import LATENTS, arguments_of
 from .inputs import frame_times
 from .pairs import PairInput
 from .prompts import NegativeText, PairText
@@ -27,7 +27,6 @@ from .timing import eased_times
 KEY_LENGTH = 16  # number of hexadecimal digits of a digest in a file's name
 FILE_NAMES = rf"(gap_\d{{4,}}|lora)_[0-9a-f]{{{KEY_LENGTH}}}\.safetensors"
 GAP_TENSORS = {"latents", "times", "ends", "flow.forward", "flow.backward"}
-AFTER_LATENTS = {"detail", "include_inputs", "endpoints"}  # arguments that decide what is made of a frame's latents
 
 
 class KeptGaps:
@@ -137,7 +136,8 @@ def kept_gaps(
     preparing: PrepareSettings,
     rendering: Sequence[RenderSettings],
     shared: bool,
-    model: str,
+    of_frames: str,
+    of_pairs: str,
     device: torch.device,
 ) -> GapFolder:
     """The folder of a sequence's gaps.
@@ -148,14 +148,14 @@ def kept_gaps(
         preparing: How all gaps are prepared.
         rendering: How each gap is rendered.
         shared: Whether one LoRA is fitted to all photos.
-        model: What stands for the checkpoint and its precision.
+        of_frames: What stands for the models that decide frames, and for their precision.
+        of_pairs: What stands for the models that decide a pair's LoRA, and for their precision.
         device: The device that tensors are read to.
-
     """
     fits = [gaps] * len(gaps) if shared else [[gap] for gap in gaps]
-    lora_keys = [lora_key(fitted, preparing, model) for fitted in fits]
+    lora_keys = [lora_key(fitted, preparing, of_pairs) for fitted in fits]
     gap_keys = [
-        gap_key(gap, preparing, settings, f"{model} {key}")
+        gap_key(gap, preparing, settings, f"{of_frames} {key}")
         for gap, settings, key in zip(gaps, rendering, lora_keys, strict=True)
     ]
     return GapFolder(Path(folder), gap_keys, lora_keys, device)
@@ -174,7 +174,7 @@ def gap_key(gap: PairInput, preparing: PrepareSettings, rendering: RenderSetting
         name: getattr(settings, name)
         for settings in (preparing, rendering)
         for name, declared in arguments_of(type(settings)).items()
-        if declared.decides and name not in AFTER_LATENTS
+        if declared.decides == LATENTS
     }
     if callable(rendering.easing):
         decided["easing"] = eased_times(frame_times(rendering.n_frames, None), rendering.easing)

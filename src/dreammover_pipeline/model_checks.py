@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
 
 import torch
 from diffusers import SchedulerMixin
@@ -51,10 +50,12 @@ def check_model_fits(
         elif isinstance(group, Delivery):
             for name in group.callback_on_step_end_tensor_inputs:
                 check_choice("callback_on_step_end_tensor_inputs", name, callback_tensors)
-    prepared, rendered = ([g for g in settings if isinstance(g, kind)] for kind in (PrepareSettings, RenderSettings))
-    for preparing, rendering in product(prepared, rendered):
-        steps = preparing.num_inference_steps, preparing.inversion_steps
-        check_noise_levels(rendering, ddim_schedule(scheduler, *steps))
+    in_noise = [group for group in settings if isinstance(group, RenderSettings) and group.method == "noise"]
+    prepared = [group for group in settings if isinstance(group, PrepareSettings)]
+    if in_noise and prepared:
+        schedule = ddim_schedule(scheduler, prepared[0].num_inference_steps, prepared[0].inversion_steps)
+        for group in in_noise:
+            check_noise_levels(group, schedule)
 
 
 def check_models(unet: torch.nn.Module | None, vae: torch.nn.Module | None, scheduler: SchedulerMixin | None) -> None:
@@ -144,7 +145,7 @@ def check_noise_levels(settings: RenderSettings, schedule: Schedule) -> None:
 
     Args:
         settings: How the frames are made.
-        schedule: The pair's.
+        schedule: The noise schedule that the pair is prepared with.
     """
     if settings.method != "noise":
         return

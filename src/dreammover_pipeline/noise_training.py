@@ -110,7 +110,7 @@ class NoiseTraining:
         generator: torch.Generator,
         on_step: Callable[[], None],
     ) -> None:
-        """Train by AdamW on the error of the predicted noise; no step waits for a GPU.
+        """Train by AdamW on the error of the predicted noise; no step waits for a CUDA GPU.
 
         Args:
             parameters: The parameters that are trained, in float32.
@@ -124,9 +124,9 @@ class NoiseTraining:
         device, dtype = self.clean.device, self.dtype
         # A backward pass that is checkpointed runs modules again from the host.
         recorded = device.type == "cuda" and not self.checkpointed and only_kernels(self.unet)
-        # Fused AdamW skips a step that overflowed without the CPU waiting for the GPU to report the overflow. On MPS,
-        # torch before 2.14 takes such steps nevertheless, and does not undo the scaling of the loss.
-        fused = device.type in ("cpu", "cuda")
+        # Fused AdamW skips a step that overflowed without the CPU waiting for the GPU to report the overflow. Not all
+        # devices have it, and on MPS torch before 2.14 takes such steps all the same and leaves gradients scaled.
+        fused = device.type in ("cpu", "cuda", "xpu")
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, fused=fused, capturable=recorded)
         # Without a scaled loss, float16 gradients underflow.
         scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=dtype == torch.float16)

@@ -105,7 +105,7 @@ from .stages import StageMethods
 from .steering import steered_flow  # noqa: F401, named for the loader
 from .storage import write_pair  # noqa: F401, named for the loader
 from .text import embed_text  # noqa: F401, named for the loader
-from .timing import CURVES  # noqa: F401, named for the loader
+from .timing import EVEN
 from .tone import with_tone  # noqa: F401, named for the loader
 from .turns import interruptible
 
@@ -569,9 +569,9 @@ class DreamMoverPipeline(
         self._check_model_fits(settings, delivery)
         check_prepared(pair)
         check_noise_levels(settings, pair.inversion.schedule)
-        NegativeContent.of(arguments)
         pair = pair.in_precision(self.unet.dtype)
-        (negative,) = pair_negatives(negative_prompt, negative_prompt_embeds, 1, self._sizes.text_width)
+        away = NegativeContent.of(arguments)
+        (negative,) = pair_negatives(away.negative_prompt, away.negative_prompt_embeds, 1, self._sizes.text_width)
         if guidance_scale > 1:
             tokens = pair.prompt_embeds.shape[1]
             check_guidance(tokens, negative_of(pair, negative), self.text_encoder, self.tokenizer)
@@ -703,8 +703,11 @@ class DreamMoverPipeline(
             self._interrupt = False
             kept = KeptGaps()
             if keep is not None:
-                fingerprints = f"{self._fingerprint()} {[str(model.dtype) for model in self._fingerprinted.values()]}"
-                kept = kept_gaps(keep, gaps, preparing, rendering, shared, fingerprints, self._execution_device)
+                dtypes = [str(model.dtype) for model in self._fingerprinted.values()]
+                of_frames, of_pairs = (
+                    f"{self._fingerprint(m)} {dtypes}" for m in (self._at_work, self._fingerprinted)
+                )
+                kept = kept_gaps(keep, gaps, preparing, rendering, shared, of_frames, of_pairs, self._execution_device)
             models = self._models(preparing.cross_attention_kwargs)
             fits_once = shared and preparing.lora_steps > 0
             stages = GapStages(
@@ -814,7 +817,8 @@ class DreamMoverPipeline(
         What is left out has its default. Photos, points, masks and the form of texts are looked at where they are
         used; what is no argument of the method is left alone.
         """
-        Content.of(arguments), NegativeContent.of(arguments)
+        for group in (Content, NegativeContent):
+            group.of(arguments)  # which checks them
         rendering = RenderSettings.of(arguments)
         self._check_model_fits(PrepareSettings.of(arguments), rendering, Delivery.of(arguments))
         self._check_candidates(rendering)
@@ -888,9 +892,9 @@ class DreamMoverPipeline(
 
     def _check_candidates(self, *videos: RenderSettings) -> None:
         """Raise ValueError if nothing can choose among candidates, or if a choice is for no frame of the videos."""
-        settings, times = videos[0], [video.known_times for video in videos]
-        if None not in times:
-            check_choices(settings.choices or {}, sorted({time for some in times for time in some}))
+        settings = videos[0]
+        if settings.choices and all(video.easing != EVEN for video in videos):
+            check_choices(settings.choices, sorted({time for video in videos for time in video.known_times}))
         judged = callable(settings.rank_by) or (self.clip is not None and self.clip_processor is not None)
         if settings.candidates > 1 and not judged:
             raise ValueError(

@@ -244,9 +244,12 @@ def _replaced(replaced: dict, latents: torch.Tensor, conditions: Conditions) -> 
 
 
 def _in_place_of(before: torch.Tensor | None, tensor: torch.Tensor | None, name: str) -> torch.Tensor | None:
-    """A tensor of this name that a step callback returned, in the precision and on the device of the one before."""
-    if tensor is before:
-        return before
+    """A tensor of this name that a step callback returned, in the precision and on the device of the one before.
+
+    None in the place of the negative embeddings ends guidance.
+    """
+    if tensor is before or (tensor is None and name == "negative_prompt_embeds"):
+        return tensor
     if before is None or not isinstance(tensor, torch.Tensor):
         wanted = "None" if before is None else "a tensor"
         raise TypeError(f"`callback_on_step_end` must return {wanted} as {name!r}, not {type(tensor).__name__}")

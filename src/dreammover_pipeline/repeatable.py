@@ -29,6 +29,10 @@ PART = 64  # number that the queries of a part are a multiple of, as the kernels
 GRADIENTS_AT_ONCE = 2**26  # largest number of elements in what all parts of an image add to the gradient of its keys
 WEIGHTS_AT_ONCE = 2**24  # attention weights that are held at once when written out, which are 64 MiB in float32
 
+_cudnn_lock = Lock()
+# What cuDNN's settings were, deterministic and benchmark, once for each context that makes convolutions repeat.
+_found_by_contexts: list[tuple[bool, bool]] = []
+
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None = None) -> torch.Tensor:
     """softmax(s Q Kᵀ) V, whose gradients are the same bits every time.
@@ -189,29 +193,26 @@ def repeatable_attention(unet: torch.nn.Module) -> Iterator[None]:
         unet.set_attn_processor(installed)
 
 
-class _Deterministic:
-    """cuDNN's choice of algorithms that repeat their bits, which is one setting for all threads of the process."""
+@contextmanager
+def repeatable_convolutions() -> Iterator[None]:
+    """Have cuDNN take only algorithms that repeat their bits while the context lasts.
 
-    def __init__(self):
-        self._lock, self._contexts, self._before = Lock(), 0, None
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Have only such algorithms chosen while the context lasts; of several contexts the last to end undoes it."""
-        cudnn = torch.backends.cudnn
-        with self._lock:
-            if not self._contexts:
-                self._before = cudnn.deterministic, cudnn.benchmark
-                # What is fastest in a trial may be another algorithm every time.
-                cudnn.deterministic, cudnn.benchmark = True, False
-            self._contexts += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._contexts -= 1
-                if not self._contexts:
-                    cudnn.deterministic, cudnn.benchmark = self._before
-
-
-repeatable_convolutions = _Deterministic()
+    The setting is the whole process's. Of several contexts, in whatever threads, the first to begin makes it and the
+    last to end undoes it.
+    """
+    cudnn = torch.backends.cudnn
+    with _cudnn_lock:
+        if not _found_by_contexts:
+            found = cudnn.deterministic, cudnn.benchmark
+            # What is fastest in a trial may be another algorithm every time.
+            cudnn.deterministic, cudnn.benchmark = True, False
+        else:
+            found = _found_by_contexts[0]
+        _found_by_contexts.append(found)
+    try:
+        yield
+    finally:
+        with _cudnn_lock:
+            found = _found_by_contexts.pop()
+            if not _found_by_contexts:
+                cudnn.deterministic, cudnn.benchmark = found

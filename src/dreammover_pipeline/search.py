@@ -97,7 +97,7 @@ def _found(
     """The best match of every place in the other photo.
 
     Args:
-        windows: Of each photo, what `_windows` gives.
+        windows: The weighted colours of the windows of each photo, as `_windows` gives them.
         middles: The n places in each photo, (2, n).
         angles: By how much the second photo's window is turned against the first's, (t,).
         stride: Steps between the places, in cells.
@@ -109,7 +109,7 @@ def _found(
     difference = _least_differences(*windows)
     index = [difference.argmin(1), difference.argmin(0)]
     points = middles.T
-    near = torch.cdist(points, points) <= ELSEWHERE * stride  # as quick as `distances` is exact, and enough for this
+    near = torch.cdist(points, points) <= ELSEWHERE * stride  # `cdist` rounds, but no place is 2.5 steps away
     shifts, turns, matched = [], [], []
     for image, way in enumerate((difference, difference.T)):
         there, back = index[image], index[1 - image]

@@ -2,7 +2,7 @@
 """Every argument of the pipeline, declared once.
 
 A declaration holds the argument's name, type, default, allowed values and meaning, the paper's value where the default
-is another one, and whether the argument decides the frames. The checks, the presets, the options of the command line,
+is another one, and what of the frames the argument decides. The checks, the presets, the options of the command line,
 the keys of a manifest, the key of the LoRA cache and the ranges on the web page are made from it. The signatures and
 the docstring in `pipeline.py` and README's table are written from it by `python tools/write_arguments.py`.
 
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from .arguments import (
     ASK_PYTHON,
+    PICTURES,
     Argument,
     Blocks,
     Choice,
@@ -289,13 +290,16 @@ class VideoSettings(SharedSettings):
         'How the frames are spread over time: "linear", "ease-in-out", "ease-in", "ease-out", a rising function of δ '
         'from 0 at 0 to 1 at 1, or "even" for neighbours that differ equally, as far as warping alone tells.',
     )
-    include_inputs: bool = argument(False, Switch(), "Put the two photos at the ends.", option=ASK_PYTHON)
+    include_inputs: bool = argument(
+        False, Switch(), "Put the two photos at the ends.", decides=PICTURES, option=ASK_PYTHON
+    )
     endpoints: str = argument(
         "original",
         Choice(ENDPOINTS),
         'What stands at the ends: "original", the photos at the output size and otherwise untouched, with the tone '
         'that the VAE takes from them faded out over the frames beside them; or "reconstructed", the photos as the '
         "VAE brings them back, made like all other frames, for a video of one cast.",
+        decides=PICTURES,
     )
 
     def __post_init__(self):
@@ -403,6 +407,7 @@ class RenderSettings(VideoSettings):
         '"diffusion" is "photos" and then goes over what does not come from them with the UNet, tile by tile, for '
         "which a frame of 2048×2048 pixels takes up to 136 further samples of Stable Diffusion 1.5's UNet.",
         paper="upsampled",
+        decides=PICTURES,
     )
     guidance_scale: float = argument(
         1.0,
@@ -424,7 +429,7 @@ class RenderSettings(VideoSettings):
         WholeNumbers(1),
         "Frames denoised at once, at most; halved where memory runs out. The frames are the same up to rounding. By "
         "default it is what fits the free memory.",
-        decides=False,
+        decides=None,
     )
 
     def __post_init__(self):

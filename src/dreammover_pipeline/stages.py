@@ -205,15 +205,26 @@ class StageMethods:
             64 hexadecimal digits.
         """
         with self._turn():
-            return self._fingerprint()
+            return self._fingerprint(self._at_work)
 
-    def _fingerprint(self) -> str:
+    def pair_fingerprint(self) -> str:
+        """What decides a prepared pair of given arguments, and the pair's LoRA: as `fingerprint`, but without
+        ControlNet and CLIP, which act on frames only.
+
+        Returns:
+            64 hexadecimal digits, those of `fingerprint` if there is neither a ControlNet nor a CLIP.
+        """
+        with self._turn():
+            return self._fingerprint(self._fingerprinted)
+
+    def _fingerprint(self, models: dict[str, torch.nn.Module]) -> str:
         scale = None if self.vae is None else self.vae.config.scaling_factor
-        freeu = [getattr(block, name, None) for block in self.unet.up_blocks for name in ("s1", "s2", "b1", "b2")]
+        blocks = () if self.unet is None else self.unet.up_blocks
+        freeu = [getattr(block, name, None) for block in blocks for name in ("s1", "s2", "b1", "b2")]
         enabled = [freeu] if any(freeu) else []  # so that fingerprints without it are those of earlier versions
         settings = json.dumps([schedule_settings(self.scheduler), scale, *enabled], default=list)
         with interruptible():
-            weights = fingerprint(self._at_work)
+            weights = fingerprint(models)
         return hashlib.sha256(f"{weights} {settings}".encode()).hexdigest()
 
     def save_pair(self, pair: PreparedPair, path: str | os.PathLike) -> None:

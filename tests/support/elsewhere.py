@@ -18,8 +18,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 DEVICE = torch.device("meta")  # a name that torch knows and that no code under test has a case for
 LACKING = (torch.float64, torch.complex128)
 ATEN = torch.ops.aten
+AUTOCAST = torch.autocast
 INDEXING = (ATEN.index, ATEN.index_put, ATEN.index_put_)
-ANSWERS = (ATEN._local_scalar_dense, ATEN.nonzero, ATEN.equal)  # which the host has to know before it goes on
+# Operations whose results, or the sizes of whose results, the host has to know before it goes on.
+ANSWERS = (
+    ATEN._local_scalar_dense,
+    ATEN.nonzero,
+    ATEN.equal,
+    ATEN.masked_select,
+    ATEN._unique2,
+    ATEN.repeat_interleave,
+)
 
 waits: Counter[str] = Counter()  # how often the host waited for the device, by the operation
 
@@ -59,6 +68,9 @@ def _result(func, args, kwargs):
         here = [tensor for tensor in here if not any(tensor is index for index in args[1])]
     if kind not in (ATEN._to_copy, ATEN.copy_) and there and any(tensor.dim() for tensor in here):
         raise RuntimeError(f"{func} was given tensors of two devices")
+    generator = kwargs.get("generator")
+    if to_device and generator is not None and generator.device != DEVICE:
+        raise RuntimeError(f"{func} was to draw on the device by a generator of another one")
     if there and (kind in ANSWERS or not to_device or _chooses(kind, args)):
         waits[str(kind)] += 1
 
@@ -103,11 +115,19 @@ class _Numbers(TorchFunctionMode):
             return args[0].held.tolist()
         like = args[0] if func is torch.Tensor.new_tensor else None
         told = kwargs.get("device", None if like is None else like.device)
-        if func not in (torch.tensor, torch.Tensor.new_tensor) or told is None or torch.device(told) != DEVICE:
+        known = func in (torch.tensor, torch.Tensor.new_tensor) or (
+            func is torch.as_tensor and not isinstance(args[0], torch.Tensor)
+        )
+        if not known or told is None or torch.device(told) != DEVICE:
             return func(*args, **kwargs)
         waits["tensor"] += 1
         dtype = kwargs.get("dtype", None if like is None else like.dtype)
         return Elsewhere(torch.tensor(args[-1], dtype=dtype, device="cpu"))
+
+
+def _autocast(device_type: str, *args, **kwargs):
+    """Torch's autocast; the device has none, so there is none to switch off either."""
+    return nullcontext() if device_type == DEVICE.type else AUTOCAST(device_type, *args, **kwargs)
 
 
 @contextmanager
@@ -117,7 +137,6 @@ def elsewhere(*models: torch.nn.Module) -> Iterator[None]:
     Args:
         models: What else than the caller's own tensors is to be there; afterwards they are where they were.
     """
-    autocast = torch.autocast
     with ExitStack() as stack:
         for module in (module for model in models for module in model.modules()):
             for tensors in (module._parameters, module._buffers):
@@ -127,11 +146,7 @@ def elsewhere(*models: torch.nn.Module) -> Iterator[None]:
                         tensors[name] = torch.nn.Parameter(Elsewhere(tensor.detach()), requires_grad=False)
                     elif tensor is not None:
                         tensors[name] = Elsewhere(tensor)
-        # There is no autocast for it, so there is none to switch off either.
-        without = lambda device_type, *args, **kwargs: (  # noqa: E731
-            nullcontext() if device_type == DEVICE.type else autocast(device_type, *args, **kwargs)
-        )
-        stack.enter_context(mock.patch.object(torch, "autocast", without))
+        stack.enter_context(mock.patch.object(torch, "autocast", _autocast))
         stack.enter_context(_Factories())
         stack.enter_context(_Numbers())
         yield

@@ -142,8 +142,8 @@ def test_choices_are_kept_until_photos_or_settings_change(session, files):
     finished = session.make(files, preparing, rendering, fps=8, choices={0.5: 1})
     with pytest.raises(ValueError, match="must name candidates from 0 to 1"):
         session.make(files, preparing, rendering, fps=8, choices={0.5: 2})
-    report, three = Stages(), {**rendering, "candidates": 3}
-    for changed in ((files[::-1], preparing, rendering), (files, preparing, three)):
+    report, three, two = Stages(), {**rendering, "candidates": 3}, {**rendering, "n_frames": 2}
+    for changed in ((files[::-1], preparing, rendering), (files, preparing, three), (files, preparing, two)):
         with pytest.raises(ValueError, match="no longer those of these candidates"):
             session.make(*changed, fps=8, report=report, choices={0.5: 1})
     assert report.stages == ["Starting"]

@@ -43,7 +43,7 @@ def cache_key(job: Job, pixels: torch.Tensor, fingerprint: str, stack: dict[str,
     Args:
         job: The job, whose prompt, seed and settings of the fit count.
         pixels: The two photos as the models see them, (2, 3, H, W).
-        fingerprint: The fingerprint of the checkpoint.
+        fingerprint: What `DreamMoverPipeline.pair_fingerprint` says of the checkpoint.
         stack: What `stack_of` says of the pipeline.
     """
     decisive = {*arguments_of(FitSettings), "prompt", "seed"}

@@ -171,8 +171,9 @@ def check_values(pipe: DreamMoverPipeline, fingerprint: str, jobs: Sequence[Job]
                 if job.recorded and job.recorded["model"]["fingerprint"] != fingerprint:
                     name, clip = job.recorded["model"]["name"], job.recorded["model"].get("clip")
                     names, options = f"'{name}'", "--model"
-                    if clip is not None:
-                        names, options = f"{names} with the CLIP '{clip}'", "--model and --clip"
+                    if clip is not None or pipe.clip is not None:
+                        names += " without a CLIP" if clip is None else f" with the CLIP '{clip}'"
+                        options = "--model and --clip"
                     raise ValueError(
                         f"its video was made with another checkpoint, which was named {names} and has other weights "
                         f"than the one that was loaded; give the right one by {options}"

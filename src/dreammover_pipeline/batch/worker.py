@@ -64,6 +64,7 @@ class Worker:
     ):
         self.pipe = pipe
         self.model = {"name": model, "clip": clip, "fingerprint": pipe.fingerprint()}
+        self.of_pairs = self.model["fingerprint"] if pipe.clip is None else pipe.pair_fingerprint()
         self.stack = stack_of(pipe)
         self.process = {"run": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
         self.cache = LoraCache(lora_cache or folder / PRIVATE / "lora")
@@ -147,7 +148,7 @@ class Worker:
         if not settings["lora_steps"]:
             return pipe.prepare(first, last, **arguments, generator=generator), None
         canvas = pipe.canvas(first, settings["height"], settings["width"])
-        key = cache_key(job, fitted_photos((first, last), canvas), self.model["fingerprint"], self.stack)
+        key = cache_key(job, fitted_photos((first, last), canvas), self.of_pairs, self.stack)
         cached = self.cache.load(key)
         pair = pipe.prepare(first, last, **arguments, generator=generator, lora=cached)
         if cached is None:

@@ -13,9 +13,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ..batch.jobs import OF_POSES
+from ..batch.jobs import OF_POSES, Job
 from ..media.files import make_folder
 from .loading import (
     add_component_options,
@@ -30,9 +29,6 @@ from .options import add_method_options, call_arguments, seed, size
 
 # The arguments that a batch has no option for: those of one pair of photos, and those that its frames have no use for.
 WITHOUT = ("points", "mask", "poses", *OF_POSES)
-
-if TYPE_CHECKING:
-    from ..batch.jobs import Job
 
 
 def add_batch(commands: argparse._SubParsersAction) -> None:
@@ -161,7 +157,7 @@ def _work(jobs: Sequence[Job], args: argparse.Namespace, model: str, clip: str |
 
     start = time.perf_counter()
     if args.lora_cache is not None:
-        make_folder(args.lora_cache, "--lora-cache: the folder")
+        make_folder(args.lora_cache, "--lora-cache: the folder", writable=False)  # one that has all LoRAs is only read
     with _terminable():
         failures = read_failures(jobs)  # before the processes meet, so that every one of them is of an earlier run
         device = choose_device(args.device)

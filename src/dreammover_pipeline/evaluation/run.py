@@ -22,6 +22,7 @@ from .. import __version__
 from ..inputs import check_file_place
 from ..media.pictures import picture_of
 from ..pipeline import DreamMoverPipeline
+from ..storage import fingerprint
 from .case import EvaluationCase
 from .methods import METHODS
 from .networks import Tools
@@ -159,7 +160,7 @@ def header(
     """What decides the figures of a run, and the versions and device that they are made with."""
     return {
         "model": model,
-        "weights": pipe.fingerprint()[:12],
+        "weights": fingerprint({"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder})[:12],
         "suites": {suite.name: {**suite.parameters, "pairs": list(suite.pairs)} for suite in suites},
         "seed": seed,
         "settings": dict(settings),

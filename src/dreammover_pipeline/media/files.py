@@ -202,21 +202,22 @@ def check_file_path(path: str | os.PathLike, suffixes: Sequence[str]) -> None:
     check_file_place(path)
 
 
-def make_folder(folder: str | os.PathLike, name: str = "the folder") -> None:
+def make_folder(folder: str | os.PathLike, name: str = "the folder", writable: bool = True) -> None:
     """Make a folder for what is to be written, and those it lies in, unless it is there.
 
     Args:
         folder: the folder.
         name: what error messages call it, such as the option that it was given by.
+        writable: whether it has to be writable, too.
 
     Raises:
-        ValueError: it cannot be made, or is read-only.
+        ValueError: it cannot be made, or has to be writable and is not.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{name} '{folder}' cannot be made: {error.strerror}") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
+    if writable and not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"{name} '{folder}' is read-only")
 
 

@@ -129,7 +129,7 @@ class Session:
             RuntimeError: the work failed. If only writing failed, the frames are kept for the next call.
         """
         check_ffmpeg()
-        self._pipe.check_inputs(**preparing, **rendering, rank_by=equally_good, choices=choices)
+        self._pipe.check_inputs(**preparing, **rendering, rank_by=equally_good)
         check_fps(fps, "video.mp4")
         check_hold(hold)
         with self._job(report):

@@ -13,7 +13,7 @@ from ..pipeline import DreamMoverPipeline
 from .session import Session
 from .visitors import Visitors
 
-MAX_SESSIONS = 10  # number of sessions that a visitor may have; each may keep a prepared pair in memory
+MAX_SESSIONS = 10  # number of sessions that a visitor may have; each may keep up to three prepared pairs in memory
 STRAY = 600  # seconds without an upload after which the files of a visitor who has no session are removed
 IDLE = 12 * 3600  # seconds without a request after which a session is closed, although its page was never closed
 
