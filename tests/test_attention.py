@@ -120,7 +120,7 @@ def test_only_the_named_blocks_change_and_all_come_back(unet, blocks):
 
 def test_processors_come_back_after_an_exception(unet, inputs):
     before = snapshot(unet)
-    with pytest.raises(KeyError), reference_attention(unet, (2, 3)):
+    with pytest.raises(RuntimeError, match="`led_by_inputs`"), reference_attention(unet, (2, 3)):
         run(unet, inputs["frames"], inputs["text"])  # nothing recorded yet
     assert snapshot(unet) == before
 

@@ -140,6 +140,23 @@ def test_others_can_use_the_models_between_two_frames(pipe, photos, fast):
             pass
 
 
+def test_reading_a_frame_inside_a_call_frees_no_models(pipe, photos, fast, monkeypatch):
+    """With model offloading the call would find its models gone from their device."""
+    (frames,) = pipe(*photos, **{**fast, "output_type": "lazy"}).frames
+    freed, read = [], []
+    monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: freed.append(len(read)))
+
+    def look(pipeline, i, timestep, tensors):
+        read.append(frames[i])
+
+    pipe(*photos, **fast, callback_on_step_end=look)
+    assert freed == [0, len(read)]  # after preparing, and at the end
+    assert frames[0] is read[0]  # which was kept
+    assert freed == [0, len(read)]
+    assert frames[-1].size == read[0].size
+    assert len(freed) == 3
+
+
 def test_a_listener_is_told_of_every_frame_and_can_stop_the_work(pipe, photos, fast):
     told = []
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pipeline as its users call it; what diffusers' own suites demand of a pipeline is among it."""
 
+import gc
 import inspect
+import pickle
 
 import numpy as np
 import pytest
@@ -399,6 +401,28 @@ def test_latents_of_a_callback_are_taken_in_the_precision_of_the_others(pipe, ph
     assert close(rounded.frames, pipe(*photos, **arguments).frames, 0.2)
 
 
+def test_a_callback_that_changes_embeddings_in_place_changes_nothing_else(pipe, photos, fast):
+    preparing = {name: fast[name] for name in ("prompt", "num_inference_steps", "inversion_steps", "feature_step")}
+    pair = pipe.prepare(*photos, **preparing, lora_steps=0)
+    away = torch.ones(1, *pair.prompt_embeds.shape[1:])
+
+    def change(pipeline, i, timestep, tensors):
+        for tensor in tensors.values():
+            tensor.mul_(0.5)
+
+    pipe.render(
+        pair,
+        n_frames=2,
+        guidance_scale=2.0,
+        negative_prompt_embeds=away,
+        output_type="latent",
+        callback_on_step_end=change,
+        callback_on_step_end_tensor_inputs=["prompt_embeds", "negative_prompt_embeds"],
+    )
+    assert torch.equal(pair.prompt_embeds, pipe.prepare(*photos, **preparing, lora_steps=0).prompt_embeds)
+    assert torch.equal(away, torch.ones_like(away))
+
+
 @pytest.mark.parametrize("method", ["flow", "noise"])
 def test_a_callback_may_end_guidance(pipe, photos, fast, method):
     """Without negative embeddings it is what it is with a scale of 1, but for rounding."""
@@ -446,6 +470,33 @@ def test_interrupting_skips_the_steps_left(pipe, photos, fast):
 
 
 # ── Everything is afterwards as it was ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_a_call_works_with_is_gone_with_it(pipe, photos, fast):
+    """And with it the models of a pipeline that is deleted, which nobody needs to collect."""
+    gc.collect()
+    gc.disable()
+    try:
+        pipe(*photos, **fast)
+        assert not [thing for thing in gc.get_objects() if type(thing).__name__ == "Denoiser"]
+    finally:
+        gc.enable()
+
+
+def test_a_pipeline_can_be_pickled_after_a_call(pipe, photos, fast):
+    expected = pipe(*photos, **fast).frames
+    again = pickle.loads(pickle.dumps(pipe))
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(again(*photos, **fast).frames, expected)
+
+
+def test_threads_leave_the_settings_of_bars_alone(pipe, photos, fast):
+    pipe.set_progress_bar_config(mininterval=10)
+    seen = []
+    pipe(*photos, **fast, callback_on_step_end=lambda *step: seen.append(dict(step[0]._progress_bar_config)))
+    assert seen
+    assert all(config == {"mininterval": 10} for config in seen)
+    assert pipe._progress_bar_config == {"mininterval": 10}
 
 
 class Stop(BaseException):

@@ -313,6 +313,25 @@ def check_new_adapter_name(unet: torch.nn.Module, adapter_name: str) -> None:
         raise ValueError(f"`adapter_name` {adapter_name!r} is loaded already; choose another, or delete that one")
 
 
+def check_adapters_act(unet: torch.nn.Module) -> None:
+    """Raise ValueError if a LoRA that is loaded now would not act, or would undo what the user did to others.
+
+    Args:
+        unet: The UNet, compiled or not.
+    """
+    layers = _tuner_layers(unwrapped(unet)).values() if is_peft_available() else ()
+    if any(layer.merged_adapters for layer in layers):
+        raise ValueError(
+            "LoRAs are fused into the UNet, and would be taken out of it again by loading another; call "
+            "`unfuse_lora()` first, or `unload_lora_weights()`, after which they stay in the weights"
+        )
+    if any(layer._disable_adapters for layer in layers):
+        raise ValueError(
+            "the UNet's adapters are disabled, and so would the fitted one be; call `enable_lora()` first, or "
+            "`unload_lora_weights()`"
+        )
+
+
 def _check_name_is_free(model: torch.nn.Module) -> None:
     """Raise ValueError if one of the user's adapters has the name of the pair's, and would be taken for it."""
     if ADAPTER in getattr(model, "peft_config", {}):

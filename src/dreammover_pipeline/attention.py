@@ -25,9 +25,7 @@ def self_attention_names(unet: torch.nn.Module, block: int) -> list[str]:
 
 
 class References:
-    """The two inputs' tokens at the current denoising step, one tensor (G·2, L, C) for each self-attention layer.
-
-    G is the number of groups in a batch: 2 with classifier-free guidance (unconditional, conditional), otherwise 1.
+    """What the self-attentions that look at the two inputs share.
 
     Args:
         layers: Names of the self-attention layers, as in `unet.attn_processors`.
@@ -35,8 +33,13 @@ class References:
 
     def __init__(self, layers: Sequence[str]):
         self.layers = layers
-        self.tokens: dict[str, torch.Tensor] = {}
+        self.processors: list[ReferenceAttnProcessor] = []
         self.led_groups = 0
+
+    def forget(self) -> None:
+        """Forget the inputs' tokens of the step before."""
+        for processor in self.processors:
+            processor.tokens = None
 
     @contextmanager
     def led_by_inputs(self, groups: int = 1) -> Iterator[None]:
@@ -46,9 +49,10 @@ class References:
         at once; so the first batch of a step needs no call of the UNet before it.
 
         Args:
-            groups: The number G of groups in the batch.
+            groups: The number G of groups in the batch: 2 with classifier-free guidance (unconditional, conditional),
+                otherwise 1.
         """
-        self.tokens.clear()  # with tokens left over, torch.compile would compile a second case for later recordings
+        self.forget()  # with tokens left over, torch.compile would compile a second case for later recordings
         self.led_groups = groups
         try:
             yield
@@ -64,11 +68,11 @@ class ReferenceAttnProcessor:
     Source: DreamMover Eq. (9), §3.4 and DreamMover Eq. (10), §3.4.
     """
 
-    def __init__(self, name: str, inner, references: References):
-        self.name = name
+    def __init__(self, inner, references: References):
         # A fused processor projects q, k and v of one sequence at once and cannot take k and v from another sequence.
         self.inner = _separate(inner)
         self.references = references
+        self.tokens: torch.Tensor | None = None  # of the inputs at the current denoising step, (G·2, L, C)
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
         """Attend from `hidden_states`: frames (G·F, L, C), or groups that the inputs lead (G·(2 + F), L, C)."""
@@ -77,7 +81,7 @@ class ReferenceAttnProcessor:
             return self._attend_to_inputs(attn, hidden_states, kwargs)
         of_groups = hidden_states.unflatten(0, (groups, -1))
         # A copy, since a part of the batch would keep the whole batch in memory until the next step.
-        inputs = self.references.tokens[self.name] = of_groups[:, :2].flatten(0, 1).clone()
+        inputs = self.tokens = of_groups[:, :2].flatten(0, 1).clone()
         attended = self.inner(attn, inputs, attention_mask=attention_mask, **kwargs)
         frames = of_groups[:, 2:].flatten(0, 1)
         if not len(frames):
@@ -87,7 +91,9 @@ class ReferenceAttnProcessor:
 
     def _attend_to_inputs(self, attn, hidden_states: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """Attend from frames (G·F, L, C) to the inputs that were recorded last."""
-        tokens = self.references.tokens[self.name]
+        tokens = self.tokens
+        if tokens is None:
+            raise RuntimeError("frames cannot attend to the inputs before these led a batch, in `led_by_inputs`")
         groups, (batch, length, channels) = len(tokens) // 2, hidden_states.shape
         # All queries of a group form one long sequence, so that the inputs' K and V are projected once for all frames.
         queries = hidden_states.reshape(groups, batch // groups * length, channels)
@@ -161,12 +167,13 @@ def reference_attention(unet: torch.nn.Module, blocks: Sequence[int]) -> Iterato
     installed = dict(unet.attn_processors)
     references = References([name for block in blocks for name in self_attention_names(unet, block)])
     wrapped = {
-        name: naming_arguments_of(type(installed[name]), ReferenceAttnProcessor)(name, installed[name], references)
+        name: naming_arguments_of(type(installed[name]), ReferenceAttnProcessor)(installed[name], references)
         for name in references.layers
     }
+    references.processors.extend(wrapped.values())
     try:
         unet.set_attn_processor({**installed, **wrapped})
         yield references
     finally:
         unet.set_attn_processor(dict(installed))
-        references.tokens.clear()
+        references.forget()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -50,7 +50,7 @@ class Denoiser:
         self.unet, self.ddim, self.device, self.comes_late = unet, ddim, device, comes_late
         self.cross_attention_kwargs, self.controlnet = cross_attention_kwargs, controlnet
         self.guidance_scale = 1.0
-        self._forward: Callable[..., torch.Tensor] = self._call_unet
+        self._recorded: RecordedCall | None = None
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -95,7 +95,7 @@ class Denoiser:
                 prompt_embeds.contiguous(),
             )
             added = () if control is None else self._added_by_controlnet(*inputs, control, control_scale)
-            output = self._forward(*inputs, *added).float()
+            output = (self._recorded or self._call_unet)(*inputs, *added).float()
         if self.ddim.config.prediction_type == "v_prediction":
             output = eps_from_v(output, latents, float(self.ddim.alphas_cumprod[timestep]))
         if not guided:
@@ -147,11 +147,12 @@ class Denoiser:
         if self.device.type != "cuda" or compiled or not only_kernels(self.unet):
             yield
             return
-        self._forward = RecordedCall(self._call_unet)
+        self._recorded = RecordedCall(self._call_unet)
         try:
             yield
         finally:
-            self._forward = self._call_unet
+            # An object that holds its own method would be freed no earlier than the garbage collector finds it.
+            self._recorded = None
 
     def with_lora(self, weights: dict[str, torch.Tensor] | None, scale: float) -> AbstractContextManager[None]:
         """The pair's LoRA in effect while the context lasts; None for no LoRA.

@@ -262,11 +262,13 @@ def picture_dtype(output_type: str) -> torch.dtype:
 class Workplace:
     """Where frames can be made after the call that they belong to.
 
-    `turn` is a context that has the models for itself, `stages` is told of progress, and `finish` is called at the
-    end, for models that were brought to the device.
+    `turn` is a context that has the models for making a frame, and `short_turn` one that has them for anything less.
+    `stages` is told of progress. `finish` is called at the end, in a short turn, for models that were brought to the
+    device.
     """
 
     turn: Callable[[], AbstractContextManager]
+    short_turn: Callable[[], AbstractContextManager]
     stages: Stages
     finish: Callable[[], object]
 
@@ -329,8 +331,11 @@ class LazyFrames(Sequence):
         """The frame of an index, or the frames of a slice, which are made when they are asked for."""
         if isinstance(index, slice):
             return self.arranged(range(len(self))[index])
+        frame = self._frames[index]
+        if frame.kept is not None:
+            return frame.kept
         with self._pairs_forgotten():
-            return self._kept(self._frames[index])
+            return self._kept(frame)
 
     def __iter__(self) -> Iterator[PIL.Image.Image]:
         """Make the frames one at a time."""
@@ -338,7 +343,8 @@ class LazyFrames(Sequence):
             before = None
             for frame, shown in groupby(self._frames):
                 if before is not None and before is not frame.maker:
-                    before.forget_pair()
+                    with self._workplace.short_turn():
+                        before.forget_pair()
                 before = frame.maker
                 picture = self._kept(frame)
                 for _ in shown:
@@ -374,13 +380,14 @@ class LazyFrames(Sequence):
 
     @contextmanager
     def _pairs_forgotten(self) -> Iterator[None]:
-        """Give memory back when the context ends."""
+        """Give memory back when the context ends, while no other thread makes a frame."""
         try:
             yield
         finally:
-            for maker in {frame.maker for frame in self._frames}:
-                maker.forget_pair()
-            self._workplace.finish()
+            with self._workplace.short_turn():
+                for maker in {frame.maker for frame in self._frames}:
+                    maker.forget_pair()
+                self._workplace.finish()
 
 
 class LazyFlags(Sequence):

@@ -27,7 +27,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextM
 
 # From a folder such as a clone's, diffusers copies exactly the modules that this file names by `from .name import`. So
 # this block names every module that any of them needs; those that this file itself has no use for are marked.
-from .adapters import check_new_adapter_name, load_beside
+from .adapters import check_adapters_act, check_new_adapter_name, load_beside
 from .affine import Affine  # noqa: F401, named for the loader
 from .arguments import Settings
 from .attention import reference_attention  # noqa: F401, named for the loader
@@ -107,7 +107,7 @@ from .storage import write_pair  # noqa: F401, named for the loader
 from .text import embed_text  # noqa: F401, named for the loader
 from .timing import EVEN
 from .tone import with_tone  # noqa: F401, named for the loader
-from .turns import interruptible
+from .turns import interruptible, is_at_work
 
 logger = logging.get_logger(__name__)
 
@@ -210,7 +210,8 @@ class DreamMoverPipeline(
     def components(self) -> dict[str, object]:
         """All components, by name, for another pipeline's constructor; optional ones that are None are left out.
 
-        So `StableDiffusionPipeline(**pipe.components)` goes on working.
+        So `StableDiffusionPipeline(**pipe.components)` goes on working. The other way round
+        `DreamMoverPipeline.from_pipe(pipe)` takes those that are needed.
         """
         found = super().components
         return {name: part for name, part in found.items() if part is not None or name not in ADDED_COMPONENTS}
@@ -636,7 +637,7 @@ class DreamMoverPipeline(
             return finish_frames(models, frames, settings, output_type, check, self._stage, on_sources)
         maker = FrameMaker(models, frames, settings, picture_dtype(output_type), check, on_sources)
         turn = self._turn if settings.detail == "diffusion" else self._step_turn  # only that changes the UNet
-        workplace = Workplace(turn, self._stage, self.maybe_free_model_hooks)
+        workplace = Workplace(turn, self._step_turn, self._stage, self._free_hooks_of_idle_models)
         return lazy_output(maker, workplace, checked=self.safety_checker is not None)
 
     def interpolate_sequence(
@@ -802,6 +803,7 @@ class DreamMoverPipeline(
         settings = FitSettings.of(arguments)
         self._check_model_fits(settings)
         check_new_adapter_name(self.unet, adapter_name)
+        check_adapters_act(self.unet)
         pair = checked_pair(img0, img1, Content.of(arguments), self._sizes)
         self._check_texts([pair])
         (pair,) = with_seeds([pair], generator)
@@ -949,14 +951,15 @@ class DreamMoverPipeline(
             with reported_stage(listener, name, total) as step:
                 yield step
             return
-        settings = getattr(self, "_progress_bar_config", {})
-        try:
-            self.set_progress_bar_config(**{"desc": name, **settings})
-            bar = self.progress_bar(total=total)
-        finally:
-            self.set_progress_bar_config(**settings)
-        with bar:
+        with self.progress_bar(total=total) as bar:
+            if "desc" not in self._progress_bar_config:
+                bar.set_description(name)
             yield bar.update
+
+    def _free_hooks_of_idle_models(self) -> None:
+        """What `maybe_free_model_hooks` does, unless the calling thread is inside a call of this UNet."""
+        if not is_at_work(self.unet):
+            self.maybe_free_model_hooks()
 
 
 @contextmanager

@@ -42,7 +42,8 @@ def embed_text(
         output = text_encoder(
             torch.from_numpy(tokens.input_ids).to(device),
             attention_mask=torch.from_numpy(tokens.attention_mask).to(device) if masked else None,
-            output_hidden_states=True,
+            # For these transformers puts hooks into the text encoder that stay, and cannot be pickled.
+            output_hidden_states=clip_skip is not None,
         )
     if clip_skip is None:
         return output.last_hidden_state

@@ -40,6 +40,11 @@ def _seat(model: torch.nn.Module) -> _Seat:
         return _seats.setdefault(unwrapped(model), _Seat())
 
 
+def is_at_work(unet: torch.nn.Module) -> bool:
+    """Whether a whole call works with a UNet."""
+    return _seat(unet).at_work
+
+
 class Turn:
     """A context in which one thread has models for itself; a thread that comes later waits until they are free.
 

@@ -332,3 +332,15 @@ def test_version_and_a_missing_command(capsys):
     assert capsys.readouterr().out == f"dreammover {__version__}\n"
     assert main([]) == 2
     assert "COMMAND" in error_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("option", ["clip", "controlnet"])
+def test_a_component_that_cannot_be_is_refused_by_its_option(option):
+    with pytest.raises(ValueError, match=f"^--{option}: 'typo' is no folder here, and no owner/name"):
+        load_pipeline("tiny", None, "cpu", **{option: "typo"})
+
+
+def test_a_number_with_an_exponent_is_no_option(capsys):
+    options = ["--affine", "1", "-1e-3", "0", "0", "--frames", "0"]
+    assert main(["interpolate", *PHOTOS, "-o", "a.gif", "--model", "tiny", *options]) == 2
+    assert "--affine: expected" not in capsys.readouterr().err

@@ -8,6 +8,7 @@ from importlib import metadata
 
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("skimage")
 pytest.importorskip("cv2")
@@ -15,7 +16,7 @@ pytest.importorskip("cv2")
 from support.evaluations import CHEAP, HEADER, TOOLS, evaluated
 
 from dreammover_pipeline.evaluation.run import ROWS, RunFile, header, read_strip, write_strip
-from dreammover_pipeline.evaluation.suites import world_suite
+from dreammover_pipeline.evaluation.suites import folder_suite, world_suite
 
 
 def keys(rows):
@@ -148,3 +149,24 @@ def test_strips_keep_frames_to_eight_bits(tmp_path):
     write_strip(frames, tmp_path / "a" / "b.png")
     assert (read_strip(tmp_path / "a" / "b.png", 3) - frames).abs().max() <= 0.501 / 255
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.png"]
+
+
+def test_a_run_of_ones_own_photos_says_which_they_are(tmp_path):
+    def suite(first, words="a cat"):
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            for end, grey in ((0, first), (1, 200)):
+                Image.new("RGB", (64, 64), (grey,) * 3).save(tmp_path / name / f"{end}.png")
+            (tmp_path / name / "prompt.txt").write_text(words)
+        return folder_suite(tmp_path, 1).parameters
+
+    before = suite(10)
+    assert suite(10) == before
+    assert len({str(parameters) for parameters in (before, suite(11), suite(10, "a dog"))}) == 3
+    (tmp_path / "b" / "1.png").write_text("broken")
+    with pytest.raises(ValueError, match=r"1\.png' is no picture that can be read"):
+        folder_suite(tmp_path, 1)
+    suite(10)
+    (tmp_path / "b" / "prompt.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"prompt\.txt' cannot be read"):
+        folder_suite(tmp_path, 1)

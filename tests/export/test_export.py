@@ -117,6 +117,16 @@ def test_what_cannot_be_written_is_refused(arguments, reason, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_foreign_module_is_not_replaced(tmp_path, capsys):
+    mine = tmp_path / "app.py"
+    mine.write_text("print(1)")
+    assert main(["export-hub", "--single-file", str(mine)]) == 2
+    assert "this program did not write it" in capsys.readouterr().err
+    assert mine.read_text() == "print(1)"
+    for _ in range(2):
+        assert main(["export-hub", "--single-file", str(tmp_path / "mod.py")]) == 0
+
+
 def test_a_foreign_readme_is_not_replaced_by_the_section(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     section = tmp_path / "mod_README.md"

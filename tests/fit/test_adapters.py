@@ -298,6 +298,21 @@ def test_a_kept_lora_leaves_the_users_beside_it(pipe, photos):
     assert pipe.unet.active_adapters() == ["style"]
 
 
+def test_a_fit_that_is_to_stay_is_refused_where_it_would_undo_others_or_not_act(pipe, photos):
+    user_active(pipe.unet)
+    before = snapshot(pipe.unet)
+    pipe.unet.disable_adapters()
+    with pytest.raises(ValueError, match="are disabled, and so would the fitted one be"):
+        pipe.fit_lora(*photos, lora_steps=1)
+    pipe.unet.enable_adapters()
+    assert snapshot(pipe.unet) == before
+    pipe.fuse_lora()
+    fused = snapshot(pipe.unet)
+    with pytest.raises(ValueError, match="LoRAs are fused into the UNet"):
+        pipe.fit_lora(*photos, lora_steps=1)
+    assert snapshot(pipe.unet) == fused
+
+
 def test_cross_attention_kwargs_scale_all_loras(pipe, photos, fast):
     plain = pipe(*photos, **fast).frames
     user_active(pipe.unet)

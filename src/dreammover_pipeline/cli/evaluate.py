@@ -208,6 +208,7 @@ def native_size(pipe) -> int:
 
 def _compare(args: argparse.Namespace) -> None:
     _require_libraries()
+    pipeline_class()  # first, since it hushes third parties before they are imported
     from ..evaluation.report import compare
     from ..evaluation.run import RunFile
 

@@ -121,6 +121,20 @@ def check_model(model: str, allow_pickle: bool = False) -> None:
         raise ValueError(f"the model '{model}' is no file or folder here; it may also be {known} or an owner/name")
 
 
+def check_component(name: str, source: str | None) -> None:
+    """Refuse an optional component before anything is imported to load it.
+
+    Args:
+        name: Which of `COMPONENTS` it is.
+        source: A Hub id or a folder; None for no such component.
+
+    Raises:
+        ValueError: There is no such folder, and no repository can have the name.
+    """
+    if source is not None and not Path(source).is_dir() and not HUB_ID.fullmatch(source):
+        raise ValueError(f"--{name}: '{source}' is no folder here, and no owner/name of a model on the Hub")
+
+
 def choose_device(name: str | None) -> str:
     """The name of the device to use.
 
@@ -160,8 +174,11 @@ def load_pipeline(
         clip: The name of a CLIP, a Hub id or a folder; None for none.
 
     Raises:
+        ValueError: The ControlNet or the CLIP is no folder here, and no repository can have its name.
         RuntimeError: The model cannot be downloaded or read; the message says what else to try.
     """
+    check_component("controlnet", controlnet)
+    check_component("clip", clip)
     import torch
 
     pipeline = pipeline_class()
@@ -207,7 +224,8 @@ def _components(controlnet: str | None, clip: str | None, dtype: torch.dtype, sa
             found["clip_processor"] = CLIPProcessor.from_pretrained(clip)
     except Exception as error:  # diffusers and transformers raise errors of many classes
         name = controlnet if clip is None or (controlnet is not None and "controlnet" not in found) else clip
-        raise RuntimeError(f"cannot load the model '{name}' ({_in_short(error)})") from error
+        option = "--controlnet" if name == controlnet else "--clip"
+        raise RuntimeError(f"{option}: cannot load the model '{name}' ({_in_short(error)})") from error
     return found
 
 

@@ -7,11 +7,13 @@ torch and diffusers take seconds to import, so that happens after the arguments 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..media.files import make_folder
 from ..tiny import CHECKPOINT
 from .loading import choose_device, pipeline_class
 
@@ -77,6 +79,7 @@ def _train(args: argparse.Namespace) -> None:
 
     recipe = _recipe(args)
     device = _prepare_device(args)
+    _check_folders(args)
     deadline = time.monotonic() + 60 * args.minutes
     if not train(recipe, args.out, device, deadline):
         print("The time is up and all is saved; the same command goes on from here.")
@@ -84,6 +87,25 @@ def _train(args: argparse.Namespace) -> None:
         export(recipe, args.out, args.export, device)
     elif args.export:
         print("Nothing to export yet: the UNet was not evaluated.")
+
+
+def _check_folders(args: argparse.Namespace) -> None:
+    """Make the folder of a training, and refuse one that its models cannot be exported to.
+
+    Raises:
+        ValueError: A folder cannot be made, or the one to export to holds what may not be meant to be replaced.
+    """
+    if not args.minutes >= 0:
+        raise ValueError(f"--minutes must be at least 0, not {args.minutes}")
+    make_folder(args.out, "--out: the folder")
+    if args.export is None:
+        return
+    make_folder(args.export, "--export: the folder")
+    exported = any((args.export / name).is_file() for name in ("card.json", "config.json"))
+    if not exported and any(args.export.iterdir()):
+        raise ValueError(
+            f"--export: the folder '{args.export}' holds files, but no exported model; choose a new folder"
+        )
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
@@ -112,8 +134,10 @@ def _train_controlnet(args: argparse.Namespace) -> None:
         recipe = replace(recipe, plan=replace(recipe.plan, steps=args.steps))
     if not (args.model / "model_index.json").is_file():  # otherwise diffusers would look for it on the Hub
         raise ValueError(f"`--model` must be the folder of a checkpoint in diffusers' layout, not '{args.model}'")
+    device = _prepare_device(args)
+    _check_folders(args)
     deadline = time.monotonic() + 60 * args.minutes
-    stage = ControlStage(recipe, args.model, args.out / "sheets", _prepare_device(args))
+    stage = ControlStage(recipe, args.model, args.out / "sheets", device)
     if not train_controlnet(stage, args.out, deadline):
         print("The time is up and all is saved; the same command goes on from here.")
     if args.export and not export_controlnet(stage, args.out, args.export):
@@ -139,4 +163,13 @@ def _prepare_device(args: argparse.Namespace) -> torch.device:
 def _draw_examples(args: argparse.Namespace) -> None:
     from ..evaluation.examples import write_examples
 
-    write_examples(args.folder)
+    with tempfile.TemporaryDirectory() as drawn:
+        write_examples(Path(drawn))
+        files = {path.relative_to(drawn): path.read_bytes() for path in Path(drawn).rglob("*") if path.is_file()}
+    for name, content in files.items():
+        there = args.folder / name
+        if there.exists() and (not there.is_file() or there.read_bytes() != content):
+            raise ValueError(f"'{there}' exists and is another picture or text; choose another folder, or remove it")
+    for name, content in files.items():
+        make_folder((args.folder / name).parent)
+        (args.folder / name).write_bytes(content)

@@ -158,9 +158,11 @@ def header(
     tools: Tools,
 ) -> dict:
     """What decides the figures of a run, and the versions and device that they are made with."""
+    others = {"controlnet": pipe.controlnet, "clip": pipe.clip}
     return {
         "model": model,
         "weights": fingerprint({"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder})[:12],
+        **{name: fingerprint({name: model})[:12] for name, model in others.items() if model is not None},
         "suites": {suite.name: {**suite.parameters, "pairs": list(suite.pairs)} for suite in suites},
         "seed": seed,
         "settings": dict(settings),

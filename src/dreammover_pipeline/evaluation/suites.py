@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from PIL import ExifTags, Image
 
 from ..images import load_images
 from ..inputs import file_fault, frame_times
+from ..media.texts import read_text
 from ..tiny.world import DIFFICULTIES, World
 
 # File names of the pictures of a pair, with their time, such as 0.png, 0.250.jpg and 1.png.
@@ -105,9 +107,8 @@ def folder_suite(folder: str | Path, n_frames: int, pairs: int | None = None) ->
     for name in names:
         _check_pair(folder / name)
     times = frame_times(n_frames, None)
-    return Suite(
-        folder.resolve().name, tuple(names), lambda name: _load_pair(folder / name, times), {"frames": n_frames}
-    )
+    parameters = {"frames": n_frames, "content": _digest(folder, names)}
+    return Suite(folder.resolve().name, tuple(names), lambda name: _load_pair(folder / name, times), parameters)
 
 
 def find_suites(names: Sequence[str], pairs: int, n_frames: int, size: int, seed: int = 0) -> list[Suite]:
@@ -147,9 +148,21 @@ def _pictures(folder: Path) -> dict[float, Path]:
     return dict(sorted(found.items()))
 
 
+def _digest(folder: Path, names: Sequence[str]) -> str:
+    """A digest of the pictures and prompts of pairs in a folder, so that a run says of which photos it is."""
+    digest = hashlib.sha256()
+    for name in names:
+        prompt = folder / name / "prompt.txt"
+        for path in (*_pictures(folder / name).values(), *([prompt] if prompt.is_file() else [])):
+            digest.update(f"{name}/{path.name} {path.stat().st_size}\n".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def _check_pair(folder: Path) -> None:
-    first, *truth, _ = _pictures(folder).values()
+    first, *truth, last = _pictures(folder).values()
     size = _size(first)
+    _size(last)  # which may be another one, but has to be had
     for path in truth:
         if _size(path) != size:
             raise ValueError(f"'{path}' has not the size {size[0]}x{size[1]} of its pair's '{first.name}'")
@@ -172,12 +185,16 @@ def _size(path: Path) -> tuple[int, int]:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = read_text(path)
+    except ValueError as error:
+        raise ValueError(f"'{path}' cannot be read: {error}") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _load_pair(folder: Path, times: tuple[float, ...]) -> Pair:
     pictures = _pictures(folder)
-    first, *truth, last = (load_images(path, f"'{path}'")[0] for path in pictures.values())
+    first, *truth, last = (load_images(path, "the picture")[0] for path in pictures.values())
     prompt = _lines(folder / "prompt.txt") if (folder / "prompt.txt").is_file() else [""]
     return Pair(
         folder.name,

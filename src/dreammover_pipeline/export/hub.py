@@ -33,6 +33,7 @@ HEAD = """\
 #
 # Joined from the modules of dreammover-pipeline {version} by `dreammover export-hub`.
 """
+WRITTEN_BY = b"by `dreammover export-hub`."  # by which a joined module is known as one
 # The docstring of `DreamMoverPipeline.__call__` has an example for the installed package. In the joined module these
 # parts of the example are replaced, so that it loads that module.
 EXAMPLE = {
@@ -151,6 +152,8 @@ def write_single_file(path: Path) -> Path:
             f"the README section of '{path}' is written to '{section}', but a file of that name is there that this "
             "program did not write; move it away, or choose another name"
         )
+    if path.exists() and WRITTEN_BY not in path.read_bytes():
+        raise ValueError(f"'{path}' is there, and this program did not write it; move it away, or choose another name")
     path.write_text(_joined(f'custom_pipeline="{path.stem}"'), encoding="utf-8")
     section.write_text(SECTION.format(name=path.stem), encoding="utf-8")
     return section
