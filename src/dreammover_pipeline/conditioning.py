@@ -24,6 +24,11 @@ class Conditions:
     prompt_embeds: torch.Tensor
     negative_prompt_embeds: torch.Tensor | None
 
+    def copied(self) -> Conditions:
+        """The same embeddings in memory of their own, so that they can be changed in place."""
+        negative = self.negative_prompt_embeds
+        return Conditions(self.prompt_embeds.clone(), None if negative is None else negative.clone())
+
     def selected(self, frames: list[int]) -> Conditions:
         """The embeddings of some of the frames, by the frames' indices."""
         negative = self.negative_prompt_embeds
@@ -111,9 +116,8 @@ class Conditioner:
             negative: What guidance leads away from.
         """
         first, last = pair_embeds
-        # A step callback may change the embeddings in place, which must change neither the pair nor the user's own.
         if torch.equal(first, last):
-            prompt_embeds = pair_embeds[:1].repeat(len(times), 1, 1)
+            prompt_embeds = pair_embeds[:1].expand(len(times), -1, -1)
         else:
             prompt_embeds = slerp(first, last, times).to(first.dtype)
         if not guided:
@@ -125,7 +129,7 @@ class Conditioner:
             prompt_embeds=pair_embeds[:1],
             negative_prompt_embeds=negative.embeds,
         )
-        return Conditions(prompt_embeds, away.expand_as(prompt_embeds).clone())
+        return Conditions(prompt_embeds, away.expand_as(prompt_embeds))
 
     def _embed(self, prompt: str | list[str], clip_skip: int | None = None) -> torch.Tensor:
         return embed_text(self.convert(prompt), self.tokenizer, self.text_encoder, self.device, clip_skip)

@@ -622,8 +622,17 @@ class DreamMoverPipeline(
             with self._stage(name, total) as step:
                 yield step
 
+        given = () if delivery.callback_on_step_end is None else delivery.callback_on_step_end_tensor_inputs
         return render_latents(
-            models, pair, asked, paths, stages, on_step_end, lambda: self.interrupt, self._chooser(settings)
+            models,
+            pair,
+            asked,
+            paths,
+            stages,
+            on_step_end,
+            lambda: self.interrupt,
+            self._chooser(settings),
+            copy_embeddings=any(name != "latents" for name in given),
         )
 
     def _finish(

@@ -88,6 +88,7 @@ def render_latents(
     on_step_end: StepCallback = lambda i, timestep, tensors: {},
     interrupted: Callable[[], bool] = lambda: False,
     chooser: Chooser | None = None,
+    copy_embeddings: bool = False,
 ) -> DenoisedFrames:
     """Place the frames in time and make them, by the method that is asked for.
 
@@ -100,6 +101,8 @@ def render_latents(
         on_step_end: Function called after every denoising step.
         interrupted: Function asked before every denoising step; where it says yes the frames stay as they are.
         chooser: What chooses among the candidates of each frame; None where every frame is made once.
+        copy_embeddings: Whether the frames have embeddings of their own, which `on_step_end` may change in place;
+            otherwise the embeddings of all frames may lie in the same memory, which may be the pair's.
 
     Raises:
         RuntimeError: The UNet overflowed.
@@ -110,6 +113,8 @@ def render_latents(
     negative = negative_of(pair, negative)
     delta = torch.tensor(times, dtype=torch.float32, device="cpu")
     conditions = models.conditioner.frames(pair.prompt_embeds, delta, settings.guidance_scale > 1, negative)
+    if copy_embeddings:
+        conditions = conditions.copied()
     models.denoiser.guidance_scale = settings.guidance_scale
     control = None
     if asked.picture is not None:

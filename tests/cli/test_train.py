@@ -40,7 +40,7 @@ def test_folders_that_a_training_cannot_use_are_refused_before_it(tmp_path, caps
     out = str(tmp_path / "out")
     for options, reason in (
         (["--out", str(tmp_path / "file")], "--out: the folder"),
-        (["--out", out, "--export", str(tmp_path / "file")], "--export: the folder"),
+        (["--out", out, "--export", str(tmp_path / "file")], "file' is no folder; name a new one"),
         (["--out", out, "--export", str(mine)], "holds files, but no exported model"),
     ):
         assert main(["train", "--preset", "quick", *options]) == 2

@@ -79,8 +79,8 @@ def _train(args: argparse.Namespace) -> None:
 
     recipe = _recipe(args)
     device = _prepare_device(args)
-    _check_folders(args)
-    deadline = time.monotonic() + 60 * args.minutes
+    deadline = _deadline(args)
+    _make_folder(args)
     if not train(recipe, args.out, device, deadline):
         print("The time is up and all is saved; the same command goes on from here.")
     if args.export and is_ready_for_export(args.out):
@@ -89,23 +89,26 @@ def _train(args: argparse.Namespace) -> None:
         print("Nothing to export yet: the UNet was not evaluated.")
 
 
-def _check_folders(args: argparse.Namespace) -> None:
-    """Make the folder of a training, and refuse one that its models cannot be exported to.
-
-    Raises:
-        ValueError: A folder cannot be made, or the one to export to holds what may not be meant to be replaced.
-    """
+def _deadline(args: argparse.Namespace) -> float:
+    """The reading of `time.monotonic` at which to save and stop."""
     if not args.minutes >= 0:
         raise ValueError(f"--minutes must be at least 0, not {args.minutes}")
+    return time.monotonic() + 60 * args.minutes
+
+
+def _make_folder(args: argparse.Namespace) -> None:
+    """Make the folder of a training, unless its models could not be exported to where they are to be.
+
+    Raises:
+        ValueError: The folder cannot be made, or what is in the place to export to may not be meant to be replaced.
+    """
+    place = args.export
+    if place is not None and place.exists():
+        if not place.is_dir():
+            raise ValueError(f"--export: '{place}' is no folder; name a new one")
+        if not any((place / name).is_file() for name in ("card.json", "config.json")) and any(place.iterdir()):
+            raise ValueError(f"--export: the folder '{place}' holds files, but no exported model; name a new one")
     make_folder(args.out, "--out: the folder")
-    if args.export is None:
-        return
-    make_folder(args.export, "--export: the folder")
-    exported = any((args.export / name).is_file() for name in ("card.json", "config.json"))
-    if not exported and any(args.export.iterdir()):
-        raise ValueError(
-            f"--export: the folder '{args.export}' holds files, but no exported model; choose a new folder"
-        )
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
@@ -135,8 +138,8 @@ def _train_controlnet(args: argparse.Namespace) -> None:
     if not (args.model / "model_index.json").is_file():  # otherwise diffusers would look for it on the Hub
         raise ValueError(f"`--model` must be the folder of a checkpoint in diffusers' layout, not '{args.model}'")
     device = _prepare_device(args)
-    _check_folders(args)
-    deadline = time.monotonic() + 60 * args.minutes
+    deadline = _deadline(args)
+    _make_folder(args)
     stage = ControlStage(recipe, args.model, args.out / "sheets", device)
     if not train_controlnet(stage, args.out, deadline):
         print("The time is up and all is saved; the same command goes on from here.")
