@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
+from support.processors import Louder
 from support.snapshot import snapshot
 
 from dreammover_pipeline.attention import reference_attention, self_attention_names
@@ -135,18 +135,13 @@ def test_sd15_has_the_six_layers_of_the_released_code():
 
 
 def test_a_users_processor_gets_its_keyword_arguments(unet, inputs):
-    """diffusers hands on only those that the signature of `__call__` names."""
-    given = []
-
-    class Louder(AttnProcessor2_0):
-        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, gain=1.0):
-            given.append(gain)
-            return gain * super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
-
-    unet.set_attn_processor(Louder())
+    louder = Louder()
+    unet.set_attn_processor(louder)
     text = inputs["text"].expand(5, -1, -1)
     both = torch.cat([inputs["pair"], inputs["frames"]])
     with torch.no_grad(), reference_attention(unet, (2, 3)) as references, references.led_by_inputs():
         unet(both, torch.tensor(101), text, cross_attention_kwargs={"gain": 0.5})
-    assert set(given) == {0.5}
-    assert len(given) == len(unet.attn_processors) + len(references.layers)  # once for the inputs, once for frames
+    assert set(louder.given) == {0.5}
+    assert len(louder.given) == len(unet.attn_processors) + len(
+        references.layers
+    )  # once for the inputs, once for frames

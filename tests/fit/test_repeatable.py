@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import AttnProcessor2_0
+from support.processors import Louder
 from support.snapshot import snapshot
 
 from dreammover_pipeline import repeatable
@@ -88,19 +88,12 @@ def test_convolutions_repeat_until_the_last_of_several_fits_ends(monkeypatch):
 
 
 def test_a_users_processor_gets_its_keyword_arguments(unet, pair):
-    """diffusers hands on only those that the signature of `__call__` names."""
     clean, texts = pair
-    given = []
-
-    class Louder(AttnProcessor2_0):
-        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, gain=1.0):
-            given.append(gain)
-            return gain * super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
-
-    unet.set_attn_processor(Louder())
+    louder = Louder()
+    unet.set_attn_processor(louder)
     with repeatable_attention(unet), torch.no_grad():
         unet(clean, torch.tensor(11), texts, cross_attention_kwargs={"gain": 0.5})
-    assert given == [0.5] * len(unet.attn_processors)
+    assert louder.given == [0.5] * len(unet.attn_processors)
 
 
 @ON_GPU
