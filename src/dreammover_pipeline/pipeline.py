@@ -714,9 +714,9 @@ class DreamMoverPipeline(
             kept = KeptGaps()
             if keep is not None:
                 dtypes = [str(model.dtype) for model in self._fingerprinted.values()]
-                of_frames, of_pairs = (
-                    f"{self._fingerprint(m)} {dtypes}" for m in (self._at_work, self._fingerprinted)
-                )
+                of_frames = of_pairs = f"{self._fingerprint(self._at_work)} {dtypes}"
+                if self._at_work.keys() != self._fingerprinted.keys():  # else every weight would be read twice
+                    of_pairs = f"{self._fingerprint(self._fingerprinted)} {dtypes}"
                 kept = kept_gaps(keep, gaps, preparing, rendering, shared, of_frames, of_pairs, self._execution_device)
             models = self._models(preparing.cross_attention_kwargs)
             fits_once = shared and preparing.lora_steps > 0
