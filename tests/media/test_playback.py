@@ -47,6 +47,7 @@ def test_a_duration_is_filled_to_a_frame(duration, fps, hold, ping_pong):
         ((-1, 16), "seconds, not -1"),
         ((0.1, 16), r"the shortest is 0\.188 s"),
         ((1, 16, 0.5), r"the shortest is 1\.06 s"),
+        ((0.4, 16, 0, False, 3), r"in each of the 3 gaps.*the shortest is 0\.438 s"),
         ((1, 16, -1), "0 to 86400 seconds, not -1"),
         ((1, 16, math.nan), "0 to 86400 seconds, not nan"),
     ],
@@ -59,6 +60,7 @@ def test_durations_that_cannot_be_are_refused(arguments, reason):
 def test_the_shortest_duration_is_just_long_enough():
     assert frames_to_fill(1.0625, 16, 0.5) == 1
     assert frames_to_fill(0.25, 16, 0, True) == 1
+    assert frames_to_fill(0.4375, 16, gaps=3) == 5  # a frame in each gap, and the two photos between the gaps
 
 
 def test_one_frame_is_nothing_to_play():

@@ -274,13 +274,11 @@ def _frames_of_gaps(args: argparse.Namespace, gaps: int) -> list[int]:
         ValueError: The duration does not suffice for a frame in every gap, or both options are given.
     """
     if not isinstance(args.duration, list):
-        settle_length(args)
+        settle_length(args, gaps)
         if args.duration is None:
             frames = getattr(args, "n_frames", arguments()["n_frames"].default)
             return frames if isinstance(frames, list) else [frames] * gaps
         made = args.n_frames - (gaps - 1)  # the photos between the gaps are frames of the video too
-        if made < gaps:
-            raise ValueError(f"a duration of {args.duration:g} s is too short for a frame in each of the {gaps} gaps")
         return [made // gaps + (k < made % gaps) for k in range(gaps)]
     check_length(args)
     for duration in args.duration:

@@ -154,18 +154,19 @@ def check_length(args: argparse.Namespace) -> None:
         raise ValueError("--duration decides the number of frames, and so does --frames; leave one of them out")
 
 
-def settle_length(args: argparse.Namespace) -> None:
+def settle_length(args: argparse.Namespace, gaps: int = 1) -> None:
     """Do what `check_length` does, and where a duration was typed put the number of frames into `args.n_frames`.
 
     Args:
         args: The options that `add_output_options` and `add_method_options` add, with a frame rate that was checked.
+        gaps: How many gaps the video leads through.
 
     Raises:
         ValueError: An option is refused.
     """
     check_length(args)
     if args.duration is not None:
-        args.n_frames = frames_to_fill(args.duration, args.fps, args.hold, args.ping_pong)
+        args.n_frames = frames_to_fill(args.duration, args.fps, args.hold, args.ping_pong, gaps)
 
 
 def check_sources(args: argparse.Namespace, call: Mapping[str, object]) -> None:

@@ -36,7 +36,7 @@ def play(frames: Sequence[Frame], fps: float, hold: float = 0.0, ping_pong: bool
     return [first] * shown + between + [last] * shown + back
 
 
-def frames_to_fill(duration: float, fps: float, hold: float = 0.0, ping_pong: bool = False) -> int:
+def frames_to_fill(duration: float, fps: float, hold: float = 0.0, ping_pong: bool = False, gaps: int = 1) -> int:
     """How many frames between the first and the last one give a video of this length, when `play` orders them.
 
     Args:
@@ -45,22 +45,25 @@ def frames_to_fill(duration: float, fps: float, hold: float = 0.0, ping_pong: bo
         hold: seconds for which the first and the last frame stand still.
         ping_pong: whether the video also runs back to its beginning. Every frame in between is then shown twice, so
             the video may come out one frame shorter than asked for.
+        gaps: how many gaps the video leads through; the photos between two gaps are among the frames.
 
     Returns:
-        The number of frames, at least 1.
+        The number of frames, which suffices for one in every gap.
 
     Raises:
-        ValueError: `duration` is not above 0 and at most `LONGEST`, or too short for one frame in between, or `hold`
+        ValueError: `duration` is not above 0 and at most `LONGEST`, or too short for a frame in every gap, or `hold`
             is not from 0 to `LONGEST`.
     """
     ends = 2 * frames_to_hold(hold, fps)
     check_duration(duration)
     ways = 2 if ping_pong else 1
     between = (round(duration * fps) - ends) // ways
-    if between < 1:
+    fewest = 2 * gaps - 1  # a frame in every gap, and the photos between the gaps
+    if between < fewest:
+        where = "between the two photos" if gaps == 1 else f"in each of the {gaps} gaps"
         raise ValueError(
-            f"a duration of {duration:g} s leaves no frame between the two photos; at {fps:g} frames per second the "
-            f"shortest is {(ends + ways) / fps:.3g} s"
+            f"a duration of {duration:g} s is too short for a frame {where}; at {fps:g} frames per second the "
+            f"shortest is {(ends + ways * fewest) / fps:.3g} s"
         )
     return between
 
