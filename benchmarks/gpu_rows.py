@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-from dreammover_pipeline import denoiser, noise_training
+from dreammover_pipeline import denoiser, finishing, noise_training
 from dreammover_pipeline.lora import LoraFit, fit_pair_lora
 from dreammover_pipeline.memory import free_cache
 
@@ -56,7 +56,7 @@ def job(bench: Bench) -> list[Table]:
 
 
 def recording(bench: Bench) -> list[Table]:
-    """Tables of the fit and of `prepare` with and without records, and of the bits of a second fit."""
+    """Tables of the fit, `prepare` and the pictures with and without records, and of the bits of a second fit."""
     profile, pair, unit = bench.profile, bench.prepare(steps=1), clock_name(bench.device)
     fits = {
         "recorded": lambda: _fit(bench, pair, profile.lora_steps),
@@ -65,6 +65,10 @@ def recording(bench: Bench) -> list[Table]:
             lambda: _fit(bench, pair, profile.lora_steps)
         ),
     }
+
+    def render() -> object:
+        return bench.pipe.render(pair, n_frames=profile.frames)
+
     prepares = {"recorded": bench.prepare, "call by call": lambda: _without_records(bench.prepare)}
     results = {name: [] for name in fits}
     arms = {name: lambda name=name: results[name].append(fits[name]()) for name in fits}
@@ -74,6 +78,8 @@ def recording(bench: Bench) -> list[Table]:
         same = all(torch.equal(first[key], other[key]) for other in others for key in first)
         rows.append((name, spread(seconds[name]), ratio(seconds[name], seconds["recorded"]), "yes" if same else "no"))
     preparing = alternate(prepares, profile.few, bench.device)
+    renders = {"recorded": render, "one by one": lambda: _without_records(render)}
+    rendering = alternate(renders, profile.few, bench.device)
     title = f"model {profile.model}, {profile.few} rounds"
     return [
         Table(
@@ -89,6 +95,13 @@ def recording(bench: Bench) -> list[Table]:
             ("inversion", unit, "of the first"),
             [(name, spread(values), ratio(values, preparing["recorded"])) for name, values in preparing.items()],
         ),
+        Table(
+            f"Render {profile.frames} frames in one step, {title}",
+            "measured",
+            ("the photos' detail", unit, "of the first"),
+            [(name, spread(values), ratio(values, rendering["recorded"])) for name, values in rendering.items()],
+            "One call of the UNet for every batch of frames, decoding, and the photos' detail.",
+        ),
     ]
 
 
@@ -102,6 +115,7 @@ def _without_records(work: Callable[[], object]) -> object:
     with (
         mock.patch.object(noise_training, "only_kernels", return_value=False),
         mock.patch.object(denoiser, "only_kernels", return_value=False),
+        mock.patch.object(finishing.FrameMaker, "_records", return_value=False),
     ):
         return work()
 

@@ -15,6 +15,7 @@ from dreammover_pipeline.detail import (
     Axis,
     PairDetail,
     Sources,
+    drawn_at_once,
     frame_sources,
     plan_detail,
     with_detail,
@@ -81,6 +82,17 @@ def test_strips_are_the_whole_to_the_bit(canvas):
     whole = with_detail(pair, base, 0.4, strip_pixels=10**9)
     for columns in (1, 7, 16):
         assert torch.equal(with_detail(pair, base, 0.4, strip_pixels=columns * canvas.output_height), whole)
+
+
+def test_a_frame_that_is_drawn_at_once_is_that_of_strips(monkeypatch):
+    canvas, time = CANVASES[1], 0.25
+    first, last, base = (picture(canvas.output_height, canvas.output_width, seed) for seed in (1, 2, 4))
+    flow = still(canvas.height // CELL, canvas.width // CELL)
+    pair, base = pair_of(first, last, canvas, flow), fit(base, canvas)
+    monkeypatch.setattr(detail, "STRIP_PIXELS", 7 * canvas.output_height)
+    drawn = drawn_at_once(pair, base, torch.tensor(time))
+    # Powers of a tensor are rounded in another way than those of a number.
+    assert (drawn - with_detail(pair, base, time)).abs().quantile(0.99) < 1e-6
 
 
 def test_candidates_may_be_compared_a_few_at_a_time(monkeypatch):

@@ -3,7 +3,11 @@
 
 import pytest
 import torch
-from support.elsewhere import Elsewhere, elsewhere, waits
+from support.elsewhere import DEVICE, Elsewhere, elsewhere, waits
+
+from dreammover_pipeline.detail import PairDetail, drawn_at_once
+from dreammover_pipeline.paths import rigid_paths, straight_paths
+from dreammover_pipeline.records import BidirectionalFlow, Canvas
 
 SMALL = {"num_inference_steps": 6, "inversion_steps": 4, "feature_step": 2, "lora_steps": 0, "height": 64, "width": 64}
 QUICK = {**SMALL, "flow": "features"}
@@ -71,6 +75,22 @@ def test_more_steps_wait_no_oftener(tiny_pipe, there, photos):
     assert waiting(num_inference_steps=9, inversion_steps=8) == few
 
 
+@pytest.mark.parametrize("paths", [rigid_paths, straight_paths])
+def test_the_detail_of_a_second_frame_can_be_recorded(paths, monkeypatch):
+    """A record takes in nothing but kernels: no answer that the host waits for, and no values that it sends."""
+    monkeypatch.setattr("dreammover_pipeline.detail.STRIP_PIXELS", 1000)
+    canvas = Canvas(32, 48, 30, 48, 60, 96)
+    with elsewhere():
+        photos, working = torch.rand(2, 3, 60, 96).to(DEVICE), torch.rand(2, 3, 32, 48).to(DEVICE)
+        flow = BidirectionalFlow.of(torch.randn(2, 2, 8, 12).to(DEVICE))
+        pair = PairDetail.of(photos.unbind(), working, 0.9 * working, canvas, flow, paths(flow))
+        drawn_at_once(pair, working[0], torch.full((), 0.3, device=DEVICE))
+        waits.clear()
+        drawn = drawn_at_once(pair, working[1], torch.full((), 0.6, device=DEVICE))
+        assert drawn.shape == (3, 60, 96)
+        assert not waits
+
+
 @pytest.mark.parametrize(
     ("work", "fault"),
     [
@@ -86,6 +106,9 @@ def test_the_device_refuses_what_others_refuse(work, fault):
     with elsewhere():
         x = torch.arange(2, device="meta").float()
         assert (x * torch.tensor(2.0))[[0, 1]].tolist() == [0, 2]
+        waits.clear()
         assert x.cpu().double().sum() == 1
+        assert torch.ones(3).to(DEVICE).shape == (3,)
+        assert waits.total() == 2  # the values of one came back, and those of the other were sent
         with pytest.raises(RuntimeError, match=fault):
             work(x)

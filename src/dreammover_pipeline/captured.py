@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of the fit and calls of the UNet that a GPU repeats by itself, as it has recorded one.
+"""What a GPU repeats by itself, as it has recorded it: steps of the fit, calls of the UNet, and the detail of frames.
 
-A step of the LoRA fit is thousands of small kernels, and a GPU waits for the host to launch each of them; so does a
-call of the UNet on a few samples. As a CUDA graph they are launched all at once: what is done is recorded with the
-tensors it works on, which must therefore keep their places in memory, and every later time these are filled anew and
-the record is replayed.
+A step of the LoRA fit is thousands of small kernels, and a GPU waits for the host to launch each of them. So it does
+in a call of the UNet on a few samples, and for the detail of a frame. As a CUDA graph they are launched all at once:
+what is done is recorded with the tensors it works on, which must therefore keep their places in memory, and every
+later time these are filled anew and the record is replayed.
 
-A record lasts as long as the stage that it is for, the fit or the inversion. A longer life would save a fraction of a
-second for each pair, hold as much memory as the stage takes, and need to know of every change to the model.
+A record lasts as long as the stage that it is for: the fit, the inversion, or the pictures of a video. A longer life
+would save a fraction of a second for each pair, hold as much memory as the stage takes, and need to know of every
+change to the model.
 """
 
 from __future__ import annotations
@@ -164,10 +165,11 @@ class RecordedCall:
     Args:
         function: Function from tensors to one tensor, without gradients. It must do nothing but launch kernels, the
             same ones for all tensors that it is called with.
+        name: What a warning calls the calls of the function, in the plural.
     """
 
-    def __init__(self, function: Callable[..., torch.Tensor]):
-        self.function = function
+    def __init__(self, function: Callable[..., torch.Tensor], name: str):
+        self.function, self.name = function, name
         self._inputs: list[torch.Tensor] = []
         self._output: torch.Tensor | None = None
         self._replay: Callable[[], None] | None = None
@@ -196,7 +198,7 @@ class RecordedCall:
             return result
         except RuntimeError as error:
             if not is_out_of_memory(error):
-                logger.warning(f"Calls of the UNet are not recorded as a CUDA graph, and take longer: {error}")
+                logger.warning(f"{self.name} are not recorded as a CUDA graph, and take longer: {error}")
         self._failed, self._replay, self._output, self._inputs = True, None, None, []
         free_cache(device)
         return result

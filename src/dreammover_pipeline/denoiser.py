@@ -147,7 +147,7 @@ class Denoiser:
         if self.device.type != "cuda" or compiled or not only_kernels(self.unet):
             yield
             return
-        self._recorded = RecordedCall(self._call_unet)
+        self._recorded = RecordedCall(self._call_unet, "Calls of the UNet")
         try:
             yield
         finally:

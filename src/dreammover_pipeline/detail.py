@@ -18,7 +18,7 @@ and residuals have in learned frame interpolation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -119,6 +119,13 @@ class PairDetail:
         """Which rows of the picture on the canvas make up each row of a frame, as `_taps` gives them."""
         return _taps(self.canvas.content_height, self.canvas.output_height, self.small)
 
+    @cached_property
+    def axes(self) -> tuple[Axis, Axis]:
+        """How the rows and the columns of a frame lie on the grid of places."""
+        (h, w), canvas = self.small.shape[-2:], self.canvas
+        across, down = canvas.content_on(h, w)
+        return Axis.of(canvas.output_height, down, h, self.small), Axis.of(canvas.output_width, across, w, self.small)
+
     @property
     def content(self) -> tuple[float, float]:
         """Width and height in cells of the part of the canvas that the picture fills."""
@@ -159,13 +166,13 @@ class Candidates:
     doubt: torch.Tensor
 
     @classmethod
-    def at(cls, pair: PairDetail, time: float) -> Candidates:
+    def at(cls, pair: PairDetail, time: float | torch.Tensor) -> Candidates:
         """The candidates at a time δ."""
         ways = pair.flow.stacked()
         cells = cell_grid(*ways.shape[-2:], ways)[0]
         landing, places, factors = [], ([], []), ([], [])
         for image in (0, 1):
-            gone = torch.full((1,), time if image == 0 else 1 - time, dtype=torch.float32, device=ways.device)
+            gone = torch.ones(1, dtype=torch.float32, device=ways.device) * (time if image == 0 else 1 - time)
             landing.append(cells + pair.paths.displacements(image, gone)[0])
             places[image].append(cells)
             places[1 - image].append(cells + ways[image])
@@ -240,14 +247,14 @@ class Sources:
         most, where = torch.stack(weights).topk(min(count, len(key)), 0)
         return Sources(self.index.gather(0, where), self.shown.gather(0, where), most / most.sum(0))
 
-    def shares(self, time: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def shares(self, time: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The shares of the two photos in each candidate, (K, h', w') each."""
-        first, second = (torch.full_like(self.weight, share + FAINT) for share in (1 - time, time))
+        first, second = (torch.ones_like(self.weight) * (share + FAINT) for share in (1 - time, time))
         return first.masked_fill(self.shown == 2, FAINT), second.masked_fill(self.shown == 1, FAINT)
 
 
 def choose_sources(
-    pair: PairDetail, candidates: Candidates, lit: torch.Tensor, frame: torch.Tensor, time: float
+    pair: PairDetail, candidates: Candidates, lit: torch.Tensor, frame: torch.Tensor, time: float | torch.Tensor
 ) -> Sources:
     """Choose for every place of a frame which candidates it comes from.
 
@@ -287,7 +294,7 @@ def _costs(
     index: torch.Tensor,
     lit: torch.Tensor,
     frame: torch.Tensor,
-    time: float,
+    time: float | torch.Tensor,
 ) -> torch.Tensor:
     """What candidates (K, h', w') cost, (3, K, h', w'): seen in both photos, in the first, in the second only."""
     frame, z = frame[:, None], places(frame)
@@ -372,13 +379,13 @@ class FrameDetail:
     light: torch.Tensor
 
 
-def plan_detail(pair: PairDetail, frame: torch.Tensor, time: float) -> FrameDetail:
+def plan_detail(pair: PairDetail, frame: torch.Tensor, time: float | torch.Tensor) -> FrameDetail:
     """Decide where a frame takes its detail from, and where it takes none.
 
     Args:
         pair: What the frames of the pair take their detail from.
         frame: The frame as diffusion made it, on the canvas, (3, canvas.height, canvas.width) in [0, 1].
-        time: The δ of the frame.
+        time: The δ of the frame, also as a tensor (), float32 on the device of the pair.
     """
     size = pair.small.shape[-2:]
     frame = F.interpolate(frame[None].to(pair.small), size, mode="area")[0]
@@ -442,18 +449,50 @@ def with_detail(
         (3, H, W) in [0, 1] or uint8, on the CPU.
     """
     plan = plan or plan_detail(pair, frame, time)
+    # In the layout of image files, so that a picture is made of it without a copy.
+    size = pair.canvas.output_height, pair.canvas.output_width
+    result = torch.empty(*size, 3, dtype=dtype, device="cpu").movedim(-1, 0)
+    left = 0
+    for pixels in _strips(pair, frame, time, plan, strip_pixels):
+        right = left + pixels.shape[-1]
+        result[..., left:right] = in_dtype(pixels, dtype)
+        left = right
+    return result
+
+
+def drawn_at_once(pair: PairDetail, frame: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    """The frame that `with_detail` makes, wholly on the device of the pair, where it takes memory that grows with it.
+
+    From the second frame of a pair on, nothing is done but to launch kernels, the same ones for every frame.
+
+    Args:
+        pair: What the frames of the pair take their detail from.
+        frame: The frame as diffusion made it, on the canvas, (3, canvas.height, canvas.width) in [0, 1].
+        time: The δ of the frame, a tensor (), float32. Both are on the device of the pair.
+
+    Returns:
+        (3, H, W) in [0, 1], float32.
+    """
+    return torch.cat(list(_strips(pair, frame, time, plan_detail(pair, frame, time), STRIP_PIXELS)), -1)
+
+
+def in_dtype(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Pixels in [0, 1] in a floating point dtype, or rounded to 8 bits in uint8."""
+    return pixels.to(dtype) if dtype.is_floating_point else (255 * pixels).round().to(dtype)
+
+
+def _strips(
+    pair: PairDetail, frame: torch.Tensor, time: float | torch.Tensor, plan: FrameDetail, strip_pixels: int
+) -> Iterator[torch.Tensor]:
+    """The pixels of a frame from left to right, (3, H, n) in [0, 1] each, of about so many pixels."""
     canvas = pair.canvas
     height, width = canvas.output_height, canvas.output_width
     content = frame[canvas.content].to(pair.small)
     wide = F.interpolate(content[None], (canvas.content_height, width), mode="bicubic", antialias=True)[0]
     taps, shares = pair.taps
-    h, w = pair.small.shape[-2:]
-    across, down = canvas.content_on(h, w)
-    rows, columns = Axis.of(height, down, h, wide), Axis.of(width, across, w, wide)
+    rows, columns = pair.axes
     lines = _Lines.of(pair, plan, time)
     fields = torch.cat([1 - plan.taken, plan.taken * plan.added, (plan.taken * plan.light).flatten(0, 1)])
-    # In the layout of image files, so that a picture is made of it without a copy.
-    result = torch.empty(height, width, 3, dtype=dtype, device="cpu").movedim(-1, 0)
     # In strips of columns: what is small is spread along the columns, and then its rows, which are copied whole.
     step = max(1, strip_pixels // height)
     for left in range(0, width, step):
@@ -463,9 +502,7 @@ def with_detail(
         enlarged = sum(shares[:, i, None] * part.index_select(1, taps[:, i]) for i in range(taps.shape[1]))
         seen = lines.looked_up(pair, rows, strip)
         pixels = kept * enlarged.clamp(0, 1) + added + light[:3] * seen[0] + light[3:] * seen[1]
-        pixels = pixels.clamp(0, 1)
-        result[..., left : left + step] = pixels if dtype.is_floating_point else (255 * pixels).round()
-    return result
+        yield pixels.clamp(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -535,7 +572,7 @@ class _Lines:
     weights: torch.Tensor
 
     @classmethod
-    def of(cls, pair: PairDetail, plan: FrameDetail, time: float) -> _Lines:
+    def of(cls, pair: PairDetail, plan: FrameDetail, time: float | torch.Tensor) -> _Lines:
         """The lines of a frame."""
         width, height = pair.content
         sources, candidates = plan.sources, plan.candidates

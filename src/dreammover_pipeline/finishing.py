@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import numpy as np
 import PIL.Image
 import torch
 
+from .captured import RecordedCall
 from .cascade import PairCascade
-from .detail import PairDetail, frame_sources, lookup_flow, plan_detail, with_detail
+from .detail import PairDetail, drawn_at_once, frame_sources, in_dtype, lookup_flow, plan_detail, with_detail
 from .framing import fit, unfit
 from .images import rgb
 from .models import Models
@@ -30,6 +32,7 @@ from .settings import RenderSettings
 from .tone import tone_difference, with_tone
 from .turns import interruptible
 
+RECORDED_PIXELS = 2**20  # pixels of a frame at most, for its detail to be recorded; a larger one keeps a GPU busy
 KEPT_BYTES = 2**28  # largest size in bytes of a video whose finished pictures are kept, so that none is made twice
 
 # A function from pictures (B, 3, H, W) to the same with what was flagged blacked out, and to whether each was flagged,
@@ -154,7 +157,17 @@ class FrameMaker:
                 tone_difference(photo[canvas.content], copy[canvas.content])
                 for photo, copy in zip(working.split(1), copies, strict=True)
             ]
-        return _FinishedPair(canvas, self.dtype, copies, tones, detail, cascade)
+        recorded = None
+        if detail is not None and cascade is None and self._records(detail):
+            recorded = RecordedCall(partial(drawn_at_once, detail), "The pictures of a video")
+        return _FinishedPair(canvas, self.dtype, copies, tones, detail, cascade, recorded)
+
+    def _records(self, detail: PairDetail) -> bool:
+        """Whether the detail of frames is recorded, which takes less memory than the VAE does to decode one image."""
+        canvas = self.frames.canvas
+        decodes = self.models.autoencoder.decodes_at_once(canvas.height * canvas.width)
+        small = canvas.output_height * canvas.output_width <= RECORDED_PIXELS
+        return detail.small.device.type == "cuda" and small and decodes > 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +176,8 @@ class _FinishedPair:
 
     `canvas` is where the photos sit, and `dtype` that of pictures with detail. `copies` are the two photos as the VAE
     brings them back and `tones` what of their tones is faded out. `detail` is what pictures take from the photos, None
-    where they are upsampled; `cascade` refines what they do not take from them, None where nothing does.
+    where they are upsampled; `cascade` refines what they do not take from them, None where nothing does. `recorded`
+    is `drawn_at_once` for the pair, as a GPU repeats it; None where nothing is recorded.
     """
 
     canvas: Canvas
@@ -172,6 +186,7 @@ class _FinishedPair:
     tones: Sequence[torch.Tensor] = ()
     detail: PairDetail | None = None
     cascade: PairCascade | None = None
+    recorded: RecordedCall | None = None
 
     def finish(
         self, decoded: torch.Tensor, tones: Sequence[torch.Tensor], time: float, on_sources: SourcesListener | None
@@ -190,6 +205,10 @@ class _FinishedPair:
                 return with_tone(unfit(decoded, self.canvas), tones, time)
             content, frame = self.canvas.content, decoded.clone()
             frame[content] = with_tone(decoded[content], tones, time)
+            if self.recorded is not None and on_sources is None:
+                device = self.detail.small.device
+                when = torch.full((), time, dtype=torch.float32, device=device)
+                return in_dtype(self.recorded(frame[0].to(device), when), self.dtype).cpu()[None]
             plan = plan_detail(self.detail, frame[0], time)
             if on_sources is not None:
                 on_sources(frame_sources(self.detail, plan, time))

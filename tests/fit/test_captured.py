@@ -85,7 +85,7 @@ class Attention:
 @ON_GPU
 def test_a_recorded_call_computes_what_the_function_does_and_keeps_its_results():
     weight = torch.randn(8, 8, device="cuda")
-    call = RecordedCall(lambda x: (x @ weight).relu())
+    call = RecordedCall(lambda x: (x @ weight).relu(), "Products")
     inputs = [torch.randn(4, 8, device="cuda") for _ in range(4)]
     results = [call(x) for x in inputs]
     for x, result in zip(inputs, results, strict=True):
@@ -94,10 +94,10 @@ def test_a_recorded_call_computes_what_the_function_does_and_keeps_its_results()
 
 @ON_GPU
 def test_a_call_that_cannot_be_recorded_goes_on_being_called(caplog):
-    call = RecordedCall(Waiting().cuda())
+    call = RecordedCall(Waiting().cuda(), "Activations")
     for x in torch.randn(3, 5, device="cuda"):
         torch.testing.assert_close(call(x), Waiting()(x))
-    assert caplog.text.count("not recorded") == 1
+    assert caplog.text.count("Activations are not recorded") == 1
 
 
 @ON_GPU

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from support.pages import EXAMPLES
 
-from dreammover_pipeline import DreamMoverPipeline
+from dreammover_pipeline import DreamMoverPipeline, finishing
 from dreammover_pipeline.tiny import CHECKPOINT
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -54,6 +54,16 @@ def test_frames_of_a_prepared_pair_repeat_their_bits(photos, dtype, detail):
     pair = pipe.prepare(*photos, **FIT, generator=seeded())
     first, second = (pipe.render(pair, n_frames=4, detail=detail, output_type="pt").frames[0] for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_pictures_are_recorded_and_are_those_made_one_by_one(photos, monkeypatch, caplog):
+    pipe = loaded("cuda", torch.float16)
+    pair = pipe.prepare(*photos, lora_steps=0)
+    recorded = pipe.render(pair, n_frames=4, output_type="pt").frames[0]
+    assert "not recorded" not in caplog.text
+    monkeypatch.setattr(finishing.FrameMaker, "_records", lambda *args: False)
+    one_by_one = pipe.render(pair, n_frames=4, output_type="pt").frames[0]
+    assert (recorded - one_by_one).abs().quantile(0.99) < 1e-4
 
 
 def test_frames_are_those_of_the_cpu(photos):

@@ -20,6 +20,7 @@ LACKING = (torch.float64, torch.complex128)
 ATEN = torch.ops.aten
 AUTOCAST = torch.autocast
 INDEXING = (ATEN.index, ATEN.index_put, ATEN.index_put_)
+SENDING = (ATEN._to_copy, ATEN.copy_)
 # Operations whose results, or the sizes of whose results, the host has to know before it goes on.
 ANSWERS = (
     ATEN._local_scalar_dense,
@@ -30,7 +31,8 @@ ANSWERS = (
     ATEN.repeat_interleave,
 )
 
-waits: Counter[str] = Counter()  # how often the host waited for the device, by the operation
+# How often the host waited for the device, by the operation. It also waits where it sends the values of a tensor.
+waits: Counter[str] = Counter()
 
 
 class Elsewhere(torch.Tensor):
@@ -65,13 +67,17 @@ def _result(func, args, kwargs):
     if kind is ATEN.copy_:
         to_device = isinstance(args[0], Elsewhere)
     elif kind in INDEXING:
-        here = [tensor for tensor in here if not any(tensor is index for index in args[1])]
+        indices = [tensor for tensor in here if any(tensor is index for index in args[1])]
+        if indices and there:
+            waits[str(kind)] += 1
+        here = [tensor for tensor in here if not any(tensor is index for index in indices)]
     if kind not in (ATEN._to_copy, ATEN.copy_) and there and any(tensor.dim() for tensor in here):
         raise RuntimeError(f"{func} was given tensors of two devices")
     generator = kwargs.get("generator")
     if to_device and generator is not None and generator.device != DEVICE:
         raise RuntimeError(f"{func} was to draw on the device by a generator of another one")
-    if there and (kind in ANSWERS or not to_device or _chooses(kind, args)):
+    asked = there and (kind in ANSWERS or not to_device or _chooses(kind, args))
+    if asked or (here and to_device and kind in SENDING):
         waits[str(kind)] += 1
 
     def held(value):
