@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 
 import torch
@@ -263,7 +264,7 @@ class Windows:
         slopes, _ = self._carried(1 - image, cells, still, still, self.offsets, self.slopes)
         right, down = slopes.split(3)
         tensor = torch.stack([(a * b).sum(0) for a, b in ((right, right), (right, down), (down, down))])  # (3, s, m)
-        own, weight, squares = self.own[..., cells], self.weight[:, cells], self._squares()
+        own, weight = self.own[..., cells], self.weight[:, cells]
         for step in range(self.reach.steps + 1):
             colours, inside = self._carried(image, cells, shift, turn, self.offsets)
             off = own - colours
@@ -280,8 +281,8 @@ class Windows:
                 return
             robust = weight * inside * (1 + (off.abs().mean(0) / OUTLIER).square()) ** -2
             pull = [robust * (part * off).sum(0) for part in slopes.split(3)]
-            square = squares @ (robust * tensor).flatten(0, 1)
-            moved = _solved(square, sum(move @ part for move, part in zip(self._moves(), pull, strict=True)))
+            square = self._squares @ (robust * tensor).flatten(0, 1)
+            moved = _solved(square, sum(move @ part for move, part in zip(self._moves, pull, strict=True)))
             moved = moved.clamp(-self.reach.longest, self.reach.longest)
             shift = shift + moved[:2] + _product(turn, moved[:2])
             grown = moved[2:] / self._unit
@@ -292,15 +293,17 @@ class Windows:
         """Turns are counted by how far they move a sample that is so many cells from the middle."""
         return self.reach.half / 2
 
+    @cached_property
     def _moves(self) -> torch.Tensor:
         """How far each of a step's four numbers moves a sample to the right and downwards, (2, 4, s)."""
         x, y = self.offsets.T / self._unit
         one, zero = torch.ones_like(x), torch.zeros_like(x)
         return torch.stack([torch.stack([one, zero, x, -y]), torch.stack([zero, one, y, x])])
 
+    @cached_property
     def _squares(self) -> torch.Tensor:
         """What the three parts of a sample's tensor add to the normal equations, (4·4, 3·s)."""
-        outer = torch.einsum("ais,bjs->abijs", self._moves(), self._moves())
+        outer = torch.einsum("ais,bjs->abijs", self._moves, self._moves)
         return torch.stack([outer[0, 0], outer[0, 1] + outer[1, 0], outer[1, 1]], 2).flatten(2).flatten(0, 1)
 
     def _blocks(self, chosen: torch.Tensor | None = None) -> Iterator[tuple[int, torch.Tensor | slice]]:
