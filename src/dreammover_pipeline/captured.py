@@ -157,19 +157,20 @@ def repeats(step: TrainingStep, replay: Callable[[], None]) -> bool:
 
 
 class RecordedCall:
-    """A function of tensors that a GPU repeats by itself from its second call on.
+    """A function of tensors that a GPU repeats by itself once it has recorded it.
 
-    The first call computes the result, and then the record, whose replay is compared with that result. Where the two
-    differ, or where recording fails, the function goes on being called.
+    The call that is recorded computes the result first, and then the record, whose replay is compared with that
+    result. Where the two differ, or where recording fails, the function goes on being called.
 
     Args:
         function: Function from tensors to one tensor, without gradients. It must do nothing but launch kernels, the
             same ones for all tensors that it is called with.
         name: What a warning calls the calls of the function, in the plural.
+        before: Number of calls before the one that is recorded, for a function that may not be called any oftener.
     """
 
-    def __init__(self, function: Callable[..., torch.Tensor], name: str):
-        self.function, self.name = function, name
+    def __init__(self, function: Callable[..., torch.Tensor], name: str, before: int = 0):
+        self.function, self.name, self._before = function, name, before
         self._inputs: list[torch.Tensor] = []
         self._output: torch.Tensor | None = None
         self._replay: Callable[[], None] | None = None
@@ -177,16 +178,18 @@ class RecordedCall:
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         """The function's result, a tensor of its own; all calls must have inputs of the same shapes and dtypes."""
-        if self._failed:
-            return self.function(*inputs)
-        if self._replay is None:
-            return self._first_call(inputs)
-        for place, value in zip(self._inputs, inputs, strict=True):
-            place.copy_(value)
-        self._replay()
-        return self._output.clone()
+        if self._before:
+            self._before -= 1
+        elif self._replay is not None:
+            for place, value in zip(self._inputs, inputs, strict=True):
+                place.copy_(value)
+            self._replay()
+            return self._output.clone()
+        elif not self._failed:
+            return self._recorded_call(inputs)
+        return self.function(*inputs)
 
-    def _first_call(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def _recorded_call(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         device = inputs[0].device
         self._inputs = [value.clone() for value in inputs]
         result = _warm_up(lambda: self.function(*self._inputs), device)

@@ -159,7 +159,7 @@ class FrameMaker:
             ]
         recorded = None
         if detail is not None and cascade is None and self._records(detail):
-            recorded = RecordedCall(partial(drawn_at_once, detail), "The pictures of a video")
+            recorded = RecordedCall(partial(drawn_at_once, detail), "The pictures of a video", before=1)
         return _FinishedPair(canvas, self.dtype, copies, tones, detail, cascade, recorded)
 
     def _records(self, detail: PairDetail) -> bool:

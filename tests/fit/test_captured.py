@@ -83,9 +83,10 @@ class Attention:
 
 
 @ON_GPU
-def test_a_recorded_call_computes_what_the_function_does_and_keeps_its_results():
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_recorded_call_computes_what_the_function_does_and_keeps_its_results(before):
     weight = torch.randn(8, 8, device="cuda")
-    call = RecordedCall(lambda x: (x @ weight).relu(), "Products")
+    call = RecordedCall(lambda x: (x @ weight).relu(), "Products", before)
     inputs = [torch.randn(4, 8, device="cuda") for _ in range(4)]
     results = [call(x) for x in inputs]
     for x, result in zip(inputs, results, strict=True):
