@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from dreammover_pipeline.attention import reference_attention
+from dreammover_pipeline.lora import TrainedLora
 
 aten = torch.ops.aten
 # FLOPs of the CPU's fused attention, which torch does not count; it counts that of other devices.
@@ -112,10 +113,11 @@ class BareCalls:
         vae: the autoencoder.
         text_encoder: the encoder of prompts.
         side: side of the images in pixels.
+        lora: a LoRA on the UNet, with which `fit_step` is a step of its fit.
     """
 
-    def __init__(self, unet, vae, text_encoder, side: int):
-        self.unet, self.vae, self.text_encoder, self.side = unet, vae, text_encoder, side
+    def __init__(self, unet, vae, text_encoder, side: int, lora: TrainedLora | None = None):
+        self.unet, self.vae, self.text_encoder, self.side, self.lora = unet, vae, text_encoder, side, lora
         self.tokens = text_encoder.config.max_position_embeddings
         self.cells = side // 2 ** (len(vae.config.block_out_channels) - 1)
 
@@ -153,8 +155,9 @@ class BareCalls:
         return self.text_encoder(torch.zeros(1, self.tokens, dtype=torch.long, device=self.unet.device))
 
     def fit_step(self) -> None:
-        """One forward and backward pass, as in the LoRA fit; the UNet must carry an adapter."""
+        """One forward and backward pass, as in the LoRA fit."""
         with torch.enable_grad():
+            self.lora.act()
             self.call_unet(2).float().square().mean().backward()
 
 
@@ -164,7 +167,7 @@ def count_units(bare: BareCalls, fitted: BareCalls, blocks: tuple[int, ...] = (2
 
     Args:
         bare: calls of the models as they are.
-        fitted: calls of the same models, whose UNet carries an adapter.
+        fitted: calls of the same models, with a LoRA on the UNet.
         blocks: indices of the up blocks in which frames attend to the inputs.
     """
     sample = count_flops(lambda: bare.call_unet(1))

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .counting import BareCalls, Units, Workload, count_flops, count_units
-from .models import add_adapter, fake_models
+from .models import add_lora, fake_models
 from .profiles import Bench, Profile
 from .record import recorded
 from .report import Table
@@ -30,8 +30,7 @@ def runs(bench: Bench) -> Table:
     canvas = bench.prepare(steps=1).canvas
     models = (pipe.vae, pipe.text_encoder, canvas.height)
     fitted = copy.deepcopy(pipe.unet)
-    add_adapter(fitted)
-    units = count_units(BareCalls(pipe.unet, *models), BareCalls(fitted, *models))
+    units = count_units(BareCalls(pipe.unet, *models), BareCalls(fitted, *models, add_lora(fitted)))
     rows = []
     for workload in bench.profile.counted_workloads:
         with recorded(pipe) as calls:
@@ -70,10 +69,9 @@ def run_workload(bench: Bench, workload: Workload) -> torch.Tensor:
 def counted_units(name: str, side: int) -> Units:
     """FLOPs of bare calls of the models called `name` at `side` pixels, counted on fake tensors."""
     mode = FakeTensorMode()
-    plain = fake_models(name, torch.float32, mode)
-    fitted = fake_models(name, torch.float32, mode, adapter=True)
+    plain, fitted = (fake_models(name, torch.float32, mode) for _ in range(2))
     with mode:
-        return count_units(BareCalls(*plain, side), BareCalls(*fitted, side))
+        return count_units(BareCalls(*plain, side), BareCalls(*fitted, side, add_lora(fitted[0])))
 
 
 def units_table(profile: Profile) -> Table:

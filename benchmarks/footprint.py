@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .counting import BareCalls, count_peak
-from .models import fake_models
+from .models import add_lora, fake_models
 from .profiles import ROOT, Bench, Profile
 from .report import Table
 from .timing import fit_line
@@ -134,10 +134,11 @@ def counted(profile: Profile) -> Table:
     rows = []
     for side in profile.counted_sides:
         mode = FakeTensorMode()
-        plain, fitted = (fake_models(profile.counted, torch.float16, mode, adapter) for adapter in (False, True))
+        plain, fitted = (fake_models(profile.counted, torch.float16, mode) for _ in range(2))
         weights = sum(p.numel() * p.itemsize for model in plain for p in model.parameters())
-        bare, fit = BareCalls(*plain, side), BareCalls(*fitted, side)
+        bare = BareCalls(*plain, side)
         with mode, torch.no_grad():
+            fit = BareCalls(*fitted, side, add_lora(fitted[0]))
             decode = count_peak(bare.vae, bare.decode)
             step = count_peak(fit.unet, fit.fit_step)
             fit.unet.enable_gradient_checkpointing()

@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.adapters import TARGETS
+from dreammover_pipeline.lora import TrainedLora
 from dreammover_pipeline.memory import free_cache
 from dreammover_pipeline.tiny import CHECKPOINT
 
@@ -74,20 +75,24 @@ def random_models(name: str) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPT
     return unet.eval(), vae.eval(), text_encoder.eval()
 
 
+def add_lora(unet: UNet2DConditionModel, rank: int = 16) -> TrainedLora:
+    """Put a LoRA on a UNet, as the fit of a pair's does, and freeze everything else."""
+    unet.requires_grad_(False)
+    return TrainedLora(unet, rank, torch.Generator().manual_seed(0))
+
+
 def add_adapter(unet: UNet2DConditionModel, rank: int = 16) -> list[torch.nn.Parameter]:
-    """Put a LoRA on a UNet like that of a pair, freeze everything else, and return the LoRA's parameters, float32."""
+    """Put a LoRA on a UNet as an adapter of peft, freeze everything else, and return the LoRA's float32 parameters."""
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS))
     cast_training_params(unet)
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
-def fake_models(name: str, dtype: torch.dtype, mode: FakeTensorMode, adapter: bool = False) -> list[torch.nn.Module]:
+def fake_models(name: str, dtype: torch.dtype, mode: FakeTensorMode) -> list[torch.nn.Module]:
     """Models like those of `random_models`, with fake weights: in `mode` they compute nothing, by code for the CPU."""
     with torch.device("meta"):
         models = [model.to(dtype) for model in random_models(name)]
-        if adapter:
-            add_adapter(models[0])
     with mode:
         for module in (module for model in models for module in model.modules()):
             for key, value in module.named_parameters(recurse=False):

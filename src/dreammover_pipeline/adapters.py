@@ -57,7 +57,7 @@ def isolated_adapter(unet: torch.nn.Module, rank: int) -> Iterator[dict[str, tor
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ImportError("the pair's LoRA needs peft: pip install peft, or pass lora_steps=0") from error
+        raise ImportError("a LoRA on a quantised UNet needs peft: pip install peft, or leave the LoRA out") from error
 
     model = unwrapped(unet)
     _check_name_is_free(model)
@@ -215,10 +215,16 @@ def base_weight(model: torch.nn.Module, name: str) -> torch.Tensor:
     Raises:
         ValueError: The weight is on the meta device, and no offloading hook keeps it elsewhere.
     """
+    layer = base_layer(model, name)
+    if not layer.weight.is_meta:
+        return layer.weight.data
+    return _offloaded(model, f"{name}.weight" if layer is model.get_submodule(name) else f"{name}.base_layer.weight")
+
+
+def base_layer(model: torch.nn.Module, name: str) -> torch.nn.Module:
+    """The layer of a name in a model, without the user's adapters that are on it."""
     layer = model.get_submodule(name)
-    if hasattr(layer, "base_layer"):
-        name, layer = f"{name}.base_layer", layer.base_layer
-    return _offloaded(model, f"{name}.weight") if layer.weight.is_meta else layer.weight.data
+    return getattr(layer, "base_layer", layer)
 
 
 def _offloaded(model: torch.nn.Module, name: str) -> torch.Tensor:

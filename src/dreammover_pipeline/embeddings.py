@@ -7,13 +7,11 @@ towards it from what the photos have in common.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from .adapters import unwrapped
 from .inputs import check_integer, check_number
 from .noise_training import NoiseTraining, require_converged
 
@@ -75,7 +73,7 @@ def fit_embeddings(
     training = NoiseTraining(
         unet, clean, alphas_cumprod, prediction_type, gradient_checkpointing, cross_attention_kwargs
     )
-    with training.ready(), _frozen(unet):
+    with training.ready():
         starts = [prompt_embeds] if negative_embeds is None else [prompt_embeds, negative_embeds]
         fitted = [torch.nn.Parameter(start.detach().float().clone()) for start in starts]
 
@@ -88,16 +86,3 @@ def fit_embeddings(
     what = "the fit of the text embeddings"
     require_converged((positive, *negative), dtype, what, "embedding_learning_rate", fit.learning_rate)
     return positive.to(dtype), negative[0].to(dtype) if negative else None
-
-
-@contextmanager
-def _frozen(unet: torch.nn.Module) -> Iterator[None]:
-    """Have no weight of a UNet take gradients while the context lasts."""
-    flags = {parameter: parameter.requires_grad for parameter in unwrapped(unet).parameters()}
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One LoRA for a pair of photos: it is fitted to both, acts on the UNet for a while, and is removed without a trace.
 
-During the fit, peft carries the LoRA. Afterwards it acts fused into the weights, so that the UNet runs at its usual
-speed and a compiled UNet is not compiled again. `adapters.py` keeps the LoRA apart from the user's own adapters.
+It acts in the UNet's weights, in the fit too, where they are computed anew from A and B at every step. So the UNet
+runs at its usual speed, a compiled UNet is not compiled again, and the user's own adapters stay as they are. Only
+where weights are stored too coarsely to be changed it is an adapter, which `adapters.py` keeps apart from the user's.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .adapters import (
     ADAPTER,
     TARGETS,
     adapter_weights,
+    base_layer,
     base_weight,
     isolated_adapter,
     require_in_memory,
@@ -60,7 +62,7 @@ def fit_pair_lora(
 ) -> dict[str, torch.Tensor]:
     """Fit one LoRA on the UNet's attention projections to the latents of two images or more, by noise prediction.
 
-    The base weights stay frozen, and the UNet is afterwards as it was before. `seed` alone decides the result:
+    The UNet's own weights stay frozen, and the UNet is afterwards as it was before. `seed` alone decides the result:
     everything random is drawn from a CPU generator of the fit's own, so the global generator is neither used nor
     changed, and the draws are the same on every device. No step waits for a GPU. A compiled UNet runs uncompiled,
     because compiling a backward pass takes longer than a fit. A group-offloaded UNet is wholly on the device during
@@ -94,24 +96,65 @@ def fit_pair_lora(
     training = NoiseTraining(
         unet, clean, alphas_cumprod, prediction_type, gradient_checkpointing, cross_attention_kwargs
     )
-    with training.ready(), separate_projections(unet), isolated_adapter(unet, fit.rank) as layers:
+    with training.ready(), separate_projections(unet):
         texts = prompt_embeds.to(dtype).clone()
-        parameters = _initialise(layers, generator)
-        training.descend(parameters, lambda drawn: [texts[drawn]], fit.steps, fit.learning_rate, generator, on_step)
-        weights = {name: parameter.detach().clone() for name, parameter in adapter_weights(layers).items()}
-    require_converged(weights.values(), dtype, "the LoRA fit", "lora_learning_rate", fit.learning_rate)
-    return weights
+        lora = TrainedLora(unet, fit.rank, generator, training.lora_scale)
+        parameters = list(lora.weights.values())
+        try:
+            training.descend(
+                parameters, lambda drawn: [texts[drawn]], fit.steps, fit.learning_rate, generator, on_step, lora.act
+            )
+        finally:
+            lora.remove()
+    fitted = {name: weight.detach() for name, weight in lora.weights.items()}
+    require_converged(fitted.values(), dtype, "the LoRA fit", "lora_learning_rate", fit.learning_rate)
+    return fitted
 
 
-def _initialise(layers: dict[str, torch.nn.Module], generator: torch.Generator) -> list[torch.nn.Parameter]:
-    """Draw the LoRA's A from a Gaussian of standard deviation 1/r and set B to zero, both in float32 and trainable."""
-    parameters = adapter_weights(layers)
-    for name, parameter in parameters.items():
-        parameter.data = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-        if "lora_A" in name:
-            parameter.data.copy_(gaussian(parameter.shape, generator) / parameter.shape[0])
-        parameter.requires_grad_(True)
-    return list(parameters.values())
+class TrainedLora:
+    """A LoRA that is trained on a UNet's attention projections, and acts in their weights.
+
+    A is drawn from a Gaussian of standard deviation 1/rank, and B is zero; `weights` are both of every layer, by the
+    names that diffusers gives them in a file, in float32.
+
+    Args:
+        unet: The UNet, whose own weights take no gradients.
+        rank: The rank of the LoRA.
+        generator: A CPU generator, from which A is drawn.
+        scale: Factor that multiplies the LoRA's effect.
+    """
+
+    def __init__(self, unet: torch.nn.Module, rank: int, generator: torch.Generator, scale: float = 1.0):
+        self.scale, self.weights = scale, {}
+        self._layers = _projections(unet)
+        self._own = {name: layer.weight for name, layer in self._layers.items()}
+        for name, weight in self._own.items():
+            height, width = weight.shape
+            down = gaussian(torch.Size((rank, width)), generator) / rank
+            up = torch.zeros(height, rank, dtype=torch.float32, device="cpu")
+            for part, value in (("A", down), ("B", up)):
+                self.weights[f"{name}.lora_{part}.weight"] = torch.nn.Parameter(value.to(weight.device))
+
+    def act(self) -> None:
+        """Have the layers compute with W + scale · B A, as A and B are now; gradients pass through to A and B."""
+        device = next(iter(self._own.values())).device
+        with exact_matmul(device.type):
+            for name, layer in self._layers.items():
+                down, up = (self.weights[f"{name}.lora_{part}.weight"] for part in "AB")
+                # As `torch.func.functional_call` does it, but for the backward pass too, which may compute again.
+                layer._parameters["weight"] = _with_lora(self._own[name], down, up, self.scale)
+
+    def remove(self) -> None:
+        """Give the layers their own weights back."""
+        for name, layer in self._layers.items():
+            layer._parameters["weight"] = self._own[name]
+
+
+def _projections(unet: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """The layers of a UNet that a pair's LoRA acts on, without the user's adapters, by their names in the UNet."""
+    model = unwrapped(unet)
+    names = [name for name, _ in model.named_modules() if name.endswith(tuple(f".{target}" for target in TARGETS))]
+    return {name: base_layer(model, name) for name in names}
 
 
 # ── In effect ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -137,7 +180,7 @@ def pair_lora(unet: torch.nn.Module, weights: dict[str, torch.Tensor] | None, sc
 
 @contextmanager
 def _fused(unet: torch.nn.Module, weights: dict[str, torch.Tensor], scale: float) -> Iterator[None]:
-    """Replace every weight W that the LoRA acts on by W + scale · B A, computed at least in float32."""
+    """Replace every weight that the LoRA acts on by `_with_lora`."""
     model = unwrapped(unet)
     require_in_memory(model)
     originals = {}
@@ -145,17 +188,22 @@ def _fused(unet: torch.nn.Module, weights: dict[str, torch.Tensor], scale: float
         with without_group_offloading(model):
             for name in (name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")):
                 weight = base_weight(model, name)
-                wide = torch.promote_types(weight.dtype, torch.float32)
-                down, up = (weights[f"{name}.lora_{part}.weight"].to(weight.device, wide) for part in "AB")
+                down, up = (weights[f"{name}.lora_{part}.weight"].to(weight.device) for part in "AB")
                 with exact_matmul(weight.device.type):
-                    change = up @ down
+                    changed = _with_lora(weight, down, up, scale)
                 originals[name] = weight.clone()
-                _overwrite(weight, weight.to(wide) + scale * change)
+                _overwrite(weight, changed)
         yield
     finally:
         with without_group_offloading(model):
             for name, original in originals.items():
                 _overwrite(base_weight(model, name), original)
+
+
+def _with_lora(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+    """W + scale · B A of a weight W, `down` being A and `up` B, in W's precision, computed at least in float32."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return torch.add(weight, up.to(wide) @ down.to(wide), alpha=scale).to(weight.dtype)
 
 
 def _overwrite(weight: torch.Tensor, values: torch.Tensor) -> None:
@@ -209,8 +257,6 @@ def check_pair_lora(unet: torch.nn.Module, weights: dict[str, torch.Tensor]) -> 
 def _sides(unet: torch.nn.Module) -> dict[str, int]:
     """The length of the axis of each LoRA weight that is not the rank, by the weight's name."""
     sides = {}
-    for name, layer in unwrapped(unet).named_modules():
-        if name.endswith(tuple(f".{target}" for target in TARGETS)):
-            base = getattr(layer, "base_layer", layer)
-            sides[f"{name}.lora_A.weight"], sides[f"{name}.lora_B.weight"] = base.in_features, base.out_features
+    for name, layer in _projections(unet).items():
+        sides[f"{name}.lora_A.weight"], sides[f"{name}.lora_B.weight"] = layer.in_features, layer.out_features
     return sides

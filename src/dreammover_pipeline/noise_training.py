@@ -88,7 +88,7 @@ class NoiseTraining:
         """Bring the UNet into the state in which it is trained through, and put everything back afterwards.
 
         A compiled UNet runs uncompiled, because compiling a backward pass takes longer than a fit. A group-offloaded
-        UNet is wholly on the device.
+        UNet is wholly on the device, and one that would come when it is called is there. No weight takes gradients.
         """
         with (
             # The caller may be in no_grad or inference_mode. Tensors made there cannot be trained through; copies can.
@@ -97,7 +97,9 @@ class NoiseTraining:
             torch.compiler.set_stance("force_eager"),
             without_group_offloading(self.unet, resident=True),
             _checkpointing(self.unet, self.checkpointed),
+            _frozen(self.unet),
         ):
+            _bring(self.unet)
             self.clean = self.clean.clone()
             yield
 
@@ -109,6 +111,7 @@ class NoiseTraining:
         learning_rate: float,
         generator: torch.Generator,
         on_step: Callable[[], None],
+        change: Callable[[], None] = lambda: None,
     ) -> None:
         """Train by AdamW on the error of the predicted noise; no step waits for a CUDA GPU.
 
@@ -120,6 +123,7 @@ class NoiseTraining:
             learning_rate: Learning rate of AdamW.
             generator: A CPU generator, from which the images, timesteps and noise of every step are drawn.
             on_step: Function called after each step.
+            change: Function called before each prediction, which changes the UNet as the parameters say.
         """
         device, dtype = self.clean.device, self.dtype
         # A backward pass that is checkpointed runs modules again from the host.
@@ -131,7 +135,12 @@ class NoiseTraining:
         # Without a scaled loss, float16 gradients underflow.
         scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=dtype == torch.float16)
         inputs = StepInputs.like(self.clean)
-        step = TrainingStep(lambda: self._loss(inputs, texts(inputs.drawn)), parameters, optimizer, scaler)
+
+        def loss() -> torch.Tensor:
+            change()
+            return self._loss(inputs, texts(inputs.drawn))
+
+        step = TrainingStep(loss, parameters, optimizer, scaler)
         with ExitStack() as stack:
             if device.type == "cuda":
                 stack.enter_context(repeatable_attention(self.unet))
@@ -201,6 +210,29 @@ def _checkpointing(unet: torch.nn.Module, wanted: bool) -> Iterator[None]:
         yield
     finally:
         model.disable_gradient_checkpointing()
+
+
+@contextmanager
+def _frozen(unet: torch.nn.Module) -> Iterator[None]:
+    """Have no weight of a UNet take gradients while the context lasts."""
+    flags = {parameter: parameter.requires_grad for parameter in unwrapped(unet).parameters()}
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def _bring(unet: torch.nn.Module) -> None:
+    """Bring a UNet to the device that enable_model_cpu_offload would bring it to when it is called."""
+    from accelerate.hooks import CpuOffload
+
+    hook = getattr(unet, "_hf_hook", None)
+    for part in getattr(hook, "hooks", [hook]):
+        if isinstance(part, CpuOffload):
+            part.pre_forward(unet)
 
 
 def _check_trainable(unet: torch.nn.Module) -> None:

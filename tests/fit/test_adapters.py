@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from accelerate.hooks import CpuOffload, ModelHook, add_hook_to_module
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from support.fitting import FIT, add_user_lora, forward
@@ -234,6 +235,32 @@ def test_group_offloading_pauses_for_the_fit_and_for_fusing(components, pair, al
     assert torch.equal(forward(unet, *pair), plain)
 
 
+class Arriving(CpuOffload):
+    """Brings the weights of a module when it is called, as if they came from another device."""
+
+    def __init__(self, module):
+        super().__init__(torch.device("cpu"))
+        self.away = [(parameter, parameter.data) for parameter in module.parameters()]
+        for parameter, value in self.away:
+            parameter.data = torch.full_like(value, torch.nan)
+
+    def pre_forward(self, module, *args, **kwargs):
+        for parameter, value in self.away:
+            parameter.data = value
+        return super().pre_forward(module, *args, **kwargs)
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_unet_that_comes_when_it_is_called_is_there_when_the_fit_begins(unet, pair, alphas_cumprod, others):
+    """As after enable_model_cpu_offload, alone and among other hooks."""
+    expected = fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0)
+    add_hook_to_module(unet, Arriving(unet))
+    for _ in range(others):
+        add_hook_to_module(unet, ModelHook(), append=True)
+    weights = fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
 def test_weights_offloaded_to_disk_are_refused(unet, pair, alphas_cumprod, fitted, tmp_path):
     cpu = torch.device("cpu")
     unet.enable_group_offload(
@@ -273,11 +300,11 @@ def test_a_name_that_a_kept_lora_cannot_have_is_refused_before_the_fit(pipe, pho
     assert snapshot(pipe.unet) == before
 
 
-def test_an_adapter_with_the_name_of_the_pairs_is_not_taken_for_it(unet, pair, alphas_cumprod):
+def test_an_adapter_with_the_name_of_the_pairs_is_not_taken_for_it(unet):
     add_user_lora(unet, name="dreammover_pair")
     before = snapshot(unet)
-    with pytest.raises(ValueError, match="dreammover_pair"):
-        fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0)
+    with pytest.raises(ValueError, match="dreammover_pair"), isolated_adapter(unet, 4):
+        pass
     assert snapshot(unet) == before
 
 

@@ -68,7 +68,7 @@ Two photos of one scene in, the frames between them out, also where much moves: 
 Diffusion Models for Image Interpolation with Large Motion* (ECCV 2024, [paper](https://arxiv.org/abs/2409.09605)). \
 Both photos are inverted; their dense correspondence is read off the UNet's features; latents and noise are warped \
 along it and fused; the frames are denoised with attention to both photos. A LoRA fitted to the pair keeps identity. \
-It takes any Stable Diffusion 1.x or 2.x checkpoint, and needs `peft` unless `lora_steps=0`.
+It takes any Stable Diffusion 1.x or 2.x checkpoint.
 
 ```python
 import torch
