@@ -165,12 +165,12 @@ class Candidates:
         cells = cell_grid(*ways.shape[-2:], ways)[0]
         landing, places, factors = [], ([], []), ([], [])
         for image in (0, 1):
-            gone = torch.full((1,), time if image == 0 else 1 - time, dtype=torch.float32, device=ways.device)
-            landing.append(cells + pair.paths.displacements(image, gone)[0])
+            gone = time if image == 0 else 1 - time
+            landing.append(cells + pair.paths.displacements(image, ways.new_full((1,), gone))[0])
             places[image].append(cells)
             places[1 - image].append(cells + ways[image])
-            factors[image].append(pair.paths.factors(image, -gone)[0])
-            factors[1 - image].append(pair.paths.factors(image, 1 - gone)[0])
+            factors[image].append(pair.paths.factor(image, gone, 0))
+            factors[1 - image].append(pair.paths.factor(image, gone, 1))
         landing.append(cells)
         for image in (0, 1):
             places[image].append(cells)
