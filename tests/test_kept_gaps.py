@@ -388,6 +388,8 @@ def test_the_key_of_a_gap():
     assert key() == key(random_gap(), PrepareSettings(), RenderSettings(frame_batch_size=3))
     after = RenderSettings(detail="upsampled", include_inputs=True, endpoints="reconstructed")
     assert key() == key(rendering=after)  # which decide what is made of the latents
+    one, another = ({number(0.5): 0} for number in (float, np.float32))
+    assert key(rendering=RenderSettings(choices=one)) == key(rendering=RenderSettings(choices=another))
     # A function counts by the times it gives.
     assert key(rendering=RenderSettings(easing=lambda delta: delta * delta)) == key(
         rendering=RenderSettings(easing=lambda delta: delta * delta)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from ctypes import c_float
 from numbers import Integral, Real
 
@@ -115,6 +115,8 @@ def frame_times(n_frames, times) -> tuple[float, ...]:
     if times is None:
         check_integer("n_frames", n_frames, 1)
         return tuple(i / (n_frames + 1) for i in range(1, n_frames + 1))
+    if isinstance(times, Iterator):  # once it has been checked it has no numbers left
+        raise TypeError(f"`times` must be a sequence of numbers, such as a list, not {times!r}")
     try:
         values = tuple(float(time) for time in times)
     except (TypeError, ValueError) as error:
@@ -177,7 +179,7 @@ def check_attention_blocks_exist(blocks: Sequence[int], self_attentions: Sequenc
             raise ValueError(
                 f"`attention_blocks` names up block {block}, but the UNet has 0 … {len(self_attentions) - 1}"
             )
-    if blocks and not any(self_attentions[block] for block in blocks):
+    if len(blocks) and not any(self_attentions[block] for block in blocks):
         able = [block for block, count in enumerate(self_attentions) if count]
         raise ValueError(
             f"`attention_blocks` {tuple(blocks)} have no self-attention in this UNet; name at least one of {able}"

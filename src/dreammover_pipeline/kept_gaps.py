@@ -209,7 +209,7 @@ def _plain(value: object) -> object:
     if isinstance(value, np.generic | np.ndarray | torch.Tensor):
         return value.tolist()
     if isinstance(value, Mapping):
-        return {name: _plain(entry) for name, entry in value.items()}
+        return {_plain(name): _plain(entry) for name, entry in value.items()}
     if isinstance(value, Iterable) and not isinstance(value, str):
         return [_plain(entry) for entry in value]
     return value
