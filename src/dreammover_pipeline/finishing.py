@@ -286,7 +286,7 @@ class LazyFrame:
         self.kept: PIL.Image.Image | None = None
 
     @property
-    def size(self) -> int:
+    def nbytes(self) -> int:
         """How many bytes its picture takes; Pillow holds every pixel in four."""
         canvas = self.maker.frames.canvas
         return 4 * canvas.output_height * canvas.output_width
@@ -317,7 +317,7 @@ class LazyFrames(Sequence):
 
     def __init__(self, frames: Iterable[LazyFrame], workplace: Workplace, keep: bool | None = None):
         self._frames, self._workplace = list(frames), workplace
-        self._keep = sum(frame.size for frame in set(self._frames)) <= KEPT_BYTES if keep is None else keep
+        self._keep = sum(frame.nbytes for frame in set(self._frames)) <= KEPT_BYTES if keep is None else keep
 
     @classmethod
     def of(cls, maker: FrameMaker, workplace: Workplace) -> LazyFrames:
