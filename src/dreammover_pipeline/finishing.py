@@ -20,6 +20,7 @@ from .cascade import PairCascade
 from .detail import PairDetail, frame_sources, lookup_flow, plan_detail, with_detail
 from .framing import fit, unfit
 from .images import rgb
+from .memory import is_out_of_memory
 from .models import Models
 from .outputs import DreamMoverPipelineOutput, as_output
 from .paths import motion_paths
@@ -91,7 +92,8 @@ class FrameMaker:
             without a checker, and for the photos themselves, which are not checked.
 
         Raises:
-            torch.OutOfMemoryError: Memory does not suffice; the error's `latents` are the frames'.
+            RuntimeError, such as torch.OutOfMemoryError: Memory does not suffice; the error's `latents` are the
+                frames'.
         """
         frames, time = self.frames, self.times[index]
         between = index - self.settings.include_inputs
@@ -107,9 +109,10 @@ class FrameMaker:
             picture = pair.finish(self._decoded_frame(between, decode), pair.tones, time, on_sources)
             self._told.add(index)
             picture, flags = self._check_safety(picture)
-        except torch.OutOfMemoryError as error:
-            error.latents = frames.latents
-            error.add_note("What was denoised is not lost: this error's `latents` are for `decode_latents`.")
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                error.latents = frames.latents
+                error.add_note("What was denoised is not lost: this error's `latents` are for `decode_latents`.")
             raise
         return picture, flags[0] if flags else None
 
@@ -222,7 +225,8 @@ def finish_frames(
         A batch of one.
 
     Raises:
-        torch.OutOfMemoryError: Memory does not suffice for a single frame; the error's `latents` are the frames'.
+        RuntimeError, such as torch.OutOfMemoryError: Memory does not suffice for a single frame; the error's `latents`
+            are the frames'.
     """
     maker = FrameMaker(models, frames, settings, picture_dtype(output_type), check_safety, on_sources)
     if output_type == "latent":
