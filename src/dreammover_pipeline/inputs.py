@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence, Sized
 from ctypes import c_float
 from numbers import Integral, Real
 
@@ -81,6 +81,12 @@ def check_file_place(path: str | os.PathLike) -> None:
     fault = file_fault(path)
     if fault is not None and os.path.exists(path):
         raise ValueError(f"cannot write the file '{path}': there is {fault} of that name")
+
+
+def check_one_for_each_pair(name: str, entries: Sized, pairs: int) -> None:
+    """Raise ValueError unless an argument that is a list has as many entries as there are pairs of images."""
+    if len(entries) != pairs:
+        raise ValueError(f"`{name}` has {len(entries)} entries for {pairs} pair{'s' * (pairs != 1)} of images")
 
 
 def check_choice(name: str, value, allowed: Sequence[str]) -> None:
