@@ -290,6 +290,12 @@ def test_a_place_that_is_no_path_is_refused(pipe, album, fast):
         through(pipe, album, {**fast, "keep": [True]})
 
 
+def test_a_file_is_no_folder(pipe, album, fast, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"`keep` must be the path of a folder, but '.*file' is a file"):
+        through(pipe, album, {**fast, "keep": tmp_path / "file"})
+
+
 def test_the_base_class_keeps_nothing():
     kept, gap = KeptGaps(), random_gap()
     kept.keep_frames(0, random_frames(gap))

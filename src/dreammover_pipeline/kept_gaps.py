@@ -117,6 +117,8 @@ def check_can_keep(
     """
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"`keep` must be the path of a folder, not {folder!r} of type {type(folder).__name__}")
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise ValueError(f"`keep` must be the path of a folder, but '{folder}' is a file")
     flow_is_found = any(callable(gap.flow) for gap in gaps)
     for given, what, remedy in (
         (flow_is_found, "a `flow` that is a function", "pass the flow of every gap as arrays"),
