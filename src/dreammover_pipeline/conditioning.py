@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from diffusers.utils import is_peft_available
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 
 from .fusion import slerp
@@ -82,7 +83,7 @@ class Conditioner:
         Returns:
             (P, L, D) twice; the second is None where not guided.
         """
-        scaled = self.lora_scale is not None and self.text_encoder is not None
+        scaled = self.lora_scale is not None and self.text_encoder is not None and is_peft_available()
         if scaled:
             scale_lora_layers(self.text_encoder, self.lora_scale)
         try:
