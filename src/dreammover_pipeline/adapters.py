@@ -104,13 +104,14 @@ def _restored_adapters(model: torch.nn.Module) -> Iterator[dict[torch.nn.Module,
 
 
 @contextmanager
-def scaled_adapters(unet: torch.nn.Module, scale: float) -> Iterator[None]:
-    """Multiply the scales of all adapters on a UNet while the context lasts.
+def scaled_adapters(model: torch.nn.Module, scale: float) -> Iterator[None]:
+    """Multiply the scales of all adapters on a model while the context lasts.
 
-    diffusers does so for a forward pass with "scale" in `cross_attention_kwargs`, and undoes it before the backward
-    pass, which would see other scales where activations are computed again.
+    diffusers does so for a forward pass with "scale" in `cross_attention_kwargs`. It undoes it before the backward
+    pass, which would see other scales where activations are computed again; and after a scale of 0 every adapter has
+    its full weight, whatever the user had given it.
     """
-    layers = _tuner_layers(unwrapped(unet)).values() if scale != 1 else ()
+    layers = _tuner_layers(unwrapped(model)).values() if scale != 1 else ()
     scaled = [layer.scaling for layer in layers if hasattr(layer, "scaling")]
     before = [dict(scales) for scales in scaled]
     try:
