@@ -49,7 +49,8 @@ class Denoiser:
     ):
         self.unet, self.ddim, self.device, self.comes_late = unet, ddim, device, comes_late
         self.cross_attention_kwargs, self.controlnet = cross_attention_kwargs, controlnet
-        # What a call of the UNet is given of them: `with_lora` scales adapters once, and puts every bit of them back.
+        # Without "scale": diffusers would multiply adapters by it and divide again in every call, which rounds, and
+        # would forget the user's weights for a scale of 0. `with_lora` does it, and puts back what it found.
         self._given = {name: value for name, value in (cross_attention_kwargs or {}).items() if name != "scale"}
         self.guidance_scale = 1.0
         self._recorded: RecordedCall | None = None
@@ -69,6 +70,8 @@ class Denoiser:
         control_scale: float = 1.0,
     ) -> torch.Tensor:
         """The UNet's noise, also where it predicts v. With negative embeddings it is guided by `guidance_scale`.
+
+        A "scale" in `cross_attention_kwargs` holds inside `with_lora`.
 
         Args:
             latents: The noisy latents, (B, C, h, w).

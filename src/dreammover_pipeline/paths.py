@@ -27,7 +27,7 @@ PATH_TOLERANCES = (4.0, 2.0, 1.0)
 PATH_STIFFNESS = 0.05  # stiffness in squared cells of the unit grid, less than for matches, since the flow is regular
 CENTRE_REACH = 16.0  # sigma, in cells of the unit grid, of the Gaussian by which cells help to find a centre of motion
 CENTRE_TOLERANCE = 1.5  # sigma, in cells of the unit grid, of how far from a cell's fit another lies that moves along
-SMALLEST = 0.1  # least size, of what it was, that things on straight paths are taken to have when they grow again
+SMALLEST = 0.1  # least size, as a share of what it was, from which what is on straight paths can grow again
 PAIRS_AT_ONCE = 2**17  # pairs of cells held together to find centres, so that memory does not grow with the grid
 
 
