@@ -110,13 +110,6 @@ def test_the_noise_is_about_the_same_in_every_schedule():
     assert abs(cascade_steps(fine) - 2 * cascade_steps(coarse)) <= 1
 
 
-def test_without_steps_the_frame_stays(parts):
-    models, pair, detail, frame, plan = parts
-    refined = PairCascade.of(models, pair, detail, steps=0).refined(frame, plan, TIME)
-    assert torch.equal(refined, with_detail(detail, frame, TIME, plan=plan))
-    assert cascade_calls(pair.canvas, CELL, (8, 8), 0) == 0
-
-
 def test_where_the_output_is_no_larger_the_frame_stays(parts):
     models, pair, detail, frame, plan = parts
     pair = returned_at(pair, 64)

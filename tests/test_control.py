@@ -7,7 +7,7 @@ from diffusers import ControlNetModel
 from support.snapshot import snapshot
 
 from dreammover_pipeline import DreamMoverPipeline
-from dreammover_pipeline.control import FrameControl, control_picture
+from dreammover_pipeline.control import FrameControl, check_controlnet, control_picture
 from dreammover_pipeline.poses import draw_pose
 from dreammover_pipeline.records import Canvas, PosePair
 
@@ -133,6 +133,10 @@ def test_models_are_as_they_were(controlled, photos):
     before = snapshot(controlled.unet), snapshot(controlled.controlnet)
     controlled(*photos, **SHORT, **LATENTS, poses=POSES)
     assert (snapshot(controlled.unet), snapshot(controlled.controlnet)) == before
+
+
+def test_a_compiled_controlnet_is_taken(controlled):
+    check_controlnet(torch.compile(controlled.controlnet, backend="eager"), controlled.unet)
 
 
 def test_it_is_saved_and_loaded_like_any_component(controlled, tmp_path):

@@ -699,6 +699,23 @@ class TestUnfit:
         assert torch.equal(unfit(frames, canvas)[2:3], unfit(frames[2:3], canvas))
 
 
+def grey_profile(gamma):
+    """An ICC profile of grey whose light is a power of its values."""
+    white = b"".join(struct.pack(">i", round(65536 * x)) for x in (0.9642, 1, 0.8249))  # D50, as ICC.1 asks for
+    tags = {
+        b"desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"grey\0" + bytes(78),
+        b"cprt": b"text" + bytes(4) + b"none\0",
+        b"wtpt": b"XYZ " + bytes(4) + white,
+        b"kTRC": b"curv" + bytes(4) + struct.pack(">IH", 1, round(256 * gamma)),
+    }
+    table, content, place = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for name, tag in tags.items():
+        table += name + struct.pack(">II", place + len(content), len(tag))
+        content += tag + bytes(-len(tag) % 4)
+    head = struct.pack(">I", place + len(content)) + bytes(4) + b"\2\x10\0\0mntrGRAYXYZ " + bytes(12) + b"acsp"
+    return (head + bytes(28) + white).ljust(128, b"\0") + table + content
+
+
 class TestWhatEveryViewerShows:
     """A photo is what viewers show, whatever else its file holds."""
 
@@ -741,6 +758,16 @@ class TestWhatEveryViewerShows:
             torch.testing.assert_close(shown, plain, atol=3 / 255, rtol=0)
         else:
             assert torch.equal(shown, plain)
+
+    def test_a_profile_of_grey_leaves_colours_their_colours(self, photo):
+        image = Image.fromarray(photo)
+        image.info["icc_profile"] = grey_profile(gamma=1.8)
+        assert np.array_equal(to_8_bit(load(image)), photo)
+
+    def test_grey_is_that_of_its_profile(self):
+        image = Image.new("L", (3, 2), 90)
+        image.info["icc_profile"] = grey_profile(gamma=1.0)
+        assert to_8_bit(load(image))[0, 0, 0] > 130  # as much light needs a higher number in sRGB
 
     @pytest.mark.parametrize("icc", [b"no profile", b"\0" * 200])
     def test_a_broken_profile_is_ignored(self, photo, tmp_path, icc):

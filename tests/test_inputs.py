@@ -117,6 +117,7 @@ def test_times_are_taken_as_they_come(times):
         (3, [INFINITE], ValueError, "times"),
         (3, 0.5, TypeError, "times"),
         (3, ["a"], TypeError, "times"),
+        (3, iter([0.5]), TypeError, "times"),
         (3, [None], TypeError, "times"),
         # strictly inside for a float, but an end in the float32 that frames are made in
         (3, [1 - 1e-9], ValueError, "times"),
@@ -127,7 +128,7 @@ def test_frame_times_refuses_the_rest(n_frames, times, error, name):
     refuses(error, name, frame_times, n_frames, times)
 
 
-@pytest.mark.parametrize("blocks", [(2, 3), [3], (), (1, 2), (0, 1), range(1, 3)])
+@pytest.mark.parametrize("blocks", [(2, 3), [3], (), (1, 2), (0, 1), range(1, 3), np.array([2, 3])])
 def test_attention_blocks_that_exist_pass(blocks):
     check_attention_blocks(blocks)
     check_attention_blocks_exist(blocks, [0, 3, 3, 3])

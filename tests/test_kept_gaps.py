@@ -290,6 +290,12 @@ def test_a_place_that_is_no_path_is_refused(pipe, album, fast):
         through(pipe, album, {**fast, "keep": [True]})
 
 
+def test_a_file_is_no_folder(pipe, album, fast, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"`keep` must be the path of a folder, but '.*file' is a file"):
+        through(pipe, album, {**fast, "keep": tmp_path / "file"})
+
+
 def test_the_base_class_keeps_nothing():
     kept, gap = KeptGaps(), random_gap()
     kept.keep_frames(0, random_frames(gap))
@@ -388,6 +394,8 @@ def test_the_key_of_a_gap():
     assert key() == key(random_gap(), PrepareSettings(), RenderSettings(frame_batch_size=3))
     after = RenderSettings(detail="upsampled", include_inputs=True, endpoints="reconstructed")
     assert key() == key(rendering=after)  # which decide what is made of the latents
+    one, another = ({number(0.5): 0} for number in (float, np.float32))
+    assert key(rendering=RenderSettings(choices=one)) == key(rendering=RenderSettings(choices=another))
     # A function counts by the times it gives.
     assert key(rendering=RenderSettings(easing=lambda delta: delta * delta)) == key(
         rendering=RenderSettings(easing=lambda delta: delta * delta)

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.snapshot import snapshot
 
 ERRORS = [
@@ -259,6 +260,21 @@ def test_frames_that_cannot_be_decoded_at_all_are_not_lost(pipe, prepared):
     memory.exhausted = more_than(3)
     assert torch.allclose(pipe.decode_latents(caught.value.latents), expected, atol=1e-5)
     assert not pipe.vae.use_tiling
+
+
+def test_frames_that_there_is_no_memory_to_look_up_photos_for_are_not_lost(pipe, prepared, monkeypatch):
+    grid_sample = F.grid_sample
+
+    def exhausted(*args, mode, **kwargs):
+        if mode == "bicubic":  # as photos are looked up at full size
+            raise ERRORS[2]
+        return grid_sample(*args, mode=mode, **kwargs)
+
+    monkeypatch.setattr(F, "grid_sample", exhausted)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator") as caught:
+        pipe.render(prepared, n_frames=3)
+    assert len(caught.value.latents) == 3
+    assert "latents" in caught.value.__notes__[0]
 
 
 def test_a_vae_that_fails_for_another_reason_is_not_tried_again(pipe, prepared):

@@ -93,6 +93,23 @@ def test_what_grows_grows_at_an_even_rate():
     torch.testing.assert_close(placed, 1.2 * arm[:, inside], atol=0.05, rtol=0)
 
 
+@pytest.mark.parametrize("motion", ["straight", "rigid"])
+@pytest.mark.parametrize(("degrees", "scale"), [(0, 1.9), (0, 0.6), (50, 1.3)])
+def test_what_is_around_a_cell_turns_and_grows_as_cells_do(motion, degrees, scale):
+    flow, _, arm = coin(degrees, scale)
+    way = motion_paths(flow, motion)
+    within = arm.norm(dim=0) < RADIUS - 3  # where a window of the fit hardly sees the ground
+    for start, end in ((0, 0.5), (0.75, 0), (1, 0), (0.25, 1)):
+        before, after = (torch.complex(*(arm + moved)) for moved in way.displacements(0, times_of(start, end)))
+        factor = torch.complex(*way.factor(0, start, end))
+        torch.testing.assert_close(factor[within], (after / before)[within], atol=0.05, rtol=0.05)
+
+
+def test_what_has_shrunk_to_a_point_still_has_a_finite_factor():
+    flow, _, _ = coin(180)
+    assert straight_paths(flow).factor(0, 0.5, 1).isfinite().all()
+
+
 @pytest.mark.parametrize("pairs", [1, 10**5, 10**9])
 def test_cells_may_be_taken_in_any_blocks(monkeypatch, pairs):
     flow = BidirectionalFlow(3 * randn(1, 2, 16, 40, seed=1), 3 * randn(1, 2, 16, 40, seed=2))

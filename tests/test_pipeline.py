@@ -4,6 +4,7 @@
 import gc
 import inspect
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -353,6 +354,14 @@ def test_clip_skip_takes_an_earlier_layer(pipe):
 def test_long_prompts_are_cut_with_a_warning(pipe, caplog):
     pipe.encode_prompt("a fish " * 40, torch.device("cpu"))
     assert "left out" in caplog.text
+
+
+def test_texts_are_embedded_without_peft(pipe, monkeypatch):
+    expected, _ = pipe.encode_prompt("a fish", torch.device("cpu"))
+    monkeypatch.setattr("diffusers.utils.import_utils._peft_available", False)
+    for module in ("peft", "peft.tuners.tuners_utils"):
+        monkeypatch.setitem(sys.modules, module, None)  # as where it is not installed
+    assert torch.equal(pipe.encode_prompt("a fish", torch.device("cpu"))[0], expected)
 
 
 # ── Callbacks and interruption ─────────────────────────────────────────────────────────────────────────────────────

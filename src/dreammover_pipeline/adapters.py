@@ -104,13 +104,14 @@ def _restored_adapters(model: torch.nn.Module) -> Iterator[dict[torch.nn.Module,
 
 
 @contextmanager
-def scaled_adapters(unet: torch.nn.Module, scale: float) -> Iterator[None]:
-    """Multiply the scales of all adapters on a UNet while the context lasts.
+def scaled_adapters(model: torch.nn.Module, scale: float) -> Iterator[None]:
+    """Multiply the scales of all adapters on a model while the context lasts.
 
-    diffusers does so for a forward pass with "scale" in `cross_attention_kwargs`, and undoes it before the backward
-    pass, which would see other scales where activations are computed again.
+    diffusers does so for a forward pass with "scale" in `cross_attention_kwargs`. It undoes it before the backward
+    pass, which would see other scales where activations are computed again; and after a scale of 0 every adapter has
+    its full weight, whatever the user had given it.
     """
-    layers = _tuner_layers(unwrapped(unet)).values() if scale != 1 else ()
+    layers = _tuner_layers(unwrapped(model)).values() if scale != 1 else ()
     scaled = [layer.scaling for layer in layers if hasattr(layer, "scaling")]
     before = [dict(scales) for scales in scaled]
     try:
@@ -144,7 +145,9 @@ def _acting(active: str | list[str], disabled: bool, merged: list[str]) -> list[
 
 
 def _tuner_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The layers of a model that peft has wrapped, by name."""
+    """The layers of a model that peft has wrapped, by name; there are none where peft is not installed."""
+    if not is_peft_available():
+        return {}
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
@@ -184,7 +187,7 @@ def acting_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, 
     """
     model = unwrapped(model)
     require_in_memory(model)
-    tuners = _tuner_layers(model) if is_peft_available() else {}
+    tuners = _tuner_layers(model)
     for name, tensor in model.state_dict().items():
         value = _offloaded(model, name) if tensor.is_meta else tensor
         plain, scale = name, 1.0
@@ -325,7 +328,7 @@ def check_adapters_act(unet: torch.nn.Module) -> None:
     Args:
         unet: The UNet, compiled or not.
     """
-    layers = _tuner_layers(unwrapped(unet)).values() if is_peft_available() else ()
+    layers = _tuner_layers(unwrapped(unet)).values()
     if any(layer.merged_adapters for layer in layers):
         raise ValueError(
             "LoRAs are fused into the UNet, and would be taken out of it again by loading another; call "

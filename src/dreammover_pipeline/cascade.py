@@ -242,8 +242,7 @@ class PairCascade:
             models: The models that refine the frames.
             pair: What `prepare_pair` returned.
             detail: What the frames of the pair take their detail from.
-            steps: Number of steps of the pair's schedule that every level takes, 0 for none; None for that of
-                `cascade_steps`.
+            steps: Number of steps of the pair's schedule that every level takes; None for that of `cascade_steps`.
             largest_batch: Largest number of tiles in a batch for the UNet; None for what fits the free memory.
         """
         denoiser, canvas = models.denoiser, detail.canvas
@@ -251,7 +250,7 @@ class PairCascade:
             steps = cascade_steps(pair.inversion.schedule)
         largest, cell = tile_size(denoiser.unet), canvas.height // pair.flow.forward.shape[-2]
         levels = []
-        for size in level_sizes(canvas) if steps else []:
+        for size in level_sizes(canvas):
             level, there = Level.of(size, canvas, cell, largest), detail
             if level.canvas != canvas:
                 photos = tuple(fit_to_output(photo, level.canvas) for photo in detail.photos)

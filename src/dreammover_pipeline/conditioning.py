@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 
+from .adapters import scaled_adapters
 from .fusion import slerp
 from .prompts import NegativeText, PairText
 from .text import embed_text
@@ -45,7 +45,7 @@ class Conditioner:
             without a UNet.
         device: Where the text encoder runs and the embeddings are wanted.
         convert: Function from a prompt to the prompt with the tokens of textual inversion put in.
-        lora_scale: Weight of the text encoder's LoRAs; None leaves them as they are.
+        lora_scale: Factor of the weights of the text encoder's LoRAs.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Conditioner:
         unet_dtype: torch.dtype | None,
         device: torch.device,
         convert: Callable,
-        lora_scale: float | None = None,
+        lora_scale: float = 1.0,
     ):
         self.text_encoder, self.tokenizer, self.unet_dtype, self.device = text_encoder, tokenizer, unet_dtype, device
         self.convert, self.lora_scale = convert, lora_scale
@@ -82,19 +82,12 @@ class Conditioner:
         Returns:
             (P, L, D) twice; the second is None where not guided.
         """
-        scaled = self.lora_scale is not None and self.text_encoder is not None
-        if scaled:
-            scale_lora_layers(self.text_encoder, self.lora_scale)
-        try:
-            if prompt_embeds is None:
-                prompt_embeds = self._embed(prompt, clip_skip)
-            if guided and negative_prompt_embeds is None:
-                negative_prompt_embeds = self._embed(negative_prompt or "")
-                if len(negative_prompt_embeds) == 1:
-                    negative_prompt_embeds = negative_prompt_embeds.expand_as(prompt_embeds)
-        finally:
-            if scaled:
-                unscale_lora_layers(self.text_encoder, self.lora_scale)
+        if prompt_embeds is None:
+            prompt_embeds = self._embed(prompt, clip_skip)
+        if guided and negative_prompt_embeds is None:
+            negative_prompt_embeds = self._embed(negative_prompt or "")
+            if len(negative_prompt_embeds) == 1:
+                negative_prompt_embeds = negative_prompt_embeds.expand_as(prompt_embeds)
         dtype = self.unet_dtype or prompt_embeds.dtype
         return prompt_embeds.to(self.device, dtype), negative_prompt_embeds.to(self.device, dtype) if guided else None
 
@@ -132,4 +125,5 @@ class Conditioner:
         return Conditions(prompt_embeds, away.expand_as(prompt_embeds))
 
     def _embed(self, prompt: str | list[str], clip_skip: int | None = None) -> torch.Tensor:
-        return embed_text(self.convert(prompt), self.tokenizer, self.text_encoder, self.device, clip_skip)
+        with scaled_adapters(self.text_encoder, self.lora_scale):
+            return embed_text(self.convert(prompt), self.tokenizer, self.text_encoder, self.device, clip_skip)

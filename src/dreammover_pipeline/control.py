@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import ControlNetModel
 
+from .adapters import unwrapped
 from .framing import fit
 from .images import Photo, decode_images, rgb
 from .poses import PosePair, draw_pose
@@ -93,8 +94,11 @@ def control_picture(images: object, poses: PosePair | None, canvas: Canvas) -> C
 
 
 def check_controlnet(controlnet: object, unet: torch.nn.Module) -> None:
-    """Raise TypeError or ValueError unless this is a ControlNet for Stable Diffusion 1.x or 2.x that fits a UNet."""
-    if not isinstance(controlnet, ControlNetModel):
+    """Raise TypeError or ValueError unless this is a ControlNet for Stable Diffusion 1.x or 2.x that fits a UNet.
+
+    Each of the two may be compiled.
+    """
+    if not isinstance(unwrapped(controlnet), ControlNetModel):
         raise TypeError(f"`controlnet` must be a ControlNetModel, not {type(controlnet).__name__}")
     config = controlnet.config
     if config.addition_embed_type is not None or config.class_embed_type is not None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -12,7 +12,7 @@ import torch
 from diffusers import ControlNetModel, DDIMScheduler
 from diffusers.utils import logging
 
-from .adapters import unwrapped
+from .adapters import scaled_adapters, unwrapped
 from .attention import References, reference_attention
 from .captured import RecordedCall, only_kernels
 from .conditioning import Conditions
@@ -49,6 +49,9 @@ class Denoiser:
     ):
         self.unet, self.ddim, self.device, self.comes_late = unet, ddim, device, comes_late
         self.cross_attention_kwargs, self.controlnet = cross_attention_kwargs, controlnet
+        # Without "scale": diffusers would multiply adapters by it and divide again in every call, which rounds, and
+        # would forget the user's weights for a scale of 0. `with_lora` does it, and puts back what it found.
+        self._given = {name: value for name, value in (cross_attention_kwargs or {}).items() if name != "scale"}
         self.guidance_scale = 1.0
         self._recorded: RecordedCall | None = None
 
@@ -68,6 +71,8 @@ class Denoiser:
     ) -> torch.Tensor:
         """The UNet's noise, also where it predicts v. With negative embeddings it is guided by `guidance_scale`.
 
+        A "scale" in `cross_attention_kwargs` holds inside `with_lora`.
+
         Args:
             latents: The noisy latents, (B, C, h, w).
             timestep: The trained timestep to ask at.
@@ -84,9 +89,7 @@ class Denoiser:
             latents = latents.repeat(2, 1, 1, 1)
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
             control = None if control is None else control.repeat(2, 1, 1, 1)
-        # diffusers scales the user's LoRAs for the time of a forward, which Ctrl-C must not leave half undone.
-        stoppable = nullcontext() if "scale" in (self.cross_attention_kwargs or {}) else interruptible()
-        with stoppable, advice_on_out_of_memory(f"in the UNet, on latents {tuple(latents.shape)}"):
+        with interruptible(), advice_on_out_of_memory(f"in the UNet, on latents {tuple(latents.shape)}"):
             # A number for the timestep, or expanded embeddings besides others, would make torch.compile start anew.
             # `torch.tensor` would wait until a GPU has it, with all that was asked of that GPU before.
             inputs = (
@@ -111,7 +114,7 @@ class Denoiser:
             latents,
             timestep,
             encoder_hidden_states=prompt_embeds,
-            cross_attention_kwargs=self.cross_attention_kwargs,
+            cross_attention_kwargs=self._given or None,
             down_block_additional_residuals=down or None,
             mid_block_additional_residual=middle,
             return_dict=False,
@@ -154,12 +157,15 @@ class Denoiser:
             # An object that holds its own method would be freed no earlier than the garbage collector finds it.
             self._recorded = None
 
-    def with_lora(self, weights: dict[str, torch.Tensor] | None, scale: float) -> AbstractContextManager[None]:
-        """The pair's LoRA in effect while the context lasts; None for no LoRA.
+    @contextmanager
+    def with_lora(self, weights: dict[str, torch.Tensor] | None, scale: float) -> Iterator[None]:
+        """The pair's LoRA in effect while the context lasts, beside the user's adapters; None for no LoRA.
 
-        The "scale" that diffusers hands to loaded LoRAs through `cross_attention_kwargs` scales the pair's too.
+        A "scale" in `cross_attention_kwargs` scales the user's adapters, as in diffusers, and the pair's LoRA too.
         """
-        return pair_lora(self.unet, weights, scale * (self.cross_attention_kwargs or {}).get("scale", 1.0))
+        of_all = (self.cross_attention_kwargs or {}).get("scale", 1.0)
+        with scaled_adapters(self.unet, of_all), pair_lora(self.unet, weights, scale * of_all):
+            yield
 
     @contextmanager
     def frame_predictor(

@@ -176,8 +176,8 @@ class Candidates:
             landing.append(cells + pair.paths.displacements(image, gone)[0])
             places[image].append(cells)
             places[1 - image].append(cells + ways[image])
-            factors[image].append(pair.paths.factors(image, -gone)[0])
-            factors[1 - image].append(pair.paths.factors(image, 1 - gone)[0])
+            factors[image].append(pair.paths.factor(image, gone, 0))
+            factors[1 - image].append(pair.paths.factor(image, gone, 1))
         landing.append(cells)
         for image in (0, 1):
             places[image].append(cells)

@@ -22,6 +22,7 @@ from .cascade import PairCascade
 from .detail import PairDetail, drawn_at_once, frame_sources, in_dtype, lookup_flow, plan_detail, with_detail
 from .framing import fit, unfit
 from .images import rgb
+from .memory import is_out_of_memory
 from .models import Models
 from .outputs import DreamMoverPipelineOutput, as_output
 from .paths import motion_paths
@@ -94,7 +95,8 @@ class FrameMaker:
             without a checker, and for the photos themselves, which are not checked.
 
         Raises:
-            torch.OutOfMemoryError: Memory does not suffice; the error's `latents` are the frames'.
+            RuntimeError, such as torch.OutOfMemoryError: Memory does not suffice; the error's `latents` are the
+                frames'.
         """
         frames, time = self.frames, self.times[index]
         between = index - self.settings.include_inputs
@@ -110,9 +112,10 @@ class FrameMaker:
             picture = pair.finish(self._decoded_frame(between, decode), pair.tones, time, on_sources)
             self._told.add(index)
             picture, flags = self._check_safety(picture)
-        except torch.OutOfMemoryError as error:
-            error.latents = frames.latents
-            error.add_note("What was denoised is not lost: this error's `latents` are for `decode_latents`.")
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                error.latents = frames.latents
+                error.add_note("What was denoised is not lost: this error's `latents` are for `decode_latents`.")
             raise
         return picture, flags[0] if flags else None
 
@@ -241,7 +244,8 @@ def finish_frames(
         A batch of one.
 
     Raises:
-        torch.OutOfMemoryError: Memory does not suffice for a single frame; the error's `latents` are the frames'.
+        RuntimeError, such as torch.OutOfMemoryError: Memory does not suffice for a single frame; the error's `latents`
+            are the frames'.
     """
     maker = FrameMaker(models, frames, settings, picture_dtype(output_type), check_safety, on_sources)
     if output_type == "latent":
@@ -305,7 +309,7 @@ class LazyFrame:
         self.kept: PIL.Image.Image | None = None
 
     @property
-    def size(self) -> int:
+    def nbytes(self) -> int:
         """How many bytes its picture takes; Pillow holds every pixel in four."""
         canvas = self.maker.frames.canvas
         return 4 * canvas.output_height * canvas.output_width
@@ -336,7 +340,7 @@ class LazyFrames(Sequence):
 
     def __init__(self, frames: Iterable[LazyFrame], workplace: Workplace, keep: bool | None = None):
         self._frames, self._workplace = list(frames), workplace
-        self._keep = sum(frame.size for frame in set(self._frames)) <= KEPT_BYTES if keep is None else keep
+        self._keep = sum(frame.nbytes for frame in set(self._frames)) <= KEPT_BYTES if keep is None else keep
 
     @classmethod
     def of(cls, maker: FrameMaker, workplace: Workplace) -> LazyFrames:

@@ -280,6 +280,8 @@ def _in_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
         mode = _MODES_OF_PROFILES.get(profile.profile.xcolor_space.strip())
         if mode is None or (mode == "CMYK") != (image.mode == "CMYK"):
             return image
+        if mode == "L" and image.mode not in ("1", "L", "LA"):
+            return image  # colours would become grey
         if ImageCms.getProfileName(profile).startswith("sRGB"):
             return image  # to the bit
         transparent = image.has_transparency_data

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence, Sized
 from ctypes import c_float
 from numbers import Integral, Real
 
@@ -83,6 +83,12 @@ def check_file_place(path: str | os.PathLike) -> None:
         raise ValueError(f"cannot write the file '{path}': there is {fault} of that name")
 
 
+def check_one_for_each_pair(name: str, entries: Sized, pairs: int) -> None:
+    """Raise ValueError unless an argument that is a list has as many entries as there are pairs of images."""
+    if len(entries) != pairs:
+        raise ValueError(f"`{name}` has {len(entries)} entries for {pairs} pair{'s' * (pairs != 1)} of images")
+
+
 def check_choice(name: str, value, allowed: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     if not isinstance(value, str) or value not in allowed:
@@ -115,6 +121,8 @@ def frame_times(n_frames, times) -> tuple[float, ...]:
     if times is None:
         check_integer("n_frames", n_frames, 1)
         return tuple(i / (n_frames + 1) for i in range(1, n_frames + 1))
+    if isinstance(times, Iterator):  # once it has been checked it has no numbers left
+        raise TypeError(f"`times` must be a sequence of numbers, such as a list, not {times!r}")
     try:
         values = tuple(float(time) for time in times)
     except (TypeError, ValueError) as error:
@@ -177,7 +185,7 @@ def check_attention_blocks_exist(blocks: Sequence[int], self_attentions: Sequenc
             raise ValueError(
                 f"`attention_blocks` names up block {block}, but the UNet has 0 … {len(self_attentions) - 1}"
             )
-    if blocks and not any(self_attentions[block] for block in blocks):
+    if len(blocks) and not any(self_attentions[block] for block in blocks):
         able = [block for block, count in enumerate(self_attentions) if count]
         raise ValueError(
             f"`attention_blocks` {tuple(blocks)} have no self-attention in this UNet; name at least one of {able}"

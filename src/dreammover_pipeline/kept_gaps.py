@@ -117,6 +117,8 @@ def check_can_keep(
     """
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"`keep` must be the path of a folder, not {folder!r} of type {type(folder).__name__}")
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise ValueError(f"`keep` must be the path of a folder, but '{folder}' is a file")
     flow_is_found = any(callable(gap.flow) for gap in gaps)
     for given, what, remedy in (
         (flow_is_found, "a `flow` that is a function", "pass the flow of every gap as arrays"),
@@ -209,7 +211,7 @@ def _plain(value: object) -> object:
     if isinstance(value, np.generic | np.ndarray | torch.Tensor):
         return value.tolist()
     if isinstance(value, Mapping):
-        return {name: _plain(entry) for name, entry in value.items()}
+        return {_plain(name): _plain(entry) for name, entry in value.items()}
     if isinstance(value, Iterable) and not isinstance(value, str):
         return [_plain(entry) for entry in value]
     return value

@@ -31,7 +31,10 @@ OUT_OF_MEMORY = ("DefaultCPUAllocator: ", "MPS backend out of memory", "Invalid 
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on the device, torch's cache included; None on devices that do not tell."""
+    """Bytes that can still be allocated on the device; None on devices that do not tell.
+
+    Torch's cache counts as free on CUDA; MPS counts it among what is taken.
+    """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached

@@ -160,12 +160,9 @@ class NoiseTraining:
         alpha_bar = self.alphas_cumprod[inputs.timesteps]
         target = v_from_eps(images, noise, alpha_bar) if self.prediction_type == "v_prediction" else noise
         noisy = recompose(images, noise, alpha_bar).to(self.dtype)
-        timesteps = inputs.timesteps
-        if len(texts) > 1:
-            noisy, timesteps, target = (torch.cat([part] * len(texts)) for part in (noisy, timesteps, target))
-        embeds = torch.cat(texts) if len(texts) > 1 else texts[0]
+        noisy, timesteps, target = (torch.cat([part] * len(texts)) for part in (noisy, inputs.timesteps, target))
         asked = {"cross_attention_kwargs": self.cross_attention_kwargs or None, "return_dict": False}
-        predicted = self.unet(noisy, timesteps, embeds, **asked)[0]
+        predicted = self.unet(noisy, timesteps, torch.cat(texts), **asked)[0]
         return F.mse_loss(predicted.to(target.dtype), target)
 
 

@@ -15,7 +15,7 @@ import torch
 from .framing import fit, fit_points, fit_to_output, plan_canvas
 from .given_flow import GivenFlow, given_flow
 from .images import Photo, decode_images, is_batch, load_masks, rgb
-from .inputs import check_choice
+from .inputs import check_choice, check_one_for_each_pair
 from .poses import PosePair, pose_pair
 from .prompts import NegativeText, PairText, pair_negatives, pair_texts
 from .records import Canvas
@@ -333,8 +333,7 @@ def pair_entries(name: str, value: object, pairs: int, batched: bool) -> list:
     if not isinstance(value, (list, tuple)):
         kind = type(value).__name__
         raise TypeError(f"`{name}` must be a list here, with one entry for each pair of images, not a {kind}")
-    if len(value) != pairs:
-        raise ValueError(f"`{name}` has {len(value)} entries for {pairs} pair{'s' * (pairs != 1)} of images")
+    check_one_for_each_pair(name, value, pairs)
     return list(value)
 
 
@@ -370,8 +369,9 @@ def draw_seed(generator: torch.Generator | None) -> int:
 
 def check_generator(generator, pairs: int) -> None:
     """Raise unless `generator` is None, a `torch.Generator`, or a list of one per pair."""
-    items = generator if isinstance(generator, (list, tuple)) else [generator]
+    listed = isinstance(generator, (list, tuple))
+    items = generator if listed else [generator]
     if not (generator is None or all(isinstance(item, torch.Generator) for item in items)):
         raise TypeError(f"`generator` must be a torch.Generator or a list of them, not {generator!r}")
-    if isinstance(generator, (list, tuple)) and len(generator) != pairs:
-        raise ValueError(f"`generator` has {len(generator)} entries for {pairs} pair{'s' * (pairs != 1)} of images")
+    if listed:
+        check_one_for_each_pair("generator", generator, pairs)

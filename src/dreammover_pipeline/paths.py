@@ -27,7 +27,10 @@ PATH_TOLERANCES = (4.0, 2.0, 1.0)
 PATH_STIFFNESS = 0.05  # stiffness in squared cells of the unit grid, less than for matches, since the flow is regular
 CENTRE_REACH = 16.0  # sigma, in cells of the unit grid, of the Gaussian by which cells help to find a centre of motion
 CENTRE_TOLERANCE = 1.5  # sigma, in cells of the unit grid, of how far from a cell's fit another lies that moves along
+SMALLEST = 0.1  # least size, as a share of what it was, from which what is on straight paths can grow again
 PAIRS_AT_ONCE = 2**17  # pairs of cells held together to find centres, so that memory does not grow with the grid
+
+Time = float | torch.Tensor  # a number, or a tensor (1,) that is on the device already
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,13 +38,13 @@ class MotionPaths:
     """The way of every cell of both images.
 
     `displacements` gives, from times t (F,) in [0, 1] that an image's cells are on their way, (F, 2, h, w) in cells,
-    of the first image (index 0) or the second (index 1): zero at t = 0, the flow at t = 1. `factors` gives by what the
-    surroundings of a cell have turned and grown by then, as complex numbers (F, 2, h, w) of real and imaginary part:
-    1 at t = 0. It is None for paths that are only splatted along.
+    of the first image (index 0) or the second (index 1): zero at t = 0, the flow at t = 1. `factor` gives, from two
+    such times, by what the surroundings of a cell turn and grow from the first time to the second, as complex numbers
+    (2, h, w) of real and imaginary part. It is None for paths that are only splatted along.
     """
 
     displacements: Callable[[int, torch.Tensor], torch.Tensor]
-    factors: Callable[[int, torch.Tensor], torch.Tensor] | None = None
+    factor: Callable[[int, Time, Time], torch.Tensor] | None = None
 
     def at(self, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Displacement from each image to the frames at δ (F,): F^{0→δ} and F^{1→δ}, (F, 2, h, w) each."""
@@ -67,10 +70,13 @@ def straight_paths(flow: BidirectionalFlow) -> MotionPaths:
     def shares(times: torch.Tensor) -> torch.Tensor:
         return times.to(ways).reshape(-1, 1, 1, 1)
 
-    def factors(image: int, times: torch.Tensor) -> torch.Tensor:
-        return complex_one(ways[0, 0]) + shares(times) * turns()[image]
+    def factor(image: int, start: Time, end: Time) -> torch.Tensor:
+        before, after = (complex_one(ways[0, 0]) + time * turns()[image] for time in (start, end))
+        conjugate = torch.stack([before[0], -before[1]])
+        # What turns by half a turn is a point half way through, from which nothing can grow.
+        return complex_product(after[None], conjugate[None])[0] / before.square().sum(0).clamp(min=SMALLEST**2)
 
-    return MotionPaths(lambda image, times: shares(times) * ways[image], factors)
+    return MotionPaths(lambda image, times: shares(times) * ways[image], factor)
 
 
 def rigid_paths(flow: BidirectionalFlow) -> MotionPaths:
@@ -101,7 +107,10 @@ def rigid_paths(flow: BidirectionalFlow) -> MotionPaths:
         t = times.to(ways).reshape(-1, 1, 1, 1)
         return t * straight[image] + complex_product(power(image, times, less=1), arm[image][None])
 
-    return MotionPaths(displacements, power)
+    def factor(image: int, start: Time, end: Time) -> torch.Tensor:
+        return power(image, torch.ones_like(ways[0, 0, 0, :1]) * (end - start))[0]
+
+    return MotionPaths(displacements, factor)
 
 
 def turns_of_cells(ways: torch.Tensor, sure: torch.Tensor) -> Similarity:

@@ -886,10 +886,10 @@ class DreamMoverPipeline(
         ddim = deterministic_ddim(self.scheduler)
         brought_when_called = bool(getattr(self, "_all_hooks", []))  # by enable_model_cpu_offload
         denoiser = Denoiser(self.unet, ddim, device, cross_attention_kwargs, brought_when_called, self.controlnet)
-        scale = (cross_attention_kwargs or {}).get("scale")
+        scale = (cross_attention_kwargs or {}).get("scale", 1.0)
         return Models(denoiser, self._autoencoder, self._conditioner(device, scale))
 
-    def _conditioner(self, device: torch.device, lora_scale: float | None) -> Conditioner:
+    def _conditioner(self, device: torch.device, lora_scale: float) -> Conditioner:
         dtype = None if self.unet is None else self.unet.dtype
         convert = partial(self.maybe_convert_prompt, tokenizer=self.tokenizer)  # for textual inversion
         return Conditioner(self.text_encoder, self.tokenizer, dtype, device, convert, lora_scale)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .inputs import check_one_for_each_pair
+
 
 @dataclass(frozen=True, eq=False)
 class PairText:
@@ -72,8 +74,7 @@ def pair_prompts(prompt, pairs: int, batched: bool) -> list[tuple[str, str]]:
         return [both(prompt, "`prompt`")] * pairs
     if not isinstance(prompt, list):
         return [both(prompt, "`prompt`")]  # always raises, with a message that says which forms are allowed
-    if len(prompt) != pairs:
-        raise ValueError(f"`prompt` has {len(prompt)} entries for {pairs} pair{'s' * (pairs != 1)} of images")
+    check_one_for_each_pair("prompt", prompt, pairs)
     return [both(item, f"`prompt[{i}]`") for i, item in enumerate(prompt)]
 
 

@@ -252,4 +252,4 @@ def in_a_row(outputs: Sequence[DreamMoverPipelineOutput], photos_included: bool)
 
 
 def _short(value: object) -> str:
-    return f"{type(value).__name__}" if isinstance(value, torch.Tensor | np.ndarray) else repr(value)
+    return type(value).__name__ if isinstance(value, torch.Tensor | np.ndarray) else repr(value)

@@ -33,7 +33,7 @@ class StageMethods:
         negative_prompt: str | Sequence[str] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
-        lora_scale: float = 1.0,
+        lora_scale: float | None = 1.0,
         clip_skip: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Text embeddings, as every Stable Diffusion pipeline gives them.
@@ -46,14 +46,15 @@ class StageMethods:
             negative_prompt: One text, or one for each prompt; the empty text by default.
             prompt_embeds: Text embeddings (P, L, D) to use instead of `prompt`.
             negative_prompt_embeds: Text embeddings (P, L, D) to use instead of `negative_prompt`.
-            lora_scale: Weight of the text encoder's LoRAs.
+            lora_scale: Factor of the weights of the text encoder's LoRAs; None for 1.
             clip_skip: Number of layers to leave out at the text encoder's end.
 
         Returns:
             (P · num_images_per_prompt, L, D) twice; the second is None without guidance.
         """
         with self._step_turn():
-            embeds, negative = self._conditioner(device, lora_scale).encode(
+            scale = 1.0 if lora_scale is None else lora_scale
+            embeds, negative = self._conditioner(device, scale).encode(
                 prompt, do_classifier_free_guidance, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip
             )
         embeds = embeds.repeat_interleave(num_images_per_prompt, 0)
@@ -92,7 +93,8 @@ class StageMethods:
         with self._step_turn():
             denoiser = self._models(cross_attention_kwargs).denoiser
             denoiser.guidance_scale = self.guidance_scale
-            return denoiser.predict_noise(latents, timestep, prompt_embeds, negative_prompt_embeds)
+            with denoiser.with_lora(None, 1.0):  # which scales the user's adapters
+                return denoiser.predict_noise(latents, timestep, prompt_embeds, negative_prompt_embeds)
 
     def place_frames(
         self,

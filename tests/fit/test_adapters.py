@@ -373,6 +373,19 @@ def test_a_fit_sees_all_loras_scaled_as_frames_do(unet, pair, alphas_cumprod, ch
     assert all(torch.allclose(halved[name], expected[name], atol=1e-5) for name in expected)
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.7])
+def test_a_scale_for_one_call_leaves_the_users_weights_to_the_bit(pipe, photos, scale):
+    for model, targets in ((pipe.unet, ["to_q"]), (pipe.text_encoder, ["q_proj"])):
+        model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=targets), "mine")
+        for layer in model.modules():
+            if "mine" in getattr(layer, "lora_B", ()):
+                layer.set_scale("mine", 0.1)  # 0.1 · 0.7 / 0.7 is less than 0.1
+    before = pipe.fingerprint()
+    steps = {"num_inference_steps": 3, "inversion_steps": 2, "feature_step": 1, "lora_steps": 0}
+    pipe(*photos, **steps, n_frames=1, output_type="latent", cross_attention_kwargs={"scale": scale})
+    assert pipe.fingerprint() == before
+
+
 def test_the_text_encoders_loras_are_scaled_too_and_come_back(pipe):
     def embed(scale=None):
         with torch.no_grad():

@@ -5,12 +5,13 @@ import weakref
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from support.fitting import FIT, add_user_lora, forward
 from support.snapshot import snapshot
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreammover_pipeline.ddim import recompose
+from dreammover_pipeline.denoiser import Denoiser
 from dreammover_pipeline.lora import LoraFit, _adapted, fit_pair_lora, pair_lora
 
 # ── The fit ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -257,6 +258,17 @@ def test_weights_stored_in_eight_bits_get_an_adapter(unet, pair, fitted):
         effect = forward(unet, *pair) - plain
     assert snapshot(unet) == before
     assert (effect - expected).norm() < 0.2 * expected.norm()
+
+
+def test_beside_weights_in_eight_bits_a_scale_for_all_loras_counts_once(unet, pair, fitted):
+    unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    latents, embeds = pair
+    predicted = []
+    for scale, asked in ((0.5, None), (1.0, {"scale": 0.5})):
+        denoiser = Denoiser(unet, DDIMScheduler(), torch.device("cpu"), asked)
+        with torch.no_grad(), denoiser.with_lora(fitted, scale):
+            predicted.append(denoiser.predict_noise(latents, 101, embeds))
+    torch.testing.assert_close(*predicted)
 
 
 def forward_without(unet, pair, fitted):

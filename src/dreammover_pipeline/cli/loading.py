@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -216,17 +217,23 @@ def _components(controlnet: str | None, clip: str | None, dtype: torch.dtype, sa
     from transformers import CLIPModel, CLIPProcessor
 
     found = {}
-    try:
-        if controlnet is not None:
+    if controlnet is not None:
+        with _blaming("--controlnet", controlnet):
             found["controlnet"] = ControlNetModel.from_pretrained(controlnet, torch_dtype=dtype, use_safetensors=safe)
-        if clip is not None:
+    if clip is not None:
+        with _blaming("--clip", clip):
             found["clip"] = CLIPModel.from_pretrained(clip, dtype=dtype, use_safetensors=safe)
             found["clip_processor"] = CLIPProcessor.from_pretrained(clip)
-    except Exception as error:  # diffusers and transformers raise errors of many classes
-        name = controlnet if clip is None or (controlnet is not None and "controlnet" not in found) else clip
-        option = "--controlnet" if name == controlnet else "--clip"
-        raise RuntimeError(f"{option}: cannot load the model '{name}' ({_in_short(error)})") from error
     return found
+
+
+@contextmanager
+def _blaming(option: str, model: str) -> Iterator[None]:
+    """Have an error inside the context say which option named the model that cannot be loaded."""
+    try:
+        yield
+    except Exception as error:  # diffusers and transformers raise errors of many classes
+        raise RuntimeError(f"{option}: cannot load the model '{model}' ({_in_short(error)})") from error
 
 
 def _variant(folder: Path) -> str | None:

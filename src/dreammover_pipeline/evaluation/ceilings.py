@@ -46,7 +46,7 @@ def true_paths(case: EvaluationCase, like: torch.Tensor, only_seen: bool = False
         ways = (flow_at_cell_centres(motion.flow(*way), like.shape[-2:]).to(like) for way in ((0, 1), (1, 0)))
         return rigid_paths(BidirectionalFlow(*ways))
 
-    return MotionPaths(displacements, lambda image, times: turning().factors(image, times))
+    return MotionPaths(displacements, lambda image, start, end: turning().factor(image, start, end))
 
 
 def true_flow(case: EvaluationCase) -> Result:
