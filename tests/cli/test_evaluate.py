@@ -46,7 +46,7 @@ def test_the_command_evaluates_reports_and_compares(tmp_path, capsys):
     assert "| same | 1 |" in table
     assert "| mine | 1 |" in table
     assert main(["compare", str(out), str(out)]) == 2
-    assert "share no pair" in capsys.readouterr().err
+    assert "has no row of the method 'ours'; it has crossfade, latent_splat" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

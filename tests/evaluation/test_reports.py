@@ -34,7 +34,7 @@ def test_two_runs_are_compared_pair_by_pair_in_each_suite(tmp_path):
     assert lines[0] == "| suite | pairs | PSNR ↑ |"
     assert lines[2:] == ["| relit | 7 | **1.000 [1.000, 1.000]** |"]
     assert "0.000 [0.000, 0.000] |" in compare(first, second, "other", "ours")
-    with pytest.raises(ValueError, match="share no pair"):
+    with pytest.raises(ValueError, match=r"has no row of the method .other.; it has ours"):
         compare(first, second, "ours", "other")
 
 

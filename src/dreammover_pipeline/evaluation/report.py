@@ -113,8 +113,13 @@ def compare(first: RunFile, second: RunFile, method: str, other_method: str) -> 
         other_method: the method whose values are subtracted.
 
     Raises:
-        ValueError: the runs share no pair, or a suite of one name has pairs of another size or number of frames.
+        ValueError: a run has no rows of its method, or the runs share no pair, or a suite of one name has pairs of
+            another size or number of frames.
     """
+    for file, name in ((first, method), (second, other_method)):
+        methods = dict.fromkeys(row["method"] for row in file.rows)
+        if name not in methods:
+            raise ValueError(f"'{file.path}' has no row of the method '{name}'; it has {', '.join(methods) or 'none'}")
     table = {}
     for suite in first.header["suites"]:
         if suite not in second.header["suites"]:
