@@ -16,6 +16,7 @@ from support.pages import EXAMPLES
 
 from dreammover_pipeline.cli import evaluate
 from dreammover_pipeline.cli.main import main
+from dreammover_pipeline.evaluation.report import check_report_place
 from dreammover_pipeline.evaluation.run import ROWS, RunFile
 
 
@@ -30,6 +31,7 @@ def test_the_command_evaluates_reports_and_compares(tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out.startswith(f"{out / 'report.md'}: 4 rows in ")
     assert captured.err == ""
+    check_report_place(out)  # for the next time
     file = RunFile.read(out)
     assert file.header["settings"] == {"lora_steps": 0, "inversion_steps": 15}
     assert [row["suite"] for row in file.rows] == ["same", "same", "mine", "mine"]
@@ -44,7 +46,7 @@ def test_the_command_evaluates_reports_and_compares(tmp_path, capsys):
     assert "| same | 1 |" in table
     assert "| mine | 1 |" in table
     assert main(["compare", str(out), str(out)]) == 2
-    assert "share no pair" in capsys.readouterr().err
+    assert "has no row of the method 'ours'; it has crossfade, latent_splat" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -75,6 +77,29 @@ def test_an_output_that_is_no_folder_is_refused_before_a_model_is_loaded(tmp_pat
     command = ["evaluate", "-o", str(tmp_path / "taken"), "--device=cpu", "--model", str(tmp_path)]  # holds no model
     assert main(command) == 2
     assert f"--output: the folder '{tmp_path / 'taken'}' cannot be made: File exists" in capsys.readouterr().err
+
+
+def test_a_report_that_is_another_text_is_left_as_it_is(tmp_path, capsys):
+    report = tmp_path / "report.md"
+    report.write_text("# My report\n")
+    assert main(["evaluate", "-o", str(tmp_path), "--device=cpu", "--model", str(tmp_path)]) == 2
+    assert f"'{report}' is no report of an evaluation; move it away" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["# My report\n"]
+
+
+@pytest.mark.parametrize("out", [".", "pair/out", "out", "..", "../elsewhere"])
+def test_an_output_among_the_pairs_is_refused_before_anything_is_made(tmp_path, monkeypatch, capsys, out):
+    suite = tmp_path / "frames"  # which is also the name of the folder for frames
+    (suite / "pair").mkdir(parents=True)
+    for index in (0, 1):
+        Image.new("RGB", (64, 64)).save(suite / "pair" / f"{index}.png")
+    monkeypatch.chdir(suite)
+    before = set(tmp_path.rglob("*"))
+    command = ["evaluate", "-o", out, "--suites", "../frames", "--device=cpu", "--model", str(tmp_path)]
+    assert main(command) != 0  # elsewhere there is room, but the folder holds no model
+    among = "would lie among the pairs of the suite '../frames'; choose another folder"
+    assert (among in capsys.readouterr().err) == (out != "../elsewhere")
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_a_method_whose_weights_are_missing_is_refused_if_it_is_named(tmp_path, monkeypatch, capsys):

@@ -12,7 +12,16 @@ import torch
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.cli.main import main
 from dreammover_pipeline.evaluation.case import EvaluationCase
-from dreammover_pipeline.evaluation.correspondence import METRICS, PASSES, PENALTIES, Variant, _measured, study, table
+from dreammover_pipeline.evaluation.correspondence import (
+    METRICS,
+    PASSES,
+    PENALTIES,
+    Variant,
+    _measured,
+    check_replaceable,
+    study,
+    table,
+)
 from dreammover_pipeline.evaluation.suites import find_suites
 from dreammover_pipeline.fields import flow_at_cell_centres
 from dreammover_pipeline.records import BidirectionalFlow
@@ -85,6 +94,7 @@ def test_the_command_writes_rows_and_tables(tmp_path, capsys):
     assert {row["suite"] for row in written} == {"recast"}
     assert (out / "correspondence.md").read_text().startswith("## recast")
     assert f"{len(written)} rows" in capsys.readouterr().out
+    check_replaceable(out / "correspondence.jsonl", out / "correspondence.md")  # for the next time
     assert main(["correspondence", "-o", str(out), "--suites", "fish"]) == 2
     assert "--suites" in capsys.readouterr().err
 
@@ -97,3 +107,20 @@ def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_loaded(tm
     (tmp_path / "correspondence.md").mkdir()
     assert main(["correspondence", "-o", str(tmp_path), *arguments]) == 2
     assert "correspondence.md': there is a folder of that name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("correspondence.jsonl", b'{"my": "rows"}\n'),
+        ("correspondence.jsonl", b"\xff notes"),
+        ("correspondence.md", b"# Letters\n"),
+        ("correspondence.md", b"## same\n\nmy notes\n"),
+    ],
+)
+def test_files_of_others_are_left_as_they_are(tmp_path, capsys, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert main(["correspondence", "-o", str(tmp_path), "--device", "cpu", "--model", str(tmp_path)]) == 2
+    assert f"'{path}' was not written by this command; move it away" in capsys.readouterr().err
+    assert path.read_bytes() == content

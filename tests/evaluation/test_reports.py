@@ -34,8 +34,10 @@ def test_two_runs_are_compared_pair_by_pair_in_each_suite(tmp_path):
     assert lines[0] == "| suite | pairs | PSNR ↑ |"
     assert lines[2:] == ["| relit | 7 | **1.000 [1.000, 1.000]** |"]
     assert "0.000 [0.000, 0.000] |" in compare(first, second, "other", "ours")
-    with pytest.raises(ValueError, match="share no pair"):
+    with pytest.raises(ValueError, match=r"has no row of the method .other.; it has ours"):
         compare(first, second, "ours", "other")
+    with pytest.raises(ValueError, match=r"share no pair"):
+        compare(first, synthetic_run(tmp_path / "c", {"ours": pairs}, ("recast",)), "ours", "ours")
 
 
 def test_suites_of_other_frames_or_size_are_not_compared(tmp_path):

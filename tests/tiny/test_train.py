@@ -15,6 +15,7 @@ from transformers import CLIPTokenizer
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.cli.main import main
 from dreammover_pipeline.tiny import models, recipes, validation
+from dreammover_pipeline.tiny.latents import LatentShards
 from dreammover_pipeline.tiny.trainer import read_state
 
 QUICK = recipes.PRESETS["quick"]
@@ -77,8 +78,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(trained, tmp_path):
     kill_during(tmp_path, "unet")
     (tmp_path / "latents" / "0001.pt").unlink()
     assert main(command(tmp_path)) == 0
-    for name in ("vae", "latents/0000", "latents/0001", "unet"):
-        assert same(read_state(trained, name), read_state(tmp_path, name)), name
+    for name in ("vae.pt", "latents/0000.pt", "latents/0001.pt", "unet.pt"):
+        assert same(torch.load(trained / name), torch.load(tmp_path / name)), name
     assert (trained / "sheets" / "000012.png").read_bytes() == (tmp_path / "sheets" / "000012.png").read_bytes()
 
 
@@ -91,21 +92,57 @@ def test_no_minutes_save_and_stop(tmp_path, capsys):
     assert "Nothing to export" in printed
 
 
-def test_a_state_of_another_seed_is_refused(trained, capsys):
+def test_a_state_of_another_seed_is_refused(trained, tmp_path, capsys):
     assert main(command(trained, "--seed", "1", "--vae-steps", "14")) == 2
     assert "another recipe, seed" in capsys.readouterr().err
+    shutil.copy(trained / "unet.pt", tmp_path / "unet.pt")  # also where the autoencoder is yet to be trained
+    assert main(command(tmp_path, "--seed", "1")) == 2
+    assert "unet.pt was trained by another recipe, seed" in capsys.readouterr().err
 
 
-def test_an_autoencoder_trained_on_is_not_exported_with_the_unet_of_before(trained, tmp_path, capsys):
+def test_an_autoencoder_is_not_trained_on_once_a_unet_has_learnt_its_latents(trained, tmp_path, capsys):
     for name in ("vae.pt", "unet.pt"):
         shutil.copy(trained / name, tmp_path / name)
-    longer = QUICK.vae.steps + 1
-    assert main(command(tmp_path, "--vae-steps", str(longer))) == 2
-    assert "on another autoencoder" in capsys.readouterr().err
-    assert read_state(tmp_path, "vae")["step"] == longer
-    export = ["--minutes", "0", "--export", str(tmp_path / "export")]
-    assert main(command(tmp_path, "--vae-steps", str(longer + 1), *export)) == 2
+    assert main(command(tmp_path, "--vae-steps", str(QUICK.vae.steps + 2))) == 2
+    assert "of 12 steps instead of 14; repeat the --vae-steps of before" in capsys.readouterr().err
+    assert (tmp_path / "vae.pt").read_bytes() == (trained / "vae.pt").read_bytes()
+    other = read_state(trained, "vae") | {"step": QUICK.vae.steps - 1}
+    torch.save(other, tmp_path / "vae.pt")  # such as a copy of earlier, which can be gone on with
+    assert main(command(tmp_path, "--minutes", "0", "--export", str(tmp_path / "export"))) == 2
     assert "trained on another autoencoder" in capsys.readouterr().err
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("name", ["vae", "unet"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "text", "of another program"])
+def test_a_file_that_is_no_state_is_named_before_any_training(trained, tmp_path, capsys, name, damage):
+    file = tmp_path / f"{name}.pt"
+    whole = (trained / file.name).read_bytes()
+    middle = len(whole) // 2
+    flipped = bytes([whole[middle] ^ 1])
+    torch.save({"weight": torch.zeros(3)}, file)
+    content = {
+        "cut": whole[:-10],
+        "flipped": whole[:middle] + flipped + whole[middle + 1 :],
+        "text": b"notes",
+        "of another program": file.read_bytes(),
+    }
+    file.write_bytes(content[damage])
+    assert main(command(tmp_path)) == 2
+    assert f"'{file}' is damaged or not the state of a training; put a copy" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if path.suffix] == [file.name]
+    assert file.read_bytes() == content[damage]
+
+
+def test_a_damaged_shard_is_made_again(trained, tmp_path):
+    recipe, whole = QUICK, trained / "latents" / "0000.pt"
+    shards = LatentShards(recipe, tmp_path, None, recipe.vae.steps)
+    content = whole.read_bytes()
+    for damaged in (b"", b"notes", content[:-10], content[: len(content) // 2]):
+        (tmp_path / whole.name).write_bytes(damaged)
+        assert not shards._is_there(0)
+    (tmp_path / whole.name).write_bytes(content)
+    assert shards._is_there(0)
 
 
 def test_the_export_is_a_plain_stable_diffusion_checkpoint(trained):

@@ -7,9 +7,11 @@ import sys
 import threading
 import time
 import zlib
+from pathlib import Path
 
 import pytest
 from PIL import Image
+from support.disks import no_room
 from support.visits import FILE, UPLOAD, UPLOADED, encoded, png, root_of, shown, upload
 
 pytest.importorskip("gradio", reason="the extra 'demo' is not installed")
@@ -153,15 +155,26 @@ class TestUploads:
         answer = visitor.get("/gradio_api/upload_progress?upload_id=x")
         assert answer.text == 'data: {"msg": "done"}\n\n'
 
-    def test_none_is_taken_where_there_is_no_room(self, visitor, kept, monkeypatch):
+    @pytest.mark.parametrize(("limit", "value"), [("MAX_STORED", 0), ("MIN_FREE", 2**80)])
+    def test_none_is_taken_where_there_is_no_room(self, visitor, kept, monkeypatch, limit, value):
         before = kept()
-        monkeypatch.setattr(ui_visitors, "MAX_STORED", 0)
+        monkeypatch.setattr(ui_visitors, limit, value)
         answer = upload(visitor, png())
         assert (answer.status_code, answer.text) == (
             507,
             "There is no room for more files here at the moment; try again later.",
         )
         assert kept() == before
+
+    def test_one_that_cannot_be_written_is_refused_in_words_and_leaves_nothing(self, visitor, kept):
+        (mine,) = upload(visitor, png()).json()
+        before, uploads = kept(), Path(mine).parents[1]
+        number = len(list(uploads.iterdir()))
+        with no_room(10):
+            answer = upload(visitor, png())
+        assert (answer.status_code, answer.text) == (507, "The photo could not be stored: File too large.")
+        assert kept() == before
+        assert len(list(uploads.iterdir())) == number
 
 
 class TestEvents:

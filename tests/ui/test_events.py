@@ -145,6 +145,8 @@ def test_what_goes_wrong_is_said_in_sentences(handlers, uploads, warnings, capsy
     assert status == "A photo is no longer there; upload the photo again."
     status, *_ = handlers.make(values(handlers, uploads, prompt="a" * (MAX_PROMPT + 1)), REQUEST, progress)
     assert status == f"What the photos show may have {MAX_PROMPT} characters; {MAX_PROMPT + 1} came."
+    status, *_ = handlers.make(values(handlers, uploads, seed=-1), REQUEST, progress)
+    assert status == "`Seed` must be at least 0, not -1."
     with monkeypatch.context() as full:
         full.setattr(ui_visitors, "MAX_STORED", 0)
         status, *_ = handlers.make(values(handlers, uploads), REQUEST, progress)
@@ -156,7 +158,7 @@ def test_what_goes_wrong_is_said_in_sentences(handlers, uploads, warnings, capsy
     status, *_ = handlers.make(values(handlers, uploads), REQUEST, progress)
     assert status == "Something went wrong here; the server's log says what."
     assert "ZeroDivisionError" in capsys.readouterr().err
-    assert len(warnings) == 6
+    assert len(warnings) == 7
 
 
 def test_cancelling_leaves_the_results_as_they_are(handlers, uploads, warnings):

@@ -2,12 +2,14 @@
 """What a session of the page does, without the page and without Gradio."""
 
 import threading
+import time
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.disks import no_room
 from support.programs import LATE_FAILURE
 from support.sessions import PREPARING, RENDERING, STAGES, Stages
 from support.snapshot import snapshot
@@ -79,6 +81,19 @@ def test_frames_are_kept_where_the_video_cannot_be_written(session, files, progr
         *last.rendered.files,
         *last.rendered.pictures.values(),
     }
+
+
+def test_frames_that_cannot_be_written_leave_nothing_and_the_photos_are_known(session, files):
+    preparing = {**PREPARING, "lora_steps": 0}
+    first = session.make(files, preparing, RENDERING, fps=8)
+    before, others = all_files(session.folder), {**preparing, "prompt": "a cat"}
+    with no_room(1000), pytest.raises(RuntimeError, match=r"^the frames could not be written: File too large; the ph"):
+        session.make(files, others, RENDERING, fps=8)
+    with no_room(1000), pytest.raises(RuntimeError, match=r"^the picture could not be written: File too large; try"):
+        session.moment(0.5, Stages())
+    assert session.finished is first
+    assert set(session.folder.rglob("*")) == before | {path.parent for path in before}
+    assert session.make(files, others, RENDERING, fps=8).work == ("rendered", "written")
 
 
 def test_an_ffmpeg_that_cannot_encode_is_refused_before_any_model_runs(session, files, program):
@@ -237,6 +252,26 @@ def test_cancelling_stops_at_the_next_step_and_leaves_all_as_it_was(session, fil
 def test_cancelling_nothing_does_not_cancel_what_comes(session, files):
     session.cancel()
     session.make(files, {**PREPARING, "lora_steps": 0}, RENDERING, fps=8)
+
+
+def test_cancelling_also_stops_a_job_that_waits_for_one_that_was_cancelled(session, files):
+    def make(report):
+        with pytest.raises(StoppedError):
+            session.make(files, {**PREPARING, "lora_steps": 0}, RENDERING, fps=8, report=report)
+
+    waiting = Stages()
+    second = threading.Thread(target=make, args=(waiting,))
+
+    def cancel():
+        second.start()
+        while len(session._cancels) < 2:
+            time.sleep(0.001)
+        session.cancel()
+
+    make(Stages("Inverting", cancel))
+    second.join(timeout=60)
+    assert waiting.stages == []
+    assert session.finished is None
 
 
 def test_bad_settings_cost_nothing(session, files):

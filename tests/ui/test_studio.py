@@ -80,6 +80,14 @@ def test_a_closed_session_leaves_nothing_even_in_the_middle_of_its_job(studio, f
     assert not any(studio.visitors.folders.iterdir())
 
 
+def test_no_job_begins_once_all_sessions_are_closed(studio):
+    studio.session("cookie", "tab")
+    studio.close_all()
+    with pytest.raises(StoppedError):
+        studio.session("another", "tab")
+    assert not any(studio.visitors.folders.iterdir())
+
+
 def test_a_visitor_has_so_many_sessions_and_no_more(studio, files):
     first = studio.session("cookie", "0")
     first.make(files, {**PREPARING, "lora_steps": 0}, RENDERING, fps=8)

@@ -10,13 +10,16 @@ import argparse
 import ast
 import json
 import time
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..arguments import arguments_of
-from ..inputs import check_choice, check_file_place, check_integer
+from ..inputs import check_choice, check_integer
 from ..media.files import make_folder
+from ..scratch import replacing
 from ..settings import PrepareSettings, RenderSettings, VideoSettings
+from .claims import claimed
 from .loading import add_component_options, add_model_options, check_model, load_chosen, pipeline_class
 
 FULL = {"pairs": 32, "frames": 7}  # sizes of a suite without --quick
@@ -149,26 +152,46 @@ def _evaluate(args: argparse.Namespace) -> None:
     from ..evaluation.networks import FLOWS, find_tools
 
     check_choice("--flow", args.flow, tuple(FLOWS))
-    from ..evaluation.report import write_report
+    from ..evaluation.report import check_report_place, write_report
     from ..evaluation.run import RunFile, header, run
     from ..evaluation.suites import find_suites
 
     names = args.suites or DIFFICULTIES
     find_suites(names, pairs, frames, 64)  # only to refuse bad names before a model is loaded
+    _check_apart(Path(args.output), names)
     for group in (PrepareSettings, RenderSettings):
         group.of(settings)  # the same for values that no model takes
     make_folder(args.output, "--output: the folder")
-    tools = find_tools(args.flow)
-    pipe = load_chosen(args)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.check_inputs(**settings)
-    suites = find_suites(names, pairs, frames, args.size or native_size(pipe), args.seed)
-    file = RunFile.start(args.output, header(pipe, args.model, suites, args.seed, settings, args.flow, tools))
-    run(pipe, suites, methods, file, tools, args.quiet)
-    report = write_report(file, tools, left_out)
+    check_report_place(Path(args.output))
+    with claimed(Path(args.output), "evaluating"):
+        tools = find_tools(args.flow)
+        pipe = load_chosen(args)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.check_inputs(**settings)
+        suites = find_suites(names, pairs, frames, args.size or native_size(pipe), args.seed)
+        file = RunFile.start(args.output, header(pipe, args.model, suites, args.seed, settings, args.flow, tools))
+        run(pipe, suites, methods, file, tools, args.quiet)
+        report = write_report(file, tools, left_out)
     for method, reason in left_out.items():
         print(f"the method {method} is left out: {reason}")
     print(f"{report}: {len(file.rows)} rows in {time.perf_counter() - start:.0f} s")
+
+
+def _check_apart(output: Path, suites: Sequence[str]) -> None:
+    """Raise ValueError if what is written would lie among the pairs of a suite, and be taken for pairs later."""
+    from ..evaluation.run import FRAMES, SHEETS
+    from ..evaluation.suites import folder_of
+
+    for suite in suites:
+        folder = folder_of(suite)
+        if folder is None:
+            continue
+        place, pairs = output.resolve(), folder.resolve()
+        if place.is_relative_to(pairs) or any(pairs.is_relative_to(place / name) for name in (FRAMES, SHEETS)):
+            raise ValueError(
+                f"--output: what is written to '{output}' would lie among the pairs of the suite '{suite}'; "
+                "choose another folder"
+            )
 
 
 def _correspondence(args: argparse.Namespace) -> None:
@@ -180,21 +203,22 @@ def _correspondence(args: argparse.Namespace) -> None:
     for name in args.suites:
         check_choice("--suites", name, DIFFICULTIES)
     pipeline_class()  # first, since it hushes third parties before they are imported
-    from ..evaluation.correspondence import study, table
+    from ..evaluation.correspondence import check_replaceable, study, table
     from ..evaluation.suites import find_suites
 
     folder = Path(args.output)
     rows_file, report = folder / "correspondence.jsonl", folder / "correspondence.md"
     make_folder(folder, "--output: the folder")
-    for path in (rows_file, report):
-        check_file_place(path)
+    check_replaceable(rows_file, report)
     pipe = load_chosen(args)
     pipe.set_progress_bar_config(disable=True)
     pipe.check_inputs(inversion_steps=max(args.steps), feature_step=min(args.steps))
     suites = find_suites(args.suites, args.pairs, 1, native_size(pipe), args.seed)
     rows = study(pipe, suites, args.steps, args.quiet)
-    rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    report.write_text("\n".join(f"## {suite.name}\n\n{table(rows, suite.name)}" for suite in suites), encoding="utf-8")
+    tables = "\n".join(f"## {suite.name}\n\n{table(rows, suite.name)}" for suite in suites)
+    for path, text in ((rows_file, "".join(json.dumps(row) + "\n" for row in rows)), (report, tables)):
+        with replacing(path) as new:
+            new.write_text(text, encoding="utf-8")
     print(f"{report}: {len(rows)} rows in {time.perf_counter() - start:.0f} s")
 
 

@@ -10,8 +10,7 @@ import argparse
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ from ..media.pictures import crossfade, picture_of
 from ..media.playback import check_duration
 from ..scratch import put_in_order
 from ..settings import PREPARING, RENDERING, arguments
+from .claims import claimed
 from .loading import add_component_options, add_model_options, check_model, load_chosen, pipeline_class
 from .options import add_method_options, call_arguments, seed, size, steering_files
 from .writing import (
@@ -185,7 +185,8 @@ def _make_sequence(args: argparse.Namespace, photos: Sequence[str]) -> None:
     pipe.set_progress_bar_config(disable=args.quiet)
     canvas = pipe.canvas(decoded[0], call.get("height"), call.get("width"))
     say_if_scaled(args, canvas)
-    with _claimed(parts):
+    with claimed(parts, "making the same video"):
+        put_in_order(parts)
         made = _gaps(pipe, args, decoded, photos, {**call, "n_frames": counts, "output_type": "lazy"}, parts)
         moments = [k + moment for k, gap in enumerate(made.times) for moment in gap]
         try:
@@ -307,34 +308,3 @@ def _check_parts(parts: Path) -> None:
             f"finished gaps are kept in '{parts}' for a while, but that folder holds something else, '{min(others)}'; "
             "move it away"
         )
-
-
-@contextmanager
-def _claimed(parts: Path) -> Iterator[None]:
-    """Keep other processes from making the same video while the context lasts.
-
-    Args:
-        parts: The folder for finished gaps, which is made. If it holds no gap afterwards, it is removed.
-
-    Raises:
-        RuntimeError: Another process is making the same video.
-    """
-    from filelock import FileLock, Timeout
-
-    parts.mkdir(exist_ok=True)
-    place = parts / ".dreammover-lock"
-    lock = FileLock(place)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise RuntimeError(
-            f"another process is making the same video and uses '{parts}'; wait until it ends"
-        ) from error
-    try:
-        put_in_order(parts)
-        yield
-    finally:
-        lock.release()
-        with suppress(OSError):  # another process may have removed the folder, or may use it by now
-            if [entry.name for entry in parts.iterdir()] == [place.name]:
-                shutil.rmtree(parts)

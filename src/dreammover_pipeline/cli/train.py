@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..media.files import make_folder
 from ..tiny import CHECKPOINT
+from .claims import claimed
 from .loading import choose_device, pipeline_class
 
 if TYPE_CHECKING:
@@ -81,12 +82,13 @@ def _train(args: argparse.Namespace) -> None:
     device = _prepare_device(args)
     deadline = _deadline(args)
     _make_folder(args)
-    if not train(recipe, args.out, device, deadline):
-        print("The time is up and all is saved; the same command goes on from here.")
-    if args.export and is_ready_for_export(args.out):
-        export(recipe, args.out, args.export, device)
-    elif args.export:
-        print("Nothing to export yet: the UNet was not evaluated.")
+    with claimed(args.out, "training"):
+        if not train(recipe, args.out, device, deadline):
+            print("The time is up and all is saved; the same command goes on from here.")
+        if args.export and is_ready_for_export(args.out):
+            export(recipe, args.out, args.export, device)
+        elif args.export:
+            print("Nothing to export yet: the UNet was not evaluated.")
 
 
 def _deadline(args: argparse.Namespace) -> float:
@@ -140,11 +142,12 @@ def _train_controlnet(args: argparse.Namespace) -> None:
     device = _prepare_device(args)
     deadline = _deadline(args)
     _make_folder(args)
-    stage = ControlStage(recipe, args.model, args.out / "sheets", device)
-    if not train_controlnet(stage, args.out, deadline):
-        print("The time is up and all is saved; the same command goes on from here.")
-    if args.export and not export_controlnet(stage, args.out, args.export):
-        print("Nothing to export yet: the ControlNet was not evaluated.")
+    with claimed(args.out, "training"):
+        stage = ControlStage(recipe, args.model, args.out / "sheets", device)
+        if not train_controlnet(stage, args.out, deadline):
+            print("The time is up and all is saved; the same command goes on from here.")
+        if args.export and not export_controlnet(stage, args.out, args.export):
+            print("Nothing to export yet: the ControlNet was not evaluated.")
 
 
 def _prepare_device(args: argparse.Namespace) -> torch.device:

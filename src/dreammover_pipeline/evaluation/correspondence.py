@@ -8,9 +8,12 @@ that splatting the clean latents along it gives.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,7 @@ from ..features import up_block_features
 from ..fields import pixel_flow, upsampled_flow
 from ..flow import distance_bias, join_features, match_features, smooth_flow
 from ..framing import unfit
+from ..inputs import check_file_place
 from ..pipeline import DreamMoverPipeline
 from ..records import BidirectionalFlow, Inversion
 from .case import EvaluationCase
@@ -30,6 +34,7 @@ from .suites import Suite
 PENALTIES = (0, 0.1)  # values of `distance_penalty`
 PASSES = (0, 1, 3)  # values of `flow_smoothing`
 PATCH = 3  # side in latent cells of the patches of latents that are matched for comparison
+HEAD = "| features | step |"  # how every table begins
 METRICS = {"pck05": "PCK@.05", "pck10": "PCK@.1", "epe": "EPE px", "epe_rest": "EPE rest", "splat": "splat PSNR"}
 
 
@@ -82,13 +87,35 @@ def table(rows: Sequence[dict], suite: str) -> str:
         for variant, measured in by_variant.items()
     }
     lines = [
-        f"| features | step | grid | penalty | passes | {' | '.join(METRICS.values())} |",
+        f"{HEAD} grid | penalty | passes | {' | '.join(METRICS.values())} |",
         "|---|" + "--:|" * (4 + len(METRICS)),
     ]
     for variant, estimates in sorted(found.items(), key=lambda item: -item[1][-1].mean):
         cells = [variant.features, variant.step, variant.grid, variant.penalty, variant.passes, *estimates]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
+
+
+def check_replaceable(rows: Path, report: Path) -> None:
+    """Raise ValueError if the place of a study's rows or of its report holds anything but those of another study."""
+    for path, is_own in ((rows, _is_row), (report, _is_beginning)):
+        check_file_place(path)
+        if path.exists() and not is_own(path.read_bytes()):
+            raise ValueError(f"'{path}' was not written by this command; move it away, or choose another folder")
+
+
+def _is_row(content: bytes) -> bool:
+    """Whether a file begins with a row of a study."""
+    try:
+        row = json.loads(content.partition(b"\n")[0])
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and row.keys() >= {"suite", "pair", "features", "metrics"}
+
+
+def _is_beginning(content: bytes) -> bool:
+    """Whether a file begins as a report does: with the name of a suite and its table."""
+    return re.match(rf"## \w+\n\n{re.escape(HEAD)}".encode(), content) is not None
 
 
 @torch.no_grad()

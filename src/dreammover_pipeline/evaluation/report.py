@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
+from ..inputs import check_file_place
 from ..media.pictures import CAPTION, FONT, MARGIN, picture_of
 from .networks import Tools
-from .run import RunFile, read_strip
+from .run import SHEETS, RunFile, read_strip
 from .scoring import BETTER
 from .statistics import FEWEST_PAIRS, Estimate, estimate, paired_difference, values_by_pair
 
@@ -35,8 +36,18 @@ TITLES = {
     "we_mid": "WE mid",
     "high_frequency": "HF ratio",
 }
+REPORT = "report.md"
+HEAD = "# Evaluation\n\nModel "  # how every report begins
 ARROWS = {"higher": "↑", "lower": "↓", "nearer 1": "→1"}
 LABEL = 110  # width in pixels of the column of method names on a sheet
+
+
+def check_report_place(folder: Path) -> None:
+    """Raise ValueError if the place of a run's report holds anything but a report."""
+    path = folder / REPORT
+    check_file_place(path)
+    if path.exists() and not path.read_bytes().startswith(HEAD.encode()):
+        raise ValueError(f"'{path}' is no report of an evaluation; move it away, or choose another folder")
 
 
 def write_report(file: RunFile, tools: Tools, left_out: Mapping[str, str] | None = None) -> Path:
@@ -51,10 +62,10 @@ def write_report(file: RunFile, tools: Tools, left_out: Mapping[str, str] | None
         The path of the report.
     """
     folder = file.path.parent
-    report = folder / "report.md"
+    report = folder / REPORT
     report.write_text(markdown(file, suite_fid(file, tools), left_out), encoding="utf-8")
     for suite, pair in sorted({(row["suite"], row["pair"]) for row in file.rows}):
-        path = folder / "sheets" / suite / f"{pair}.png"
+        path = folder / SHEETS / suite / f"{pair}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         pair_sheet(file, suite, pair).save(path)
     return report
@@ -73,9 +84,7 @@ def markdown(
     header = file.header
     sources = sorted({row["source"] for row in file.rows})
     lines = [
-        "# Evaluation",
-        "",
-        f"Model {header['model']} (weights {header['weights']}), {header['dtype']} on {header['device']}, "
+        f"{HEAD}{header['model']} (weights {header['weights']}), {header['dtype']} on {header['device']}, "
         f"seed {header['seed']}, settings {header['settings'] or 'the defaults'}, source {', '.join(sources)}.",
         "",
         "Means over pairs with 95 % bootstrap intervals; where fewer pairs than the row's have a value, their number "
@@ -104,8 +113,13 @@ def compare(first: RunFile, second: RunFile, method: str, other_method: str) -> 
         other_method: the method whose values are subtracted.
 
     Raises:
-        ValueError: the runs share no pair, or a suite of one name has pairs of another size or number of frames.
+        ValueError: a run has no rows of its method, or the runs share no pair, or a suite of one name has pairs of
+            another size or number of frames.
     """
+    for file, name in ((first, method), (second, other_method)):
+        methods = dict.fromkeys(row["method"] for row in file.rows)
+        if name not in methods:
+            raise ValueError(f"'{file.path}' has no row of the method '{name}'; it has {', '.join(methods) or 'none'}")
     table = {}
     for suite in first.header["suites"]:
         if suite not in second.header["suites"]:

@@ -30,6 +30,7 @@ from .scoring import score
 from .suites import Suite
 
 ROWS = "run.jsonl"
+FRAMES, SHEETS = "frames", "sheets"  # the folders beside it
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "numpy", "scikit-image", "opencv-python-headless")
 HEADER_KEY = ("suites", "seed", "settings")  # what the first line of every run has, by which its file is known as one
 KEY = ("suite", "pair", "method")  # what tells a row from all others, and every row has
@@ -105,7 +106,7 @@ class RunFile:
             pair: the name of the pair.
             row: the name of the method that made the frames, or "truth" or "inputs".
         """
-        return self.path.parent / "frames" / suite / pair / f"{row}.png"
+        return self.path.parent / FRAMES / suite / pair / f"{row}.png"
 
     def _append(self, content: bytes) -> None:
         with self.path.open("ab") as file:

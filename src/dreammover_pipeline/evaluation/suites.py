@@ -111,6 +111,13 @@ def folder_suite(folder: str | Path, n_frames: int, pairs: int | None = None) ->
     return Suite(folder.resolve().name, tuple(names), lambda name: _load_pair(folder / name, times), parameters)
 
 
+def folder_of(name: str) -> Path | None:
+    """The folder that holds the pairs of the suite of a name; None for a suite that is drawn."""
+    if name in DIFFICULTIES:
+        return None
+    return CLIPS if name == CLIPS.name else Path(name)
+
+
 def find_suites(names: Sequence[str], pairs: int, n_frames: int, size: int, seed: int = 0) -> list[Suite]:
     """The suites of these names, each one of `BUILT_IN` or the path of a folder of pairs.
 
@@ -119,8 +126,8 @@ def find_suites(names: Sequence[str], pairs: int, n_frames: int, size: int, seed
     """
     suites = [
         world_suite(name, pairs, n_frames, size, seed)
-        if name in DIFFICULTIES
-        else folder_suite(CLIPS if name == CLIPS.name else name, n_frames, pairs)
+        if (folder := folder_of(name)) is None
+        else folder_suite(folder, n_frames, pairs)
         for name in names
     ]
     for suite in suites:

@@ -23,7 +23,7 @@ class LatentShards:
     """Latents of the UNet's training images, encoded once, because drawing images anew would slow the training down.
 
     Shards are files in a folder. They are decided by the recipe and the autoencoder, so they need not be copied along
-    with the states of the training: a shard that is missing is made again.
+    with the states of the training: a shard that is missing or damaged is made again.
 
     Args:
         recipe: the recipe of the training, which says how many images there are.
@@ -64,7 +64,12 @@ class LatentShards:
 
     def _is_there(self, number: int) -> bool:
         file = self._file(number)
-        return file.is_file() and torch.load(file, mmap=True)["vae_step"] == self.vae_step
+        if not file.is_file():
+            return False
+        try:
+            return torch.load(file, mmap=True)["vae_step"] == self.vae_step
+        except Exception:  # there are errors of many classes for a file that is not as torch writes them
+            return False
 
     def _encoded(self, number: int) -> dict:
         seed = seed_of(self.recipe.seed, "latents", number)

@@ -28,7 +28,7 @@ from .latents import LatentShards
 from .models import WORDS, build_text_encoder, build_tokenizer, build_unet, build_vae, save_checkpoint
 from .recipes import Recipe
 from .stages import UnetStage, VaeStage
-from .trainer import Trainer, load_weights, read_state
+from .trainer import Trainer, check_identity, load_weights, read_state
 
 STAGES = (VaeStage, UnetStage)
 
@@ -66,14 +66,15 @@ def train(recipe: Recipe, folder: Path, device: torch.device, deadline: float) -
         Whether the training is finished; otherwise the time was up.
 
     Raises:
-        ValueError: the folder holds the training of another recipe, or a UNet and an autoencoder that do not match.
+        ValueError: the folder holds the training of another recipe, or files that are no states, or a UNet that does
+            not match the autoencoder as it is to be. All of this is found before any training.
     """
     identity = identity_of(recipe)
+    _check_states(recipe, folder, identity)
     if not _is_finished(folder, recipe, "vae"):
         trainer = Trainer(VaeStage(recipe, device), identity, folder, device)
         if not trainer.run(deadline):
             return False
-    check_autoencoder(folder)
     if _is_finished(folder, recipe, "unet"):
         return True
     vae_step = read_state(folder, "vae")["step"]
@@ -82,6 +83,21 @@ def train(recipe: Recipe, folder: Path, device: torch.device, deadline: float) -
         return False
     stage = UnetStage(recipe, shards, folder / "sheets", device)
     return Trainer(stage, identity | {"vae_step": vae_step}, folder, device).run(deadline)
+
+
+def _check_states(recipe: Recipe, folder: Path, identity: dict) -> None:
+    """Raise ValueError if what a folder holds cannot be gone on with, as `train` says."""
+    vae, unet = (read_state(folder, stage.name) for stage in STAGES)
+    if vae is not None:
+        check_identity(folder / "vae.pt", vae["identity"], identity)
+    if unet is not None:
+        check_identity(folder / "unet.pt", unet["identity"], identity | {"vae_step": unet["identity"].get("vae_step")})
+        before, after = unet["identity"]["vae_step"], max(recipe.vae.steps, 0 if vae is None else vae["step"])
+        if before != after:
+            raise ValueError(
+                f"the UNet in {folder} was trained on another autoencoder, of {before} steps instead of {after}; "
+                "repeat the --vae-steps of before, or delete unet.pt and train it anew"
+            )
 
 
 def check_autoencoder(folder: Path) -> None:

@@ -9,14 +9,19 @@ import os
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
+from zipfile import ZipFile
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..inputs import check_file_place
 from .optim import Average, MuonAdamW, rate_factor
 from .recipes import Plan
 from .validation import draw_curves
+
+# What the saved state of a stage holds.
+STATE = {"identity", "step", "seconds", "history", "best", "loss", "weights", "average", "optimizer"}
 
 
 class Stage(ABC):
@@ -165,11 +170,7 @@ class Trainer:
 
     def _continue_from(self, state: dict) -> None:
         """Go on from a saved state."""
-        if state["identity"] != self.identity:
-            raise ValueError(
-                f"{self.folder / self.stage.name}.pt was trained by another recipe, seed or autoencoder; "
-                "take another --out, or the options it was begun with"
-            )
+        check_identity(self.folder / f"{self.stage.name}.pt", state["identity"], self.identity)
         self.step, self.seconds = state["step"], state["seconds"]
         self.history, self.best = state["history"], state["best"]
         loss_sum, self.loss_count = state["loss"]
@@ -191,10 +192,42 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
         parameter.copy_(weights[name])
 
 
+def check_identity(file: Path, identity: dict, wanted: dict) -> None:
+    """Raise ValueError if the state in a file was trained by another recipe than is wanted."""
+    if identity != wanted:
+        raise ValueError(
+            f"{file} was trained by another recipe, seed or autoencoder; "
+            "take another --out, or the options it was begun with"
+        )
+
+
 def read_state(folder: Path, name: str) -> dict | None:
-    """The saved state called `name` in a folder, on the CPU; None if there is no such state."""
+    """The saved state called `name` in a folder, on the CPU; None if there is no such state.
+
+    Raises:
+        ValueError: what has the name of the state is none.
+    """
     file = folder / f"{name}.pt"
-    return torch.load(file, map_location="cpu") if file.is_file() else None
+    check_file_place(file)
+    if not file.exists():
+        return None
+    with file.open("rb") as opened:
+        try:
+            damaged = ZipFile(opened).testzip()  # torch itself does not look at the checksums
+            opened.seek(0)
+            state = None if damaged else torch.load(opened, map_location="cpu")
+        except Exception as error:  # there are errors of many classes for a file that is not as torch writes them
+            raise _no_state(file) from error
+    if not isinstance(state, dict) or not state.keys() >= STATE:
+        raise _no_state(file)
+    return state
+
+
+def _no_state(file: Path) -> ValueError:
+    return ValueError(
+        f"'{file}' is damaged or not the state of a training; put a copy of the state in its place, or move the file "
+        "away, and its stage begins anew"
+    )
 
 
 def write_state(file: Path, state: object) -> None:

@@ -112,6 +112,8 @@ class Doorkeeper:
             return PlainTextResponse(f"An upload must be one photo: {error.detail}", status_code=400)
         except FullError as error:
             return PlainTextResponse(str(error), status_code=507)
+        except OSError as error:  # the disk is full, for the picture or already for the file that comes in
+            return PlainTextResponse(f"The photo could not be stored: {error.strerror or error}.", status_code=507)
         except ValueError as error:
             return PlainTextResponse(f"{str(error).rstrip('.')}.", status_code=415)
         return JSONResponse([str(path)])

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import gradio as gr
 
+from ..inputs import check_integer
 from ..progress import ProgressListener
-from .page import MAX_PROMPT, PICTURES, PageComponents
+from .page import MAX_PROMPT, MAX_SEED, PICTURES, PageComponents
 from .results import FinishedVideo, RenderedFrames
 from .session import Session, StoppedError
 from .studio import Studio
@@ -180,6 +181,8 @@ class EventHandlers:
             raise ValueError("choose two photos first, or one of the examples")
         if len(form["prompt"] or "") > MAX_PROMPT:  # the page's own limit holds in the browser only
             raise ValueError(f"what the photos show may have {MAX_PROMPT} characters; {len(form['prompt'])} came")
+        seed = form["seed"] or 0  # an empty field is None
+        check_integer("Seed", seed, 0, MAX_SEED)
         return {
             "photos": [self._photo(request, form[which]) for which in ("first", "last")],
             "preparing": {
@@ -190,7 +193,7 @@ class EventHandlers:
                 "feature_step": min(self.defaults["feature_step"], form["inversion_steps"]),
                 # A spot of the first photo that has no partner in the last one yet is left out.
                 "spots": list(zip(*form["spots"], strict=False)),
-                "seed": form["seed"] or 0,
+                "seed": seed,
             },
             "rendering": {
                 **{name: form[name] for name in ("n_frames", "easing", "endpoints", "method")},

@@ -32,10 +32,15 @@ of the list.
 # By name; each picture has its headline in itself.
 PICTURES = ("flow", "matches", "confidence", "occlusion", "sources", "sheet")
 MAX_PROMPT = 500  # characters that a prompt may have
+MAX_SEED = 2**53  # largest whole number that a browser surely sends as it is typed
 PICTURE_VIEW = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
+# Whatever fails is said in words, on the status line or in a box of its own. Gradio writes "Error" over the line, too,
+# even over "Cancelled": its server ends a cancelled job with a message that has no values, and its page takes the
+# message for a failure wherever the message arrives before the answer to the request that cancels.
 CSS = """
 footer {display: none !important}
 .status {min-height: 5.5em}
+#status [data-testid="status-tracker"]:has(> .error) {display: none}
 #frame img {width: 100%; height: 100%; object-fit: contain}
 """
 
@@ -192,7 +197,7 @@ def _more_settings(defaults: Mapping[str, object]) -> dict[str, Component]:
             "embedding_steps", defaults, label="Embedding steps", elem_id="embedding-steps", explained=True
         )
         hold = gr.Slider(0, 3, 0, step=0.1, label="Both ends stand still, in seconds", elem_id="hold")
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53, elem_id="seed")
+        seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")  # Gradio's error about bounds would not name it
         endpoints = gr.Dropdown(
             list(ENDPOINTS),
             value=defaults["endpoints"],

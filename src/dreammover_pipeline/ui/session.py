@@ -59,7 +59,7 @@ class Session:
         self._finished: FinishedVideo | None = None
         self._shown: dict[str, Path] = {}
         self._job_lock, self._shown_lock = threading.Lock(), threading.Lock()
-        self._cancelled = threading.Event()
+        self._cancels: set[threading.Event] = set()  # one of each job, also of one that waits until another has ended
         self._closed = False
 
     @property
@@ -68,8 +68,9 @@ class Session:
         return self._finished
 
     def cancel(self) -> None:
-        """Stop the job in progress at its next step; without a job in progress, do nothing."""
-        self._cancelled.set()
+        """Stop the job in progress at its next step, and those that wait for it; without a job, do nothing."""
+        for cancelled in list(self._cancels):
+            cancelled.set()
 
     def leave(self) -> None:
         """Stop the job in progress at its next step, and let no other job begin."""
@@ -126,7 +127,7 @@ class Session:
             StoppedError: the visitor cancelled the job or left.
             TypeError, ValueError: an argument or a photo is not what it may be, or there are choices for frames that
                 are not those of these photos and settings; raised before any model runs.
-            RuntimeError: the work failed. If only writing failed, the frames are kept for the next call.
+            RuntimeError: the work failed. If only writing failed, what the message names is kept for the next call.
         """
         check_ffmpeg()
         self._pipe.check_inputs(**preparing, **rendering, rank_by=equally_good)
@@ -151,12 +152,7 @@ class Session:
                 rendered = self._render(key, prepared, rendering, wanted)
                 self._replace_rendered(rendered)
                 work.append("rendered")
-            try:
-                return self._write(rendered, fps, hold, ping_pong, (*work, "written"))
-            except (OSError, RuntimeError) as error:
-                raise RuntimeError(
-                    f"the video could not be written: {error}; its frames are kept, so another attempt only writes it"
-                ) from error
+            return self._write(rendered, fps, hold, ping_pong, (*work, "written"))
 
     def moment(self, time: float, report: ProgressListener) -> Path:
         """Make a single frame of what the finished video shows, at a δ of the visitor's choice, and return its file.
@@ -208,15 +204,16 @@ class Session:
     @contextmanager
     def _job(self, report: ProgressListener) -> Iterator[None]:
         """Have the pipeline for this session alone; its steps are reported, and it stops where the visitor wants."""
+        cancelled = threading.Event()
 
         def step(stage: str, done: int, total: int) -> None:
-            if self._cancelled.is_set() or self._closed:
+            if cancelled.is_set() or self._closed:
                 raise StoppedError
             report(stage, done, total)
 
-        with self._job_lock:
-            self._cancelled.clear()
-            with self._pipeline_lock, self._pipe.listening(step):
+        self._cancels.add(cancelled)
+        try:
+            with self._job_lock, self._pipeline_lock, self._pipe.listening(step):
                 step("Starting", 0, 1)
                 try:
                     yield
@@ -228,6 +225,8 @@ class Session:
                     self._pipe.maybe_free_model_hooks()
                     free_cache(self._pipe.device)
                     self.used = time.monotonic()
+        finally:
+            self._cancels.discard(cancelled)
 
     def _kept_frames(self) -> list[RenderedFrames]:
         """The frames that are kept, those that were made last first."""
@@ -264,16 +263,17 @@ class Session:
             )
         (frames,), (times,) = output.frames, output.times
         (chooser,) = output.candidates or [Chooser(equally_good, {})]  # one that nothing was shown to
-        folder = self._new_folder()
-        files = _write_pictures(frames, folder / "frames")
-        candidates = {
-            time: _write_pictures(seen, folder / f"candidates_{number}")
-            for number, (time, seen) in enumerate(chooser.seen.items())
-        }
         pictures = explaining_pictures(pair, frames, times, sources, RenderSettings.of(rendering).motion)
-        paths = {name: folder / f"{name}.png" for name in pictures}
-        for name, picture in pictures.items():
-            write_picture(picture, paths[name])
+        kept = "the photos are known by now, so another attempt only makes the frames"
+        with self._new_folder("the frames", kept) as folder:
+            files = _write_pictures(frames, folder / "frames")
+            candidates = {
+                time: _write_pictures(seen, folder / f"candidates_{number}")
+                for number, (time, seen) in enumerate(chooser.seen.items())
+            }
+            paths = {name: folder / f"{name}.png" for name in pictures}
+            for name, picture in pictures.items():
+                write_picture(picture, paths[name])
         return RenderedFrames(
             key,
             prepared,
@@ -299,15 +299,11 @@ class Session:
         """Write the video and the comparison, and remove the files of the video that they replace."""
         frames = [Image.open(path).convert("RGB") for path in rendered.files]
         faded = crossfade(frames[0], frames[-1], rendered.times)
-        folder = self._new_folder()
-        finished = FinishedVideo(rendered, folder / "dreammover.mp4", folder / "beside_a_crossfade.mp4", work)
-        try:
+        with self._new_folder("the video", "its frames are kept, so another attempt only writes it") as folder:
+            finished = FinishedVideo(rendered, folder / "dreammover.mp4", folder / "beside_a_crossfade.mp4", work)
             write_video(play(frames, fps, hold, ping_pong), finished.video, fps)
             beside = comparison({"DreamMover": frames, "cross-fade": faded})
             write_video(play(beside, fps, hold, ping_pong), finished.comparison, fps)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
         before, self._finished = self._finished, finished
         if before is not None:
             shutil.rmtree(before.video.parent, ignore_errors=True)
@@ -317,22 +313,41 @@ class Session:
 
     def _show(self, kind: str, pictures: Mapping[str, Image.Image]) -> list[Path]:
         """Write pictures to files of these names, and remove the pictures of this kind that were shown before."""
-        folder = self._new_folder()
-        for name, picture in pictures.items():
-            write_picture(picture, folder / f"{name}.png")
+        with self._new_folder("the picture", "try again later") as folder:
+            for name, picture in pictures.items():
+                write_picture(picture, folder / f"{name}.png")
         with self._shown_lock:
             before, self._shown[kind] = self._shown.get(kind), folder
         if before is not None:
             shutil.rmtree(before, ignore_errors=True)
         return [folder / f"{name}.png" for name in pictures]
 
-    def _new_folder(self) -> Path:
-        """A new folder with a random name: a browser must not take new files for old ones, and nobody may guess it."""
+    @contextmanager
+    def _new_folder(self, what: str, kept: str) -> Iterator[Path]:
+        """A new folder with a random name: a browser must not take new files for old ones, and nobody may guess it.
+
+        If the block fails, which only writes into the folder, the folder is removed.
+
+        Args:
+            what: what is written, for the error.
+            kept: what the error says of what is not lost, or of what to do.
+
+        Raises:
+            StoppedError: the visitor has left.
+            RuntimeError: a file could not be written, such as on a full disk.
+        """
         if self._closed:
             raise StoppedError
         folder = self.folder / secrets.token_hex(16)
-        folder.mkdir(parents=True)
-        return folder
+        try:
+            folder.mkdir(parents=True)
+            yield folder
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if not isinstance(error, (OSError, RuntimeError)):
+                raise
+            reason = getattr(error, "strerror", None) or error  # whose text would name the server's folders
+            raise RuntimeError(f"{what} could not be written: {reason}; {kept}") from error
 
 
 def _frames_generator(prepared: PreparedPhotos) -> torch.Generator:

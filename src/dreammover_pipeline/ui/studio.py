@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from ..pipeline import DreamMoverPipeline
-from .session import Session
+from .session import Session, StoppedError
 from .visitors import Visitors
 
 MAX_SESSIONS = 10  # number of sessions that a visitor may have; each may keep up to three prepared pairs in memory
@@ -31,15 +31,21 @@ class Studio:
         self.pipeline_lock = threading.Lock()  # held by the session whose job the pipeline is doing
         self._sessions: dict[tuple[Path, str], Session] = {}  # by the visitor's folder and the session's name
         self._sessions_lock = threading.Lock()
+        self._closed = False
 
     def session(self, cookie: str, name: str) -> Session:
         """The session of this name of the visitor with this cookie; a new one where there is none yet.
 
         Where the visitor has more than `MAX_SESSIONS` then, the one that was not used for the longest time is closed.
+
+        Raises:
+            StoppedError: the server is being stopped.
         """
         self._close_idle()
         visitor = self.visitors.folder(cookie)
         with self._sessions_lock:
+            if self._closed:  # a job that was waiting would otherwise begin while the others are being stopped
+                raise StoppedError
             new = Session(self.pipe, self.pipeline_lock, visitor / secrets.token_hex(16))
             session = self._sessions.setdefault((visitor, name), new)
             session.used = time.monotonic()
@@ -53,7 +59,9 @@ class Studio:
         self._close((self.visitors.folder(cookie), name))
 
     def close_all(self) -> None:
-        """End all sessions."""
+        """End all sessions, and let no other begin."""
+        with self._sessions_lock:
+            self._closed = True
         for session in list(self._sessions.values()):  # every job is stopped before the end of any is waited for
             session.leave()
         for key in list(self._sessions):

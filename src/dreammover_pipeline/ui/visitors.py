@@ -20,10 +20,11 @@ from .photos import read_photo
 COOKIE = "dreammover_visitor"
 MAX_UPLOADS = 20  # photos that a visitor may have here; the one uploaded first makes room for another
 MAX_STORED = 4 * 2**30  # bytes that the files of all visitors may have before no more are taken
+MIN_FREE = 2**28  # bytes of the disk that must be free; most videos with all that belongs to them take less
 
 
 class FullError(RuntimeError):
-    """The files of all visitors take all the room that they may take."""
+    """The files of all visitors take all the room that they may take, or that the disk has."""
 
 
 class Visitors:
@@ -72,14 +73,14 @@ class Visitors:
         """Check that more files may be stored.
 
         Raises:
-            FullError: the files of all visitors have `MAX_STORED` bytes or more.
+            FullError: the files of all visitors have `MAX_STORED` bytes or more, or the disk has no `MIN_FREE` left.
         """
         stored = 0
         for folder, _, names in os.walk(self.folders):
             for name in names:
                 with suppress(FileNotFoundError):
                     stored += os.stat(os.path.join(folder, name)).st_size
-        if stored >= MAX_STORED:
+        if stored >= MAX_STORED or shutil.disk_usage(self.folders).free < MIN_FREE:
             raise FullError("There is no room for more files here at the moment; try again later.")
 
     def take(self, cookie: str, file: BinaryIO, name: str) -> Path:
@@ -94,15 +95,20 @@ class Visitors:
             The path of a PNG of the photo, as `read_photo` reads it.
 
         Raises:
-            FullError: the files of all visitors take all the room that they may take.
+            FullError: there is no room for more files.
+            OSError: the picture cannot be written; nothing is left of it.
             ValueError: the photo cannot be read.
         """
         self.check_room()
         photo = read_photo(file, name)
         uploads = self.folder(cookie) / "uploads"
         target = uploads / secrets.token_hex(16) / "photo.png"
-        target.parent.mkdir(parents=True)
-        write_picture(photo, target)
+        try:
+            target.parent.mkdir(parents=True)
+            write_picture(photo, target)
+        except BaseException:
+            shutil.rmtree(target.parent, ignore_errors=True)
+            raise
         for old in sorted(uploads.iterdir(), key=lambda upload: upload.stat().st_mtime_ns)[:-MAX_UPLOADS]:
             shutil.rmtree(old, ignore_errors=True)
         return target
