@@ -330,6 +330,23 @@ def test_frames_between_two_prompts_get_interpolated_embeddings(pipe, photos, fa
     assert close(seen[0], slerp(*ends, torch.tensor([0.25, 0.5, 0.75])), 1e-6)
 
 
+def test_under_guidance_photos_and_frames_are_asked_with_their_own_text_and_away_from_the_negative_one(
+    pipe, photos, fast
+):
+    asked = []
+    pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: asked.append((args[0], kwargs["encoder_hidden_states"])), with_kwargs=True
+    )
+    guided = {"prompt": ["a fish", "a robot"], "guidance_scale": 3.0, "negative_prompt": "a cat"}
+    pipe(*photos, **fast | guided)
+    ends, _ = pipe.encode_prompt(["a fish", "a robot"], torch.device("cpu"))
+    (away,), _ = pipe.encode_prompt("a cat", torch.device("cpu"))
+    own = torch.cat([ends, slerp(*ends, torch.tensor([0.25, 0.5, 0.75]))])
+    for latents, texts in asked[-fast["inversion_steps"] :]:
+        assert close(texts, torch.cat([away.expand_as(own), own]), 1e-6)
+        assert torch.equal(*latents.chunk(2))
+
+
 def test_embeddings_may_replace_prompts(pipe, photos, fast):
     wordless = {name: value for name, value in fast.items() if name != "prompt"}
     embeds, negative = pipe.encode_prompt("a fish", torch.device("cpu"), 1, True, "a cat")
