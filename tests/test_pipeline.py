@@ -304,6 +304,18 @@ def test_every_option_does_something(pipe, photos, fast, option):
     assert not close(plain, changed, 1e-5)
 
 
+def test_guidance_leads_from_the_one_prediction_past_the_other(pipe):
+    denoiser, generator = pipe._models().denoiser, torch.Generator().manual_seed(0)
+    denoiser.guidance_scale = 3.0
+    latents = torch.randn(2, 4, 8, 8, generator=generator)
+    towards, away = torch.randn(2, 2, 24, 32, generator=generator)
+    with torch.no_grad():
+        guided = denoiser.predict_noise(latents, 301, towards, away)
+        there, here = (denoiser.predict_noise(latents, 301, text) for text in (towards, away))
+    assert not close(there, here, 1e-3)
+    assert close(guided, here + 3 * (there - here), 1e-4)
+
+
 def test_guidance_towards_and_away_from_the_same_text_is_no_guidance(pipe, photos, fast):
     guided = pipe(*photos, **fast | {"guidance_scale": 5.0, "negative_prompt": "a fish"}).frames
     assert close(guided, pipe(*photos, **fast).frames, 1e-3)
