@@ -103,10 +103,13 @@ def test_frames_that_are_decoded_together_are_the_same(pipe, photos, fast, decod
 
 def test_no_frame_is_held_once_it_has_been_handed_over(pipe, photos, fast, monkeypatch):
     monkeypatch.setattr(finishing, "KEPT_BYTES", 0)
+    monkeypatch.setattr(memory, "CPU_DECODES", 2)
     frames = pipe(*photos, **{**fast, "detail": "photos", "output_type": "lazy"}).frames[0]
     for _ in frames:
         pass
+    assert frames[1]  # beside which its neighbour is decoded
     assert all(frame.kept is None and frame.maker._pair is None for frame in frames._frames)
+    assert not frames._frames[1].maker._decoded
 
 
 def test_those_of_a_sequence_follow_each_other(pipe, photos, fast):
