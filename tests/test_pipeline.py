@@ -671,10 +671,17 @@ def test_the_safety_checker_is_honoured(components, safety_checker, photos, fast
     checker.concept_embeds_weights.data.fill_(-2.0 if flags else 2.0)  # cosines lie within ±1
     checker.special_care_embeds_weights.data.fill_(2.0)
     components.update(safety_checker=checker, feature_extractor=extractor)
-    output = DreamMoverPipeline(**components)(*photos, **fast, include_inputs=True)
+    pipe = DreamMoverPipeline(**components)
+    output = pipe(*photos, **fast, include_inputs=True)
     assert output.nsfw_content_detected == [[False, *[flags] * 3, False]]
     assert (float(output.frames[0, 1:-1].max()) == 0) == flags
     assert float(output.frames[0, 0].max()) > 0.5
+    lazy = pipe(*photos, **fast | {"output_type": "lazy"}, include_inputs=True)
+    (found,) = lazy.nsfw_content_detected
+    assert list(found) == [False] * 5  # before they are made
+    pictures = [*lazy.frames[0]]
+    assert found[:] == [False, *[flags] * 3, False]
+    assert (pictures[2].getbbox() is None) == flags
 
 
 def test_a_safety_checker_needs_its_extractor_and_its_absence_is_mentioned(components, safety_checker, caplog):
