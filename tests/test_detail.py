@@ -135,6 +135,30 @@ def test_where_the_vae_cannot_be_trusted_the_photos_are():
     assert (goes - photo).abs().mean() < 0.5 * (stays - photo).abs().mean()
 
 
+def test_an_error_that_a_tenth_of_the_pair_exceeds_is_assumed_everywhere():
+    canvas = canvas_of(48, 48)
+    photo = picture(192, 192)
+    for side, everywhere in ((20, True), (4, False)):
+        error = torch.zeros(48, 48)
+        error[:side, :side] = 0.4  # at a corner; the error around it is blurred
+        assumed = pair_of(photo, photo, canvas, still(12, 12), error=error).small[:, 3]
+        assert (assumed.min() > 0.01) == everywhere
+        assert (assumed.min() < 1e-6) != everywhere
+        assert assumed[:, 0, 0].min() > 0.1
+
+
+def test_light_is_that_of_the_frame_unless_the_vae_tints():
+    canvas = canvas_of(48, 48)
+    photo = picture(192, 192) * 0.8
+    tinted = fit(photo, canvas) + 0.025
+    trusted, doubted = (
+        plan_detail(pair_of(photo, photo, canvas, still(12, 12), error=error), tinted, 0.5) for error in (0.0, 0.1)
+    )
+    assert trusted.added.mean() > 0.01
+    assert trusted.taken.mean() > 0.99  # what is light is no difference of content, which would make it 0.97
+    assert doubted.added.abs().max() < 0.001
+
+
 def test_light_changes_evenly():
     canvas = canvas_of(64, 64)
     photo = 0.2 + 0.3 * picture(256, 256)
