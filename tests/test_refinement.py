@@ -177,21 +177,44 @@ def test_windows_are_compared_as_the_loop_compares_them():
         assert float(made[image, 0, row, column]) == pytest.approx(expected, abs=1e-9)
 
 
-def test_a_step_is_that_of_the_linearised_window():
+@pytest.mark.parametrize("turn", [0, 0.1 + 0.3j])
+def test_a_step_is_that_of_the_linearised_window(turn):
     """Without outliers and damping, where colours change linearly, one step finds the shift and keeps the turn."""
-    x, y = cell_grid(40, 40, torch.zeros(1).double())[0]
-    ramp = torch.stack([x, y, x + y]) / 400
-    photos = torch.stack([ramp, ramp + torch.tensor([-0.004, 0.002, -0.002]).reshape(3, 1, 1)])  # moved by (1.6, −0.8)
-    reach = replace(FROM_FEATURES, steps=1)
-    windows, still = Windows.of(photos, (10, 10), reach), torch.zeros(2, 2, 10, 10).double()
+    h, w, middle, shift, factor = 10, 14, 6 + 5j, 0.4 - 0.2j, 1 + turn
+    x, y = (cell_grid(4 * h, 4 * w, torch.zeros(1).double())[0] + 0.5) / 4 - 0.5
+
+    def ramp(places):
+        return torch.stack([places.real, places.imag, places.real + places.imag]) / 100
+
+    def as_field(values):
+        return torch.view_as_real(values).movedim(-1, 0).expand(2, -1, -1, -1)
+
+    pixels, cells = torch.complex(x, y), torch.complex(*cell_grid(h, w, x)[0])
+    photos = torch.stack([ramp(pixels), ramp((pixels - middle - shift) / factor + middle)])
+    ways, turns = as_field(factor * (cells - middle) + middle + shift - cells), torch.full_like(cells, turn)
+    windows = Windows.of(photos, (h, w), replace(FROM_FEATURES, steps=1))
+    beside = as_field(torch.full_like(cells, 0.2 - 0.3j))
+    begun = windows.compared(ways + beside, as_field(turns))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refinement, "DAMPING", 1e-9)
         patch.setattr(refinement, "OUTLIER", 1e6)
-        made = windows.stepped(windows.resting(), torch.ones(2, 1, 10, 10, dtype=torch.bool))
-    inner = (0, slice(None), slice(3, 7), slice(3, 7))
-    expected = torch.tensor([0.4, -0.2]).double().reshape(2, 1, 1).expand(2, 4, 4)
-    torch.testing.assert_close(made.shift[inner], expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(made.turn[inner], still[inner], atol=1e-5, rtol=0)
+        made = windows.stepped(begun, torch.ones(2, 1, h, w, dtype=torch.bool))
+    inner = (0, slice(None), slice(4, 6), slice(5, 8))
+    torch.testing.assert_close(made.shift[inner], ways[inner], atol=1e-4, rtol=0)
+    torch.testing.assert_close(made.turn[inner], as_field(turns)[inner], atol=1e-4, rtol=0)
+
+
+def test_no_step_is_longer_and_no_round_leads_further_than_it_may():
+    """On even slopes that have moved by (5, 4) cells, all steps lead the same way."""
+    x, y = cell_grid(48, 56, torch.zeros(1).double())[0] / 4
+    photos = torch.stack([torch.stack([x, y, x + y]), torch.stack([x - 5, y - 4, x + y - 9])]) / 100
+    still, everywhere = torch.zeros(2, 2, 12, 14).double(), torch.ones(2, 1, 12, 14, dtype=torch.bool)
+    ways = []
+    for reach in (replace(FROM_FEATURES, steps=1), FROM_FEATURES):
+        windows = Windows.of(photos, (12, 14), reach)
+        ways.append(windows.stepped(windows.compared(still, still), everywhere).shift)
+    assert ways[0].abs().max() == pytest.approx(FROM_FEATURES.longest)
+    assert 1 < ways[1].norm(dim=1).max() <= FROM_FEATURES.furthest
 
 
 def test_a_window_without_texture_takes_no_step():
