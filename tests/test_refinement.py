@@ -88,6 +88,12 @@ def test_what_has_gone_far_and_turned_is_found_wherever_it_is(seed):
     after = (made - truth).norm(dim=1)[seen]
     assert truth.norm(dim=1)[seen].mean() > 8
     assert after.quantile(0.9) < 0.25
+    _, turn, matched = most_alike(photos, (24, 24), FROM_FEATURES.half)
+    degrees = torch.atan2(turn[:, 1], 1 + turn[:, 0]).rad2deg()
+    for image, expected in enumerate((60, -60)):
+        found = degrees[image][matched[image, 0]]
+        assert len(found) > 50
+        assert float(found.median()) == pytest.approx(expected)
 
 
 def test_smooth_ground_hidden_in_either_photo_goes_nowhere():
@@ -117,6 +123,11 @@ def test_a_search_among_fewer_places_finds_the_same_motion(monkeypatch):
     monkeypatch.setattr(search, "SEARCHED_PLACES", 24 * 24 // 4)
     made = refined_flow(BidirectionalFlow.of(torch.zeros_like(truth)), photos, TOLERANCE).stacked()
     assert (made - truth).norm(dim=1)[inside(truth, 5)].quantile(0.9) < 0.25
+    turned, _ = moved_pair(24, 24, 40, 1.0, (4, 2))
+    shift, turn, _ = most_alike(turned, (24, 24), FROM_FEATURES.half)
+    # What is around a place moves as one with it: a cell above it moves by a turn of the way up less.
+    above = (shift[..., ::2, :] - shift[..., 1::2, :])[..., 1::2]
+    torch.testing.assert_close(above, torch.stack([turn[:, 1], -turn[:, 0]], 1)[..., 1::2, 1::2])
 
 
 def test_light_that_changes_between_the_photos_makes_no_difference():
@@ -215,6 +226,13 @@ def test_no_step_is_longer_and_no_round_leads_further_than_it_may():
         ways.append(windows.stepped(windows.compared(still, still), everywhere).shift)
     assert ways[0].abs().max() == pytest.approx(FROM_FEATURES.longest)
     assert 1 < ways[1].norm(dim=1).max() <= FROM_FEATURES.furthest
+    x, y = x - 6, y - 5  # and what grows to three times its size
+    photos = torch.stack([torch.stack([x, y, x + y]), torch.stack([x, y, x + y]) / 3]) / 100
+    windows = Windows.of(photos, (12, 14), FROM_FEATURES)
+    turn = windows.stepped(windows.compared(still, still), everywhere).turn
+    scale = torch.hypot(1 + turn[:, 0], turn[:, 1])[:, 4:7, 5:8]
+    assert scale[0].max() == pytest.approx(refinement.SCALES[1])
+    assert scale[1].min() == pytest.approx(refinement.SCALES[0], abs=0.01)
 
 
 def test_a_window_without_texture_takes_no_step():
@@ -280,7 +298,8 @@ def test_autocast_of_the_caller_changes_nothing():
         assert torch.equal(refined_flow(rough, photos, TOLERANCE).stacked(), made)
 
 
-def test_a_flow_is_aligned_with_finer_detail():
+@pytest.mark.parametrize("brighter", [1, 1.4])
+def test_a_flow_is_aligned_with_finer_detail(brighter):
     """Two photos of one texture, moved by (1.3, −0.6) cells; the flow begins a third of a cell off."""
     moved = torch.tensor([1.3, -0.6]).double().reshape(1, 2, 1, 1)
     truth = torch.cat([moved, -moved]).expand(2, 2, 12, 12)
@@ -289,5 +308,13 @@ def test_a_flow_is_aligned_with_finer_detail():
         places = (cell_grid(12 * pixels, 12 * pixels, torch.zeros(1).double())[0] + 0.5) * 8 / pixels
         return torch.stack([texture(places), texture(places - 8 * moved[0])])
 
-    made = aligned_flow(BidirectionalFlow.of(truth + 0.3), [photos(8), photos(16)]).stacked()
+    light = torch.tensor([1, brighter]).double().reshape(2, 1, 1, 1)
+    made = aligned_flow(BidirectionalFlow.of(truth + 0.3), [light * photos(8), light * photos(16)]).stacked()
     assert (made - truth)[..., 3:9, 3:9].abs().max() < 0.02
+
+
+def test_a_flow_is_not_aligned_where_the_photos_show_different_things():
+    pixels = cell_grid(96, 96, torch.zeros(1).double())[0]
+    photos = torch.stack([texture(pixels).round(), texture(pixels, seed=7).round()])
+    flow = BidirectionalFlow.of(0.3 * randn(2, 2, 12, 12))
+    assert (aligned_flow(flow, [photos]).stacked() == flow.stacked()).float().mean() > 0.9
