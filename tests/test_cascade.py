@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.cascade import (
+    Level,
     PairCascade,
     Spans,
     cascade_calls,
@@ -90,6 +91,19 @@ def test_tiles_cover_every_place_once_in_all(count, longest, parts):
     assert all(start % parts == 0 for start in spans.starts)
 
 
+def test_the_mean_of_some_tiles_is_theirs_wherever_they_are():
+    level = Level.of((160, 96), Canvas(80, 48, 80, 48, 320, 192), CELL, (8, 8))
+    assert (level.canvas.output_height, level.canvas.output_width) == (160, 96)
+    chosen = [0, 3]
+    mean = level.mean(chosen, torch.full((2, 1, 8, 8), 3.0).split(1))
+    there = torch.zeros(20, 12, dtype=torch.bool)
+    for tile in chosen:
+        top, left = level.cells.corner(tile)
+        there[top : top + 8, left : left + 8] = True
+    assert not there.all()
+    torch.testing.assert_close(mean[0, 0], 3.0 * there)
+
+
 @pytest.mark.parametrize(
     ("output", "sizes"),
     [
@@ -159,6 +173,8 @@ def test_the_unet_is_called_as_often_as_is_said(parts):
         assert max(batches, default=0) <= 5
     assert said[0] == cascade_calls(pair.canvas, CELL, largest, STEPS)
     assert said[0] > said[1] > said[2] == 0
+    nearly = [cascade_calls(pair.canvas, CELL, largest, STEPS, trusting(plan, taken)) for taken in (0.97, 0.99)]
+    assert nearly == [said[0], 0]
 
 
 @pytest.mark.parametrize(("side", "levels"), [(96, [96]), (133, [128, 133])])
@@ -202,5 +218,9 @@ def test_all_is_put_back_when_the_unet_fails(parts):
     with pytest.raises(RuntimeError, match="no"):
         cascade.refined(frame, trusting(plan, 0.0), TIME)
     assert all(torch.equal(weight, weights[name]) for name, weight in unet.state_dict().items())
+    handle.remove()
+    handle = unet.register_forward_hook(lambda module, inputs, output: tuple(part * torch.nan for part in output))
+    with pytest.raises(RuntimeError, match=r"^the UNet overflowed in torch\.float32"):
+        cascade.refined(frame, trusting(plan, 0.0), TIME)
     handle.remove()
     assert torch.isfinite(cascade.refined(frame, plan, TIME)).all()

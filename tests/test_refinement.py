@@ -118,6 +118,17 @@ def test_places_that_look_alike_are_not_told_apart():
     assert not matched[..., 6:18, 6:18].any()
 
 
+def test_of_two_things_that_look_alike_one_at_most_is_found_in_the_other_photo():
+    ground = torch.full((3, 96, 96), 0.5, dtype=torch.float64)
+    thing = texture(cell_grid(32, 32, ground)[0])
+    photos = ground.repeat(2, 1, 1, 1)
+    photos[0, :, 8:40, 8:40] = photos[0, :, 56:88, 56:88] = photos[1, :, 8:40, 56:88] = thing
+    _, _, matched = most_alike(photos, (24, 24), FROM_FEATURES.half)
+    first, second = (matched[0, 0, part, part] for part in (slice(5, 7), slice(17, 19)))
+    assert (first | second).any()
+    assert not (first & second).any()
+
+
 def test_a_search_among_fewer_places_finds_the_same_motion(monkeypatch):
     photos, truth = moved_pair(24, 24, 0, 1.0, (8, 2))
     monkeypatch.setattr(search, "SEARCHED_PLACES", 24 * 24 // 4)
