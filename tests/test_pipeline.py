@@ -118,6 +118,12 @@ def test_include_inputs_puts_the_very_pixels_at_the_ends(pipe, fast):
     assert np.array_equal(np.asarray(frames[0]), np.asarray(first))
     assert np.array_equal(np.asarray(frames[-1]), np.asarray(last))
     latent = pipe(first, last, **fast | {"output_type": "latent"}, include_inputs=True).frames[0]
+    pair = pipe.prepare(
+        first,
+        last,
+        **{name: fast[name] for name in ("num_inference_steps", "inversion_steps", "feature_step", "lora_steps")},
+    )
+    assert torch.equal(latent[[0, -1]], pair.inversion.path[0])
     assert latent.shape[0] == 5
 
 
