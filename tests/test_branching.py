@@ -100,6 +100,41 @@ def test_two_equal_pictures_have_equal_frames_between_them_where_the_model_finds
     assert torch.allclose(made, made[:1].expand_as(made), atol=1e-9)
 
 
+def test_a_frame_is_mixed_at_its_own_place_between_its_parents():
+    clean, times, begun = latents(), (0.2, 0.5), []
+
+    def at_work(frames, steps):
+        begun.append(None)
+
+        def predict(x, timestep):
+            begun[-1] = x if begun[-1] is None else begun[-1]
+            return x.tanh()
+
+        return nullcontext((predict, lambda i, timestep, x: x))
+
+    made = interpolate_in_noise(clean, times, at_work, SCHEDULE, (0.2, 0.6), seed=3)
+    source, steps = noises(clean[0], 3), steps_of_generations(2, (0.2, 0.6), 20)
+    ways = ((clean, 0.5), (torch.stack([clean[0], made[1]]), 0.4))
+    for (parents, way), count, x in zip(ways, steps, begun, strict=True):
+        expected = mixed_in_noise(parents, next(source), SCHEDULE.alpha_bars[count], way)
+        torch.testing.assert_close(x[0], expected)
+
+
+def test_candidates_have_noise_of_their_own_and_the_first_is_what_it_is_without_the_others():
+    def at_work(frames, steps):
+        return nullcontext((lambda x, timestep: x.tanh(), lambda i, timestep, x: x))
+
+    arguments, seen = (latents(), (0.25, 0.5, 0.75), at_work, SCHEDULE, (0.2, 0.6), 3), []
+    alone = interpolate_in_noise(*arguments)
+    made = interpolate_in_noise(*arguments, candidates=3, choose=lambda time, some: seen.append(some) or 0)
+    assert torch.allclose(made, alone)
+    for some in seen:
+        assert not torch.allclose(some[0], some[1], atol=1e-2)
+        assert not torch.allclose(some[1], some[2], atol=1e-2)
+    other = interpolate_in_noise(*arguments, candidates=3, choose=lambda time, some: 2)
+    assert not torch.allclose(other, made, atol=1e-2)
+
+
 def test_what_is_interrupted_is_mixed_of_its_parents():
     clean = latents()
     made = interpolate_in_noise(

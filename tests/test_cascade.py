@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.cascade import (
+    Level,
     PairCascade,
     Spans,
     cascade_calls,
@@ -20,6 +22,7 @@ from dreammover_pipeline.cascade import (
 from dreammover_pipeline.denoiser import Denoiser
 from dreammover_pipeline.detail import PairDetail, plan_detail, with_detail
 from dreammover_pipeline.framing import fit, fit_to_output
+from dreammover_pipeline.fusion import slerp
 from dreammover_pipeline.paths import rigid_paths
 from dreammover_pipeline.records import Canvas, Schedule
 from dreammover_pipeline.sampling import denoise
@@ -32,9 +35,9 @@ def prepared(session_components, photos):
     """The models, and a pair that sits on 64×64 pixels and is returned at 133×133, for which there are two levels."""
     pipe = DreamMoverPipeline(**copy.deepcopy(session_components), requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    pair = pipe.prepare(
-        *photos, "a fish", num_inference_steps=6, inversion_steps=1, feature_step=1, lora_steps=1, lora_rank=1
-    )
+    steps = {"num_inference_steps": 6, "inversion_steps": 1, "feature_step": 1}
+    fit = {"lora_steps": 1, "lora_rank": 1, "lora_learning_rate": 0.1, "lora_scale": 0.5}
+    pair = pipe.prepare(*photos, ("a fish", "a robot"), **steps, **fit)
     images = tuple(torch.rand(2, 3, 133, 133, generator=torch.Generator().manual_seed(0)))
     return pipe._models(), replace(pair, images=images, canvas=Canvas(64, 64, 64, 64, 133, 133))
 
@@ -86,6 +89,19 @@ def test_tiles_cover_every_place_once_in_all(count, longest, parts):
     torch.testing.assert_close(total, torch.ones(count * parts))
     assert spans.length == parts * min(count, longest)
     assert all(start % parts == 0 for start in spans.starts)
+
+
+def test_the_mean_of_some_tiles_is_theirs_wherever_they_are():
+    level = Level.of((160, 96), Canvas(80, 48, 80, 48, 320, 192), CELL, (8, 8))
+    assert (level.canvas.output_height, level.canvas.output_width) == (160, 96)
+    chosen = [0, 3]
+    mean = level.mean(chosen, torch.full((2, 1, 8, 8), 3.0).split(1))
+    there = torch.zeros(20, 12, dtype=torch.bool)
+    for tile in chosen:
+        top, left = level.cells.corner(tile)
+        there[top : top + 8, left : left + 8] = True
+    assert not there.all()
+    torch.testing.assert_close(mean[0, 0], 3.0 * there)
 
 
 @pytest.mark.parametrize(
@@ -150,29 +166,36 @@ def test_the_unet_is_called_as_often_as_is_said(parts):
         assert max(batches, default=0) <= 5
     assert said[0] == cascade_calls(pair.canvas, CELL, largest, STEPS)
     assert said[0] > said[1] > said[2] == 0
+    nearly = [cascade_calls(pair.canvas, CELL, largest, STEPS, trusting(plan, taken)) for taken in (0.97, 0.99)]
+    assert nearly == [said[0], 0]
 
 
-def test_one_tile_is_the_whole(parts):
-    """The equation at the head of the module, without tiles."""
+@pytest.mark.parametrize(("side", "levels"), [(96, [96]), (133, [128, 133])])
+def test_one_tile_is_the_whole(parts, side, levels):
+    """The equations at the head of the module, without tiles, level by level."""
     models, pair, _, frame, plan = parts
     unet = copy.deepcopy(models.denoiser.unet)
     unet.register_to_config(sample_size=(24, 24))
     models = replace(models, denoiser=Denoiser(unet, models.denoiser.ddim, models.denoiser.device))
-    pair, plan = returned_at(pair, 96), trusting(plan, 0.0)
-    detail = detail_of(pair)
-    refined = PairCascade.of(models, pair, detail, STEPS).refined(frame, plan, TIME)
+    pair, plan = returned_at(pair, side), trusting(plan, 0.25)
+    refined = PairCascade.of(models, pair, detail_of(pair), STEPS).refined(frame, plan, TIME)
+    text = slerp(*pair.prompt_embeds, torch.tensor([TIME]))
 
     def predict_noise(latents, timestep):
-        return models.denoiser.predict_noise(latents, timestep, pair.prompt_embeds[: len(latents)])
+        return models.denoiser.predict_noise(latents, timestep, text)
 
-    schedule, base = pair.inversion.schedule, with_detail(detail, frame, TIME, plan=plan)
+    schedule, change = pair.inversion.schedule, torch.zeros(3, 1, 1)
     encode, decode = models.autoencoder.encode, models.autoencoder.decode
     with models.denoiser.with_lora(pair.lora, pair.lora_scale):
-        latents = encode(base[None])
-        clean = denoise(schedule.alpha_bars[STEPS] ** 0.5 * latents, predict_noise, schedule, STEPS)
-    expected = (base + (decode(clean) - decode(latents))[0]).clamp(0, 1)
-    assert not torch.equal(refined, base)
-    torch.testing.assert_close(refined, expected, atol=1e-4, rtol=0)
+        for size in levels:
+            base = with_detail(detail_of(returned_at(pair, size)), frame, TIME, plan=plan)
+            change = F.interpolate(change[None], (size, size), mode="bicubic")[0]
+            to_whole_cells = (0, -size % CELL, 0, -size % CELL)
+            latents = encode(F.pad((base + change).clamp(0, 1)[None], to_whole_cells, mode="replicate"))
+            clean = denoise(schedule.alpha_bars[STEPS] ** 0.5 * latents, predict_noise, schedule, STEPS)
+            change = change + 0.75 * (decode(clean) - decode(latents))[0, :, :size, :size]
+    assert change.abs().mean() > 0.01
+    torch.testing.assert_close(refined, (base + change).clamp(0, 1), atol=1e-4, rtol=0)
 
 
 def test_all_is_put_back_when_the_unet_fails(parts):
@@ -188,5 +211,9 @@ def test_all_is_put_back_when_the_unet_fails(parts):
     with pytest.raises(RuntimeError, match="no"):
         cascade.refined(frame, trusting(plan, 0.0), TIME)
     assert all(torch.equal(weight, weights[name]) for name, weight in unet.state_dict().items())
+    handle.remove()
+    handle = unet.register_forward_hook(lambda module, inputs, output: tuple(part * torch.nan for part in output))
+    with pytest.raises(RuntimeError, match=r"^the UNet overflowed in torch\.float32"):
+        cascade.refined(frame, trusting(plan, 0.0), TIME)
     handle.remove()
     assert torch.isfinite(cascade.refined(frame, plan, TIME)).all()

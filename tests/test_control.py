@@ -85,6 +85,19 @@ def test_frames_follow_the_poses_in_both_methods(controlled, photos, method):
     assert not torch.allclose(guided, posed, atol=1e-3)
 
 
+@pytest.mark.parametrize(("method", "steps"), [("flow", [4]), ("noise", [4, 2])])
+def test_the_window_is_of_the_steps_that_frames_take_from_the_noise_on(controlled, photos, method, steps):
+    pair = controlled.prepare(*photos, **SHORT, poses=POSES)
+    asked, controlled_at = [], []
+    controlled.unet.register_forward_pre_hook(lambda module, inputs: asked.append(int(inputs[1])))
+    controlled.controlnet.register_forward_pre_hook(lambda module, inputs: controlled_at.append(int(inputs[1])))
+    controlled.render(pair, **LATENTS, method=method, control_guidance_end=0.5)
+    assert len(asked) == sum(steps)
+    generations = [asked[-sum(steps[k:]) :][:count] for k, count in enumerate(steps)]
+    assert all(timesteps == sorted(timesteps, reverse=True) for timesteps in generations)
+    assert controlled_at == [timestep for timesteps in generations for timestep in timesteps[: len(timesteps) // 2]]
+
+
 def test_the_window_is_that_of_diffusers():
     control = FrameControl(torch.zeros(1, 3, 8, 8), torch.zeros(2, 3, 8, 8), 1.0, 0.25, 0.75)
     assert [control.acts(step, 4) for step in range(4)] == [False, True, True, False]

@@ -2,10 +2,12 @@
 """Detail of the photos in frames: its algebra, and a reference that makes every pixel by itself."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support import naive
 
 from dreammover_pipeline import detail
 from dreammover_pipeline.arguments import taken
@@ -13,13 +15,17 @@ from dreammover_pipeline.detail import (
     FAINT,
     SAMPLES,
     Axis,
+    Candidates,
     PairDetail,
     Sources,
+    _costs,
     drawn_at_once,
     frame_sources,
+    lookup_flow,
     plan_detail,
     with_detail,
 )
+from dreammover_pipeline.flow import agreement
 from dreammover_pipeline.framing import fit, unfit
 from dreammover_pipeline.paths import rigid_paths, straight_paths
 from dreammover_pipeline.records import BidirectionalFlow, Canvas
@@ -141,6 +147,30 @@ def test_where_the_vae_cannot_be_trusted_the_photos_are():
     assert (goes - photo).abs().mean() < 0.5 * (stays - photo).abs().mean()
 
 
+def test_an_error_that_a_tenth_of_the_pair_exceeds_is_assumed_everywhere():
+    canvas = canvas_of(48, 48)
+    photo = picture(192, 192)
+    for side, everywhere in ((20, True), (4, False)):
+        error = torch.zeros(48, 48)
+        error[:side, :side] = 0.4  # at a corner; the error around it is blurred
+        assumed = pair_of(photo, photo, canvas, still(12, 12), error=error).small[:, 3]
+        assert (assumed.min() > 0.01) == everywhere
+        assert (assumed.min() < 1e-6) != everywhere
+        assert assumed[:, 0, 0].min() > 0.1
+
+
+def test_light_is_that_of_the_frame_unless_the_vae_tints():
+    canvas = canvas_of(48, 48)
+    photo = picture(192, 192) * 0.8
+    tinted = fit(photo, canvas) + 0.025
+    trusted, doubted = (
+        plan_detail(pair_of(photo, photo, canvas, still(12, 12), error=error), tinted, 0.5) for error in (0.0, 0.1)
+    )
+    assert trusted.added.mean() > 0.01
+    assert trusted.taken.mean() > 0.99  # what is light is no difference of content, which would make it 0.97
+    assert doubted.added.abs().max() < 0.001
+
+
 def test_light_changes_evenly():
     canvas = canvas_of(64, 64)
     photo = 0.2 + 0.3 * picture(256, 256)
@@ -244,6 +274,84 @@ def test_what_leaves_the_picture_comes_from_the_photo_that_it_is_in():
         shares = sources_of(pair, fit(photos[image], canvas), float(image)).shares
         torch.testing.assert_close(shares[image], torch.ones(48, 48))
         assert not shares[1 - image].any()
+
+
+def test_a_candidate_costs_what_the_loop_says():
+    """Places, colours and costs one by one, in complex numbers, for candidates of both photos and for rest."""
+    canvas, time, (h, w) = canvas_of(24, 32, 22, 29), 0.3, (6, 8)
+    generator = torch.Generator().manual_seed(3)
+    photos = [picture(canvas.output_height, canvas.output_width, seed).double() for seed in (1, 2)]
+    ways = 2 * torch.randn(2, 2, h, w, generator=generator).double()
+    flow = BidirectionalFlow.of(ways)
+    pair, sure = pair_of(*photos, canvas, flow), agreement(flow)
+    lit = torch.rand(2, 4, SAMPLES * h, SAMPLES * w, generator=generator).double()
+    lit[:, 3] /= 20  # the VAE's error
+    frame = torch.rand(3, SAMPLES * h, SAMPLES * w, generator=generator).double()
+    index = torch.randint(3 * h * w, (2, SAMPLES * h, SAMPLES * w), generator=generator)
+    made = _costs(pair, Candidates.at(pair, time), index, lit, frame, time)
+
+    def mean_off(first, second):
+        return min(0.3, sum(abs(a - b) for a, b in zip(first, second, strict=True)) / 3)
+
+    for k, row, column in product(range(2), range(0, 24, 3), range(0, 32, 5)):
+        z = complex((column + 0.5) / SAMPLES - 0.5, (row + 0.5) / SAMPLES - 0.5)
+        image, cell = divmod(int(index[k, row, column]), h * w)
+        y, x = divmod(cell, w)
+
+        def at_cell(field, y=y, x=x):
+            return complex(*field[:, y, x].tolist())
+
+        landing, sources, doubt = complex(x, y), [z, z], 1.0  # at rest
+        if image < 2:
+            gone = torch.tensor([time, 1 - time])[image]
+            landing += at_cell(pair.paths.displacements(image, gone)[0])
+            back, on = (at_cell(pair.paths.factor(image, gone, end)) for end in (0, 1))
+            sources[image] = complex(x, y) + back * (z - landing)
+            sources[1 - image] = complex(x, y) + at_cell(ways[image]) + on * (z - landing)
+            doubt = 1 - float(sure[image, 0, y, x])
+        seen = [0 < s.real + 0.5 < 29 / 4 and 0 < s.imag + 0.5 < 22 / 4 for s in sources]
+        (first, last), errors = (
+            [naive.colour_at(part, s, (h, w)) for part, s in zip(lit[:, some], sources, strict=True)]
+            for some in (slice(3), slice(1, 4))
+        )
+        error = sum(e[2] * on for e, on in zip(errors, seen, strict=True)) / max(1, sum(seen))
+        trust, here = 1 / (1 + (error / 0.02) ** 2), frame[:, row, column].tolist()
+        mixed = [(1 - time) * a + time * b for a, b in zip(first, last, strict=True)]
+        expected = [
+            0.5 * mean_off(first, last) + trust * mean_off(mixed, here) + 0.5 * (not all(seen)),
+            0.04 + trust * mean_off(first, here) + 0.5 * (not seen[0]),
+            0.04 + trust * mean_off(last, here) + 0.5 * (not seen[1]),
+        ]
+        expected = [cost + 0.004 * abs(z - landing) + 0.01 * doubt for cost in expected]
+        assert made[:, k, row, column].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_photo_has_its_share_by_time_where_it_is_seen():
+    sources = Sources(torch.zeros(3, 1, 1).long(), torch.arange(3).reshape(3, 1, 1), torch.full((3, 1, 1), 1 / 3))
+    first, last = (share.flatten().tolist() for share in sources.shares(0.3))
+    assert first == pytest.approx([0.7, 0.7, 0], abs=2 * FAINT)
+    assert last == pytest.approx([0.3, 0, 0.3], abs=2 * FAINT)
+
+
+def test_the_flow_is_aligned_with_what_the_photos_have_of_finer_detail():
+    wide = picture(256, 256 + 32, seed=5, smooth=16)
+    photos = wide[..., 32:], wide[..., :-32]  # moved by 2 cells of 16 pixels
+    truth = torch.zeros(2, 2, 16, 16)
+    truth[0, 0], truth[1, 0] = 2, -2
+    rough = BidirectionalFlow.of(truth + 0.3)
+    made = lookup_flow(rough, photos, canvas_of(64, 64)).stacked()
+    inner = (..., slice(3, -3), slice(4, -4))
+    assert (made - truth)[inner].abs().mean() < 0.05
+    canvas = canvas_of(64, 64, scale=1)
+    assert torch.equal(lookup_flow(rough, [fit(p, canvas) for p in photos], canvas).stacked(), rough.stacked())
+
+
+def test_in_eight_bits_colours_are_rounded():
+    canvas = canvas_of(24, 32)
+    photos = [picture(canvas.output_height, canvas.output_width, seed) for seed in (1, 2)]
+    pair, base = pair_of(*photos, canvas, still(6, 8)), fit(photos[0], canvas)
+    expected = (255 * with_detail(pair, base, 0.4)).round()
+    assert torch.equal(with_detail(pair, base, 0.4, torch.uint8), expected.to(torch.uint8))
 
 
 def test_equal_candidates_are_taken_together():

@@ -86,6 +86,10 @@ def test_what_does_not_fit_is_made_again(pipe, photos, fast, decodes, monkeypatc
     assert sum(decodes) == 3 + made_again
     assert same(frames.arranged([2, 2, 2, 0]), [first[2]] * 3 + [first[0]])
     assert sum(decodes) == 3 + made_again + (2 if made_again else 0)
+    two = frames[:2]  # which are as few as can be kept, but of a video of which none is
+    assert same(two, first[:2])
+    assert same(two, first[:2])
+    assert sum(decodes) == 3 + made_again + (2 + 4 if made_again else 0)
 
 
 def test_frames_that_are_decoded_together_are_the_same(pipe, photos, fast, decodes, monkeypatch):
@@ -103,18 +107,26 @@ def test_frames_that_are_decoded_together_are_the_same(pipe, photos, fast, decod
 
 def test_no_frame_is_held_once_it_has_been_handed_over(pipe, photos, fast, monkeypatch):
     monkeypatch.setattr(finishing, "KEPT_BYTES", 0)
+    monkeypatch.setattr(memory, "CPU_DECODES", 2)
     frames = pipe(*photos, **{**fast, "detail": "photos", "output_type": "lazy"}).frames[0]
     for _ in frames:
         pass
+    assert frames[1]  # beside which its neighbour is decoded
     assert all(frame.kept is None and frame.maker._pair is None for frame in frames._frames)
+    assert not frames._frames[1].maker._decoded
 
 
 def test_those_of_a_sequence_follow_each_other(pipe, photos, fast):
     album = three_photos(photos)
-    whole = pipe.interpolate_sequence(album, **{**fast, "output_type": "pil"})
-    lazy = pipe.interpolate_sequence(album, **{**fast, "output_type": "lazy"})
+    whole = pipe.interpolate_sequence(album, **{**fast, "detail": "photos", "output_type": "pil"})
+    lazy = pipe.interpolate_sequence(album, **{**fast, "detail": "photos", "output_type": "lazy"})
     assert lazy.times == whole.times
-    assert same(lazy.frames[0], whole.frames[0])
+    (frames,), pictures, pairs_held = lazy.frames, [], []
+    for picture in frames:
+        pictures.append(picture)
+        pairs_held.append(len({frame.maker for frame in frames._frames if frame.maker._pair is not None}))
+    assert same(pictures, whole.frames[0])
+    assert max(pairs_held) == 1
 
 
 def test_a_batch_has_lazy_frames_of_each_pair(pipe, photos, fast):

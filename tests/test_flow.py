@@ -14,6 +14,8 @@ from support import naive
 from dreammover_pipeline import flow as flow_module
 from dreammover_pipeline.fields import backward_warp, cell_grid
 from dreammover_pipeline.flow import (
+    REST_WEIGHT,
+    agreement,
     distance_bias,
     exact_matmul,
     join_features,
@@ -290,6 +292,35 @@ def test_a_doubtful_cell_rests_where_it_looks_as_well_like_itself():
     assert resting_cells(features, flow, 0) is None
     regular = regularise(flow, 0, neighbourhood_mean, rests)
     assert not regular.stacked()[rests.expand(2, 2, h, w)].any()
+
+
+def test_what_rests_is_the_loop():
+    h, w, tolerance = 5, 7, 0.6
+    features = randn(2, 6, h, w)
+    flow = match_features(features, (h, w))
+    rests, error, found = resting_cells(features, flow, tolerance), round_trip_error(flow), 0
+    for image, way in enumerate((flow.forward[0], flow.backward[0])):
+        for row in range(h):
+            for column in range(w):
+                dx, dy = way[:, row, column].int().tolist()
+                own, other = features[image, :, row, column], features[1 - image]
+                there = F.cosine_similarity(own, other[:, row + dy, column + dx], dim=0)
+                better = there - F.cosine_similarity(own, other[:, row, column], dim=0) >= tolerance
+                expected = bool(error[image, 0, row, column] > 1.5 and not better)
+                assert bool(rests[image, 0, row, column]) == expected
+                found += expected
+    assert 0 < found < int((error > 1.5).sum())
+
+
+def test_what_rests_is_trusted_in_the_first_pass_more_than_its_match():
+    flow, rests = BidirectionalFlow.of(2 * randn(2, 2, 6, 7)), randn(2, 1, 6, 7, seed=1) > 0
+    begun = torch.where(rests, 0, flow.stacked())
+    weight = agreement(BidirectionalFlow.of(begun))
+    assert (weight[rests] < REST_WEIGHT).any()
+    once = neighbourhood_mean(begun, torch.where(rests, weight.clamp(min=REST_WEIGHT), weight))
+    twice = neighbourhood_mean(once, agreement(BidirectionalFlow.of(once)))
+    for passes, expected in enumerate((begun, once, twice)):
+        torch.testing.assert_close(regularise(flow, passes, neighbourhood_mean, rests).stacked(), expected)
 
 
 def test_regularising_by_means_is_smoothing():

@@ -186,6 +186,8 @@ def test_smoothing_keeps_a_similarity_and_outvotes_what_is_filled_in():
     hole = (0, slice(None), slice(1, 5), slice(2, 7))
     errors = [(flow - expected())[hole].abs().max() for flow in (before, after)]
     assert errors[1] < 0.01 < 0.1 < errors[0]
+    nothing_said = Steering(torch.zeros(0, 2, 2), torch.ones(2, 1, *GRID, dtype=torch.bool))
+    assert torch.equal(smoothed_flow(given, 1, similarity_flow, nothing_said).stacked(), after)
     assert same(shown(after), shown(expected()), 0.1)
 
 

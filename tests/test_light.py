@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dreammover_pipeline.fields import cell_grid
-from dreammover_pipeline.light import in_one_light, light_gains
+from dreammover_pipeline.light import DARKEST, gain_maps, in_one_light, light_gains
 from dreammover_pipeline.records import BidirectionalFlow
 
 SIZE = (16, 24)
@@ -39,6 +39,13 @@ def test_a_gain_that_changes_across_the_picture_is_found():
     made = in_one_light(photos, STILL)
     before, after = ((two[0] - two[1]).abs().mean() for two in (photos, made))
     assert after < before / 10
+
+
+def test_no_place_is_darkened_beyond_a_limit_however_steep_the_gain():
+    gains = torch.tensor([0.3, 1.0, 0]).expand(2, 3, 3)  # below zero at the left edge
+    maps = gain_maps(gains, SIZE, picture())
+    assert maps.min() == pytest.approx(DARKEST)
+    assert maps.max() == pytest.approx(0.3 + 0.5, abs=0.05)
 
 
 def test_every_colour_has_a_gain_of_its_own():

@@ -2,6 +2,7 @@
 """How a flow is followed through time: exact at both ends, and what turns turns."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -9,8 +10,17 @@ from support.largest import LargestTensor
 
 from dreammover_pipeline import paths
 from dreammover_pipeline.fields import cell_grid
-from dreammover_pipeline.paths import motion_paths, rigid_paths, straight_paths
+from dreammover_pipeline.flow import agreement
+from dreammover_pipeline.paths import (
+    CENTRE_REACH,
+    CENTRE_TOLERANCE,
+    motion_paths,
+    rigid_paths,
+    straight_paths,
+    turns_of_cells,
+)
 from dreammover_pipeline.records import BidirectionalFlow
+from dreammover_pipeline.rigid import grid_unit
 
 SIZE, RADIUS = 32, 10
 
@@ -49,7 +59,7 @@ def test_the_ends_are_exact(motion, size):
 
 def test_straight_paths_are_shares_of_the_whole():
     flow, times = BidirectionalFlow(randn(1, 2, 3, 4, seed=1), randn(1, 2, 3, 4, seed=2)), times_of(0.1, 0.25, 0.5)
-    first, second = straight_paths(flow).at(times)
+    first, second = motion_paths(flow, "straight").at(times)
     for i, delta in enumerate(times):
         torch.testing.assert_close(first[i], delta * flow.forward[0])
         torch.testing.assert_close(second[i], (1 - delta) * flow.backward[0])
@@ -108,6 +118,62 @@ def test_what_is_around_a_cell_turns_and_grows_as_cells_do(motion, degrees, scal
 def test_what_has_shrunk_to_a_point_still_has_a_finite_factor():
     flow, _, _ = coin(180)
     assert straight_paths(flow).factor(0, 0.5, 1).isfinite().all()
+
+
+@pytest.mark.parametrize("motion", ["straight", "rigid"])
+def test_what_surrounds_a_cell_turns_and_grows_by_its_factor(motion):
+    """From cell to cell, places on their way differ by the factor; the coin of the last photo turns back."""
+    flow, _, arm = coin(30, scale=1.2)
+    moved = motion_paths(flow, motion)
+    inner = arm[:, :, :-1].norm(dim=0) < RADIUS / 2
+    for image, time in product((0, 1), (0.3, 0.7, 1)):
+        (landed,) = moved.displacements(image, times_of(time)) + arm
+        between = (landed[..., 1:] - landed[..., :-1])[..., inner]
+        factor = moved.factor(image, 0, time)[..., :-1][..., inner]
+        torch.testing.assert_close(factor, between, atol=0.05, rtol=0)
+        still = moved.factor(image, time, time)
+        torch.testing.assert_close(still, torch.tensor([1.0, 0]).double().reshape(2, 1, 1).expand_as(still))
+
+
+def test_at_the_end_the_factors_of_both_motions_are_the_same():
+    flow = BidirectionalFlow(1.5 * randn(1, 2, 6, 7, seed=1), 1.5 * randn(1, 2, 6, 7, seed=2))
+    for image in (0, 1):
+        straight, rigid = (moved(flow).factor(image, 0, 1) for moved in (straight_paths, rigid_paths))
+        torch.testing.assert_close(straight, rigid)
+
+
+def test_mirrored_flows_go_mirrored_ways():
+    """On a grid so fine that every third cell stands for those beside it."""
+    h, w = 81, 84
+    flow = torch.randn(2, 2, h, w, generator=torch.Generator().manual_seed(1)) + 5
+    made = rigid_paths(BidirectionalFlow.of(flow)).displacements(0, torch.tensor([0.4]))
+    mirrored = rigid_paths(BidirectionalFlow.of(-flow.flip(2, 3))).displacements(0, torch.tensor([0.4]))
+    torch.testing.assert_close(-mirrored.flip(2, 3), made)
+
+
+def test_every_way_is_that_of_the_equation():
+    """c + t (a c + b − c) + a^t (p − c) + t · rest, in complex numbers, with c the mean of what moves along."""
+    h, w, time = 6, 7, 0.3
+    flow = BidirectionalFlow(1.5 * randn(1, 2, h, w, seed=1), 1.5 * randn(1, 2, h, w, seed=2))
+    sure = agreement(flow)
+    fit, unit = turns_of_cells(flow.stacked(), sure), grid_unit(h, w)
+    made = rigid_paths(flow).displacements(0, times_of(time))[0]
+    cells = [complex(x, y) for y in range(h) for x in range(w)]
+    turns, shifts, ways = (
+        [complex(x, y) for x, y in part[0].flatten(1).T.tolist()] for part in (fit.turn, fit.shift, flow.stacked())
+    )
+    weights = sure[0].flatten().tolist()
+    for i in (0, 10, 24, 41):
+        p, a = cells[i], 1 + turns[i]
+        alike = []
+        for q, way, weight in zip(cells, ways, weights, strict=True):
+            off = abs(way - shifts[i] - turns[i] * (q - p))
+            far = abs(q - p) / (CENTRE_REACH * unit)
+            alike.append(weight * math.exp(-(far**2) / 2 - (off / (CENTRE_TOLERANCE * unit)) ** 2 / 2))
+        c = sum(share * q for share, q in zip(alike, cells, strict=True)) / sum(alike)
+        b = p + shifts[i] - a * p
+        expected = c + time * (a * c + b - c) + a**time * (p - c) + time * (ways[i] - shifts[i]) - p
+        assert complex(*made[:, i // w, i % w].tolist()) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("pairs", [1, 10**5, 10**9])

@@ -119,6 +119,12 @@ def test_include_inputs_puts_the_very_pixels_at_the_ends(pipe, fast):
     assert np.array_equal(np.asarray(frames[0]), np.asarray(first))
     assert np.array_equal(np.asarray(frames[-1]), np.asarray(last))
     latent = pipe(first, last, **fast | {"output_type": "latent"}, include_inputs=True).frames[0]
+    pair = pipe.prepare(
+        first,
+        last,
+        **{name: fast[name] for name in ("num_inference_steps", "inversion_steps", "feature_step", "lora_steps")},
+    )
+    assert torch.equal(latent[[0, -1]], pair.inversion.path[0])
     assert latent.shape[0] == 5
 
 
@@ -305,6 +311,18 @@ def test_every_option_does_something(pipe, photos, fast, option):
     assert not close(plain, changed, 1e-5)
 
 
+def test_guidance_leads_from_the_one_prediction_past_the_other(pipe):
+    denoiser, generator = pipe._models().denoiser, torch.Generator().manual_seed(0)
+    denoiser.guidance_scale = 3.0
+    latents = torch.randn(2, 4, 8, 8, generator=generator)
+    towards, away = torch.randn(2, 2, 24, 32, generator=generator)
+    with torch.no_grad():
+        guided = denoiser.predict_noise(latents, 301, towards, away)
+        there, here = (denoiser.predict_noise(latents, 301, text) for text in (towards, away))
+    assert not close(there, here, 1e-3)
+    assert close(guided, here + 3 * (there - here), 1e-4)
+
+
 def test_guidance_towards_and_away_from_the_same_text_is_no_guidance(pipe, photos, fast):
     guided = pipe(*photos, **fast | {"guidance_scale": 5.0, "negative_prompt": "a fish"}).frames
     assert close(guided, pipe(*photos, **fast).frames, 1e-3)
@@ -329,6 +347,23 @@ def test_frames_between_two_prompts_get_interpolated_embeddings(pipe, photos, fa
     )
     ends, _ = pipe.encode_prompt(["a fish", "a robot"], torch.device("cpu"))
     assert close(seen[0], slerp(*ends, torch.tensor([0.25, 0.5, 0.75])), 1e-6)
+
+
+def test_under_guidance_photos_and_frames_are_asked_with_their_own_text_and_away_from_the_negative_one(
+    pipe, photos, fast
+):
+    asked = []
+    pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: asked.append((args[0], kwargs["encoder_hidden_states"])), with_kwargs=True
+    )
+    guided = {"prompt": ["a fish", "a robot"], "guidance_scale": 3.0, "negative_prompt": "a cat"}
+    pipe(*photos, **fast | guided)
+    ends, _ = pipe.encode_prompt(["a fish", "a robot"], torch.device("cpu"))
+    (away,), _ = pipe.encode_prompt("a cat", torch.device("cpu"))
+    own = torch.cat([ends, slerp(*ends, torch.tensor([0.25, 0.5, 0.75]))])
+    for latents, texts in asked[-fast["inversion_steps"] :]:
+        assert close(texts, torch.cat([away.expand_as(own), own]), 1e-6)
+        assert torch.equal(*latents.chunk(2))
 
 
 def test_embeddings_may_replace_prompts(pipe, photos, fast):
@@ -651,10 +686,17 @@ def test_the_safety_checker_is_honoured(components, safety_checker, photos, fast
     checker.concept_embeds_weights.data.fill_(-2.0 if flags else 2.0)  # cosines lie within ±1
     checker.special_care_embeds_weights.data.fill_(2.0)
     components.update(safety_checker=checker, feature_extractor=extractor)
-    output = DreamMoverPipeline(**components)(*photos, **fast, include_inputs=True)
+    pipe = DreamMoverPipeline(**components)
+    output = pipe(*photos, **fast, include_inputs=True)
     assert output.nsfw_content_detected == [[False, *[flags] * 3, False]]
     assert (float(output.frames[0, 1:-1].max()) == 0) == flags
     assert float(output.frames[0, 0].max()) > 0.5
+    lazy = pipe(*photos, **fast | {"output_type": "lazy"}, include_inputs=True)
+    (found,) = lazy.nsfw_content_detected
+    assert list(found) == [False] * 5  # before they are made
+    pictures = [*lazy.frames[0]]
+    assert found[:] == [False, *[flags] * 3, False]
+    assert (pictures[2].getbbox() is None) == flags
 
 
 def test_a_safety_checker_needs_its_extractor_and_its_absence_is_mentioned(components, safety_checker, caplog):

@@ -88,6 +88,12 @@ def test_what_has_gone_far_and_turned_is_found_wherever_it_is(seed):
     after = (made - truth).norm(dim=1)[seen]
     assert truth.norm(dim=1)[seen].mean() > 8
     assert after.quantile(0.9) < 0.25
+    _, turn, matched = most_alike(photos, (24, 24), FROM_FEATURES.half)
+    degrees = torch.atan2(turn[:, 1], 1 + turn[:, 0]).rad2deg()
+    for image, expected in enumerate((60, -60)):
+        found = degrees[image][matched[image, 0]]
+        assert len(found) > 50
+        assert float(found.median()) == pytest.approx(expected)
 
 
 def test_smooth_ground_hidden_in_either_photo_goes_nowhere():
@@ -112,11 +118,27 @@ def test_places_that_look_alike_are_not_told_apart():
     assert not matched[..., 6:18, 6:18].any()
 
 
+def test_of_two_things_that_look_alike_one_at_most_is_found_in_the_other_photo():
+    ground = torch.full((3, 96, 96), 0.5, dtype=torch.float64)
+    thing = texture(cell_grid(32, 32, ground)[0])
+    photos = ground.repeat(2, 1, 1, 1)
+    photos[0, :, 8:40, 8:40] = photos[0, :, 56:88, 56:88] = photos[1, :, 8:40, 56:88] = thing
+    _, _, matched = most_alike(photos, (24, 24), FROM_FEATURES.half)
+    first, second = (matched[0, 0, part, part] for part in (slice(5, 7), slice(17, 19)))
+    assert (first | second).any()
+    assert not (first & second).any()
+
+
 def test_a_search_among_fewer_places_finds_the_same_motion(monkeypatch):
     photos, truth = moved_pair(24, 24, 0, 1.0, (8, 2))
     monkeypatch.setattr(search, "SEARCHED_PLACES", 24 * 24 // 4)
     made = refined_flow(BidirectionalFlow.of(torch.zeros_like(truth)), photos, TOLERANCE).stacked()
     assert (made - truth).norm(dim=1)[inside(truth, 5)].quantile(0.9) < 0.25
+    turned, _ = moved_pair(24, 24, 40, 1.0, (4, 2))
+    shift, turn, _ = most_alike(turned, (24, 24), FROM_FEATURES.half)
+    # What is around a place moves as one with it: a cell above it moves by a turn of the way up less.
+    above = (shift[..., ::2, :] - shift[..., 1::2, :])[..., 1::2]
+    torch.testing.assert_close(above, torch.stack([turn[:, 1], -turn[:, 0]], 1)[..., 1::2, 1::2])
 
 
 def test_light_that_changes_between_the_photos_makes_no_difference():
@@ -177,21 +199,51 @@ def test_windows_are_compared_as_the_loop_compares_them():
         assert float(made[image, 0, row, column]) == pytest.approx(expected, abs=1e-9)
 
 
-def test_a_step_is_that_of_the_linearised_window():
+@pytest.mark.parametrize("turn", [0, 0.1 + 0.3j])
+def test_a_step_is_that_of_the_linearised_window(turn):
     """Without outliers and damping, where colours change linearly, one step finds the shift and keeps the turn."""
-    x, y = cell_grid(40, 40, torch.zeros(1).double())[0]
-    ramp = torch.stack([x, y, x + y]) / 400
-    photos = torch.stack([ramp, ramp + torch.tensor([-0.004, 0.002, -0.002]).reshape(3, 1, 1)])  # moved by (1.6, −0.8)
-    reach = replace(FROM_FEATURES, steps=1)
-    windows, still = Windows.of(photos, (10, 10), reach), torch.zeros(2, 2, 10, 10).double()
+    h, w, middle, shift, factor = 10, 14, 6 + 5j, 0.4 - 0.2j, 1 + turn
+    x, y = (cell_grid(4 * h, 4 * w, torch.zeros(1).double())[0] + 0.5) / 4 - 0.5
+
+    def ramp(places):
+        return torch.stack([places.real, places.imag, places.real + places.imag]) / 100
+
+    def as_field(values):
+        return torch.view_as_real(values).movedim(-1, 0).expand(2, -1, -1, -1)
+
+    pixels, cells = torch.complex(x, y), torch.complex(*cell_grid(h, w, x)[0])
+    photos = torch.stack([ramp(pixels), ramp((pixels - middle - shift) / factor + middle)])
+    ways, turns = as_field(factor * (cells - middle) + middle + shift - cells), torch.full_like(cells, turn)
+    windows = Windows.of(photos, (h, w), replace(FROM_FEATURES, steps=1))
+    beside = as_field(torch.full_like(cells, 0.2 - 0.3j))
+    begun = windows.compared(ways + beside, as_field(turns))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refinement, "DAMPING", 1e-9)
         patch.setattr(refinement, "OUTLIER", 1e6)
-        made = windows.stepped(windows.resting(), torch.ones(2, 1, 10, 10, dtype=torch.bool))
-    inner = (0, slice(None), slice(3, 7), slice(3, 7))
-    expected = torch.tensor([0.4, -0.2]).double().reshape(2, 1, 1).expand(2, 4, 4)
-    torch.testing.assert_close(made.shift[inner], expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(made.turn[inner], still[inner], atol=1e-5, rtol=0)
+        made = windows.stepped(begun, torch.ones(2, 1, h, w, dtype=torch.bool))
+    inner = (0, slice(None), slice(4, 6), slice(5, 8))
+    torch.testing.assert_close(made.shift[inner], ways[inner], atol=1e-4, rtol=0)
+    torch.testing.assert_close(made.turn[inner], as_field(turns)[inner], atol=1e-4, rtol=0)
+
+
+def test_no_step_is_longer_and_no_round_leads_further_than_it_may():
+    """On even slopes that have moved by (5, 4) cells, all steps lead the same way."""
+    x, y = cell_grid(48, 56, torch.zeros(1).double())[0] / 4
+    photos = torch.stack([torch.stack([x, y, x + y]), torch.stack([x - 5, y - 4, x + y - 9])]) / 100
+    still, everywhere = torch.zeros(2, 2, 12, 14).double(), torch.ones(2, 1, 12, 14, dtype=torch.bool)
+    ways = []
+    for reach in (replace(FROM_FEATURES, steps=1), FROM_FEATURES):
+        windows = Windows.of(photos, (12, 14), reach)
+        ways.append(windows.stepped(windows.compared(still, still), everywhere).shift)
+    assert ways[0].abs().max() == pytest.approx(FROM_FEATURES.longest)
+    assert 1 < ways[1].norm(dim=1).max() <= FROM_FEATURES.furthest
+    x, y = x - 6, y - 5  # and what grows to three times its size
+    photos = torch.stack([torch.stack([x, y, x + y]), torch.stack([x, y, x + y]) / 3]) / 100
+    windows = Windows.of(photos, (12, 14), FROM_FEATURES)
+    turn = windows.stepped(windows.compared(still, still), everywhere).turn
+    scale = torch.hypot(1 + turn[:, 0], turn[:, 1])[:, 4:7, 5:8]
+    assert scale[0].max() == pytest.approx(refinement.SCALES[1])
+    assert scale[1].min() == pytest.approx(refinement.SCALES[0], abs=0.01)
 
 
 def test_a_window_without_texture_takes_no_step():
@@ -257,7 +309,8 @@ def test_autocast_of_the_caller_changes_nothing():
         assert torch.equal(refined_flow(rough, photos, TOLERANCE).stacked(), made)
 
 
-def test_a_flow_is_aligned_with_finer_detail():
+@pytest.mark.parametrize("brighter", [1, 1.4])
+def test_a_flow_is_aligned_with_finer_detail(brighter):
     """Two photos of one texture, moved by (1.3, −0.6) cells; the flow begins a third of a cell off."""
     moved = torch.tensor([1.3, -0.6]).double().reshape(1, 2, 1, 1)
     truth = torch.cat([moved, -moved]).expand(2, 2, 12, 12)
@@ -266,5 +319,13 @@ def test_a_flow_is_aligned_with_finer_detail():
         places = (cell_grid(12 * pixels, 12 * pixels, torch.zeros(1).double())[0] + 0.5) * 8 / pixels
         return torch.stack([texture(places), texture(places - 8 * moved[0])])
 
-    made = aligned_flow(BidirectionalFlow.of(truth + 0.3), [photos(8), photos(16)]).stacked()
+    light = torch.tensor([1, brighter]).double().reshape(2, 1, 1, 1)
+    made = aligned_flow(BidirectionalFlow.of(truth + 0.3), [light * photos(8), light * photos(16)]).stacked()
     assert (made - truth)[..., 3:9, 3:9].abs().max() < 0.02
+
+
+def test_a_flow_is_not_aligned_where_the_photos_show_different_things():
+    pixels = cell_grid(96, 96, torch.zeros(1).double())[0]
+    photos = torch.stack([texture(pixels).round(), texture(pixels, seed=7).round()])
+    flow = BidirectionalFlow.of(0.3 * randn(2, 2, 12, 12))
+    assert (aligned_flow(flow, [photos]).stacked() == flow.stacked()).float().mean() > 0.9

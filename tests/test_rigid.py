@@ -12,7 +12,7 @@ from dreammover_pipeline import rigid
 from dreammover_pipeline.fields import cell_grid
 from dreammover_pipeline.flow import agreement, neighbourhood_mean
 from dreammover_pipeline.records import BidirectionalFlow
-from dreammover_pipeline.rigid import fit_similarities, grid_unit, similarity_flow
+from dreammover_pipeline.rigid import LEAST, fit_similarities, grid_unit, similarity_flow
 
 
 def randn(*shape, seed=0):
@@ -67,12 +67,21 @@ def test_outliers_drop_out():
     assert (made - flow).norm(dim=1).quantile(0.95) < 0.14
 
 
-def test_a_fit_is_the_weighted_least_squares_of_its_matches():
+@pytest.mark.parametrize("tolerances", [(1e6,), (4.0, 2.5)])  # the first is so wide that nothing is reweighted
+def test_a_fit_is_the_weighted_least_squares_of_its_matches(tolerances):
     flow, weight = randn(2, 2, 7, 9, seed=2), randn(2, 1, 7, 9, seed=3).abs()
-    fit = fit_similarities(flow, weight, both_ways=False, tolerances=(1e6,))  # so wide that nothing is reweighted
+    fit = fit_similarities(flow, weight, both_ways=False, tolerances=tolerances)
+    unit, cells = grid_unit(7, 9), cell_grid(7, 9, flow)[0]
     for image in range(2):
+        ways = torch.complex(*flow[image])
         for row, column in ((0, 0), (3, 4), (6, 8), (2, 7)):
-            turn, shift = naive.similarity(flow[image], weight[image, 0], row, column, 3 * grid_unit(7, 9))
+            away = torch.complex(cells[0] - column, cells[1] - row)
+            explained = torch.ones(7, 9).double()
+            for tolerance in (*tolerances, None):
+                turn, shift = naive.similarity(flow[image], weight[image, 0] * explained, row, column, 3 * unit)
+                if tolerance is not None:
+                    off = (ways - shift - turn * away).abs()
+                    explained = (-((off / (tolerance * unit)) ** 2) / 2).exp() + LEAST
             made = (
                 complex(*fit.turn[image, :, row, column].tolist()),
                 complex(*fit.shift[image, :, row, column].tolist()),
@@ -93,6 +102,24 @@ def test_matches_of_the_other_image_stand_in_where_there_are_no_own():
     made = fit_similarities(flow_without, weight).shift[0, :, 6:-6, 6:-6]
     # Off by 0.0045, since turns are held back; the other image's flow turned round where it stands is off by 1.28.
     torch.testing.assert_close(made, flow[0, :, 6:-6, 6:-6], atol=0.02, rtol=0)
+
+
+def test_matches_of_the_other_image_count_as_ones_own_turned_round_and_the_surest_of_several_stays():
+    h, w = 7, 9
+    generator = torch.Generator().manual_seed(8)
+    back = torch.randint(-2, 3, (2, h, w), generator=generator)
+    sure = torch.rand(1, h, w, generator=generator, dtype=torch.float64)
+    turned, known = torch.zeros(2, h, w, dtype=torch.float64), torch.zeros(1, h, w, dtype=torch.float64)
+    for row in range(h):
+        for column in range(w):
+            y, x = row + int(back[1, row, column]), column + int(back[0, row, column])
+            if 0 <= y < h and 0 <= x < w and sure[0, row, column] > known[0, y, x]:
+                turned[:, y, x], known[:, y, x] = -back[:, row, column].double(), sure[:, row, column]
+    nothing = torch.zeros_like(turned)
+    made = fit_similarities(torch.stack([nothing, back.double()]), torch.stack([nothing[:1], sure]))
+    expected = fit_similarities(torch.stack([turned, nothing]), torch.stack([known, nothing[:1]]), both_ways=False)
+    torch.testing.assert_close(made.shift[0], expected.shift[0])
+    torch.testing.assert_close(made.turn[0], expected.turn[0])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 3), (64, 40)])

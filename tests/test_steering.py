@@ -33,6 +33,7 @@ from dreammover_pipeline.steering import (
     Steering,
     cells_of,
     cells_that_move,
+    check_points_inside,
     expected_places,
     match_bias,
     point_pairs,
@@ -237,9 +238,10 @@ def blocks(h=8, w=10):
 
 
 @pytest.mark.parametrize("passes", [0, 3])
-def test_outside_the_mask_nothing_moves_and_inside_matches_are_inside(passes):
+@pytest.mark.parametrize("rest_tolerance", [0, 2.5])  # by the latter all rests that is doubtful
+def test_outside_the_mask_nothing_moves_and_inside_matches_are_inside(passes, rest_tolerance):
     moves = blocks()
-    flow = steered_flow(randn(2, 8, 8, 10), Steering(NO_POINTS, moves), passes)
+    flow = steered_flow(randn(2, 8, 8, 10), Steering(NO_POINTS, moves), passes, rest_tolerance=rest_tolerance)
     cells = cell_grid(8, 10, flow.forward)
     for way, own, other in ((flow.forward, moves[0], moves[1]), (flow.backward, moves[1], moves[0])):
         assert (way[0, :, ~own[0]] == 0).all()
@@ -269,6 +271,7 @@ def test_a_cell_moves_if_enough_of_it_is_bright():
     bright = math.ceil(BRIGHT_SHARE * 64)
     masks[0, :, 0, 8:15] = 1
     masks[0, :, 8:16, 16:24] = 0.6
+    masks[0, 0, 8:16, 0:8] = 1  # pure red is darker than half grey
     masks[1] = 0.4
     masks[1, :, 7, 0:bright] = 0.5
     masks[1, :, 9, 8 : 8 + bright - 1] = 1
@@ -315,6 +318,17 @@ def test_a_point_that_is_cut_away_is_refused_and_one_just_outside_goes_to_the_ed
     assert cells_of(points_of(((33, 0), (0, -6))), (24, 32), 8)[0].tolist() == [[3.5, -0.4375], [-0.4375, -0.5]]
     with pytest.raises(ValueError, match=r"^`points\[1\]` lies in a part of img1 that is cut away, since"):
         cells_of(points_of(((0, 0), (0, 0)), ((0, 0), (40, 3))), (24, 32), 8)
+
+
+def test_each_place_must_lie_in_its_own_photo():
+    sizes = (64, 48), (32, 200)
+    check_points_inside(points_of(((47, 63), (199, 31)), ((-0.5, -0.5), (199.5, 31.5))), sizes)
+    for wrong, message in (
+        (((48, 60), (0, 0)), "img0, which has 48×64"),
+        (((0, 0), (48, 60)), "img1, which has 200×32"),
+    ):
+        with pytest.raises(ValueError, match=rf"^`points\[1\]` is at \(48, 60\) in {message}"):
+            check_points_inside(points_of(((0, 0), (0, 0)), wrong), sizes)
 
 
 # ── Arguments ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -204,8 +204,8 @@ def test_tone_has_a_few_square_cells_whatever_the_shape(size):
 def test_original_ends_stay_and_the_frames_beside_them_take_their_tone(pipe, prepared):
     times = [0.05, 0.5, 0.95]
 
-    def rendered(**options):
-        return pipe.render(prepared, times=times, detail="upsampled", output_type="pt", **options).frames[0]
+    def rendered(detail="upsampled", **options):
+        return pipe.render(prepared, times=times, detail=detail, output_type="pt", **options).frames[0]
 
     bare, original = rendered(), rendered(include_inputs=True)
     reconstructed = rendered(include_inputs=True, endpoints="reconstructed")
@@ -220,6 +220,10 @@ def test_original_ends_stay_and_the_frames_beside_them_take_their_tone(pipe, pre
         assert torch.allclose(made[None], with_tone(plain[None], tones, time), atol=1e-5)
     assert torch.equal(original[2], bare[1])
     assert not torch.allclose(original[1], bare[0], atol=1e-2)
+    bare, original = rendered("photos"), rendered("photos", include_inputs=True)
+    assert torch.equal(rendered("photos", include_inputs=True, endpoints="reconstructed")[1:-1], bare)
+    assert torch.equal(original[2], bare[1])
+    assert not torch.equal(original[1], bare[0])
 
 
 def test_endpoints_are_of_two_kinds(pipe, prepared):

@@ -46,7 +46,7 @@ def softmax_splat(x: torch.Tensor, flow: torch.Tensor, metric: torch.Tensor) -> 
     # Weights are taken relative to the heaviest entry of each target cell, so that they neither overflow nor vanish.
     first, reached = _run_starts(target, h * w)
     peak = _reduce_runs(metric[:, None], target, torch.maximum)[:, 0].gather(1, first)  # (B, h·w)
-    weight = bilinear * (metric - peak.gather(1, target.clamp(max=h * w - 1))).exp().clamp(max=1)
+    weight = bilinear * (metric - peak.gather(1, target.clamp(max=h * w - 1))).exp()
     total = _reduce_runs(torch.cat([x * weight[:, None], weight[:, None]], 1), target, torch.add)
     total = total.gather(2, first[:, None].expand(b, c + 1, -1))
     splatted = torch.where(reached[:, None], total[:, :c] / total[:, c:], 0)

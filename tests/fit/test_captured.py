@@ -7,7 +7,7 @@ import torch
 from dreammover_pipeline import noise_training
 from dreammover_pipeline.captured import RecordedCall, TrainingStep, only_kernels, repeats, same_result
 from dreammover_pipeline.lora import LoraFit, fit_pair_lora
-from dreammover_pipeline.noise_training import StepInputs
+from dreammover_pipeline.noise_training import NoiseTraining, StepInputs
 
 FIT = LoraFit(4, 4, 1e-3)
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -46,12 +46,35 @@ def test_a_replay_is_compared_with_the_step(step):
 def test_inputs_keep_their_places(pair):
     inputs = StepInputs.like(pair[0])
     places = [tensor.data_ptr() for tensor in vars(inputs).values()]
-    generator, seen = torch.Generator().manual_seed(0), set()
+    generator, seen, timesteps = torch.Generator().manual_seed(0), set(), set()
     for _ in range(12):
-        inputs.draw(3, 1000, generator)
+        inputs.draw(3, 6, generator)
         seen |= set(inputs.drawn.tolist())
+        timesteps |= set(inputs.timesteps.tolist())
+        assert len(set(inputs.drawn.tolist())) == 2
     assert [tensor.data_ptr() for tensor in vars(inputs).values()] == places
     assert seen == {0, 1, 2}
+    assert timesteps == set(range(6))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_loss_is_that_of_the_drawn_images_with_each_of_the_texts(unet, pair, alphas_cumprod, prediction_type):
+    generator = torch.Generator().manual_seed(1)
+    clean, texts = torch.randn(3, 4, 16, 16, generator=generator), [pair[1], pair[1].flip(1)]
+    training, inputs = NoiseTraining(unet, clean, alphas_cumprod, prediction_type, False), StepInputs.like(clean)
+    inputs.draw(3, 1000, generator)
+    inputs.drawn.copy_(torch.tensor([2, 0]))
+    errors = []
+    for i, image in enumerate((2, 0)):
+        alpha_bar, noise = float(alphas_cumprod[inputs.timesteps[i]]), inputs.noise[i]
+        signal, rest = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+        wanted = noise if prediction_type == "epsilon" else signal * noise - rest * clean[image]
+        noisy = (signal * clean[image] + rest * noise)[None]
+        with torch.no_grad():
+            errors += [unet(noisy, inputs.timesteps[i], text[i : i + 1]).sample[0] - wanted for text in texts]
+    with torch.no_grad():
+        loss = training._loss(inputs, texts)
+    torch.testing.assert_close(loss, torch.stack(errors).square().mean(), rtol=1e-4, atol=0)
 
 
 def test_results_are_compared_by_their_length():

@@ -3,9 +3,11 @@
 
 import pytest
 import torch
+from support.fitting import FIT
 from support.snapshot import snapshot
 
 from dreammover_pipeline.embeddings import EmbeddingFit, fit_embeddings
+from dreammover_pipeline.lora import fit_pair_lora
 
 
 @pytest.fixture
@@ -45,6 +47,18 @@ def test_the_seed_decides_it_and_without_a_negative_one_none_is_fitted(unet, pai
     assert all(torch.equal(*both) for both in zip(first, again, strict=True))
     assert not torch.equal(first[0], other[0])
     assert fit_embeddings(unet, clean, texts, None, alphas_cumprod, fit, seed=0)[1] is None
+
+
+def test_of_many_images_each_is_fitted_with_its_own_text(unet, alphas_cumprod):
+    generator = torch.Generator().manual_seed(0)
+    clean, texts = torch.randn(3, 4, 16, 16, generator=generator), torch.randn(3, 24, 32, generator=generator)
+    fitted, _ = fit_embeddings(unet, clean, texts, None, alphas_cumprod, EmbeddingFit(3, 1e-2), seed=0)
+    assert ((fitted - texts).abs().amax((1, 2)) > 5e-3).all()  # AdamW's decay alone would change them by 1e-3
+    lora = [
+        fit_pair_lora(unet, clean, embeds, alphas_cumprod, FIT, seed=0)
+        for embeds in (texts, torch.cat([texts[:2], texts[2:] + 1]))
+    ]
+    assert any(not torch.equal(lora[0][name], lora[1][name]) for name in lora[0])
 
 
 def test_a_prepared_pair_keeps_them_and_guidance_leads_away_from_the_negative_one(pipe, photos, fast, tmp_path):

@@ -32,4 +32,5 @@ def snapshot(unet: torch.nn.Module) -> dict:
             if parameter.numel() < 5000
             else float(parameter.detach().double().sum()),
         }
-    return state | {"peft": sorted(getattr(unet, "peft_config", {})), "has_peft": bool(unet._hf_peft_config_loaded)}
+    adapters = sorted(unet.peft_config) if hasattr(unet, "peft_config") else None
+    return state | {"peft": adapters, "has_peft": bool(unet._hf_peft_config_loaded)}
