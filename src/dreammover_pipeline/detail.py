@@ -18,6 +18,7 @@ and residuals have in learned frame interpolation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -125,6 +126,16 @@ class PairDetail:
         (h, w), canvas = self.small.shape[-2:], self.canvas
         across, down = canvas.content_on(h, w)
         return Axis.of(canvas.output_height, down, h, self.small), Axis.of(canvas.output_width, across, w, self.small)
+
+    @cached_property
+    def nearest_on_picture(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """For every row and every column of the grid of places, the nearest one whose middle lies on the picture."""
+        size = self.small.shape[-2:]
+        row, column = (
+            torch.arange(count, device=self.small.device).clamp(max=max(0, math.ceil(covered - 0.5) - 1))
+            for count, covered in zip(size, reversed(self.canvas.content_on(*size)), strict=True)
+        )
+        return row, column
 
     @property
     def content(self) -> tuple[float, float]:
@@ -401,11 +412,13 @@ def plan_detail(pair: PairDetail, frame: torch.Tensor, time: float | torch.Tenso
     mixed = (sources.weight * mixed).sum(1)
     error = _seen_mean(one[3, 0], on_one[0], other[3, 0], on_other[0])
     light = torch.stack([_small_at(pair, gains[image], z[image][:, 0])[0] for image in (0, 1)])
-    rest = frame - mixed
+    # What pads the canvas is like nothing in the photos, which must not make the picture's edge any less like them.
+    row, column = pair.nearest_on_picture
+    rest, error, seen = (part[..., row[:, None], column] for part in (frame - mixed, error, on_one[0] | on_other[0]))
     added = blurred(rest / (1 + (blurred(rest.abs().mean(0), 1.0) / LIGHT_OUTLIER).square()), LIGHT_BLUR)
     added = added / (1 + (error / LIGHT_TRUSTED_ERROR).square())
     off = blurred((rest - added).abs().mean(0), SECOND_BLUR)
-    taken = (-(off / (TAKEN + TAKEN_FOR_ERROR * error)).square()).exp() * (on_one[0] | on_other[0])
+    taken = (-(off / (TAKEN + TAKEN_FOR_ERROR * error)).square()).exp() * seen
     return FrameDetail(sources, candidates, taken[None], added, light)
 
 
