@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pair's LoRA beside a user's own adapters, and on a UNet whose weights are kept elsewhere."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate.hooks import CpuOffload, ModelHook, add_hook_to_module
@@ -350,6 +352,18 @@ def test_cross_attention_kwargs_scale_all_loras(pipe, photos, fast):
     assert torch.allclose(pipe(*photos, **fast, **off).frames, plain, atol=1e-4)
     fit = {"lora_steps": 3, "lora_learning_rate": 1e-2}
     assert torch.allclose(pipe(*photos, **fast | fit, **off).frames, plain, atol=1e-4)
+
+
+def test_a_scale_for_all_loras_scales_the_pairs_too(pipe, photos):
+    steps = {"num_inference_steps": 3, "inversion_steps": 2, "feature_step": 1}
+    pair = pipe.prepare(*photos, **steps, lora_steps=3, lora_learning_rate=1e-2)
+
+    def latents(pair, **arguments):
+        return pipe.render(pair, n_frames=1, output_type="latent", **arguments).frames
+
+    halved = latents(pair, cross_attention_kwargs={"scale": 0.5})
+    assert torch.equal(halved, latents(replace(pair, lora_scale=0.5)))
+    assert not torch.allclose(halved, latents(pair), atol=1e-4)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
