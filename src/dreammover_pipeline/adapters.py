@@ -218,16 +218,24 @@ def base_weight(model: torch.nn.Module, name: str) -> torch.Tensor:
     Raises:
         ValueError: The weight is on the meta device, and no offloading hook keeps it elsewhere.
     """
-    layer = base_layer(model, name)
-    if not layer.weight.is_meta:
-        return layer.weight.data
-    return _offloaded(model, f"{name}.weight" if layer is model.get_submodule(name) else f"{name}.base_layer.weight")
-
-
-def base_layer(model: torch.nn.Module, name: str) -> torch.nn.Module:
-    """The layer of a name in a model, without the user's adapters that are on it."""
+    while hasattr(model.get_submodule(name), "base_layer"):  # of several kinds of adapters each wraps the one before
+        name = f"{name}.base_layer"
     layer = model.get_submodule(name)
-    return getattr(layer, "base_layer", layer)
+    return _offloaded(model, f"{name}.weight") if layer.weight.is_meta else layer.weight.data
+
+
+def base_layer(layer: torch.nn.Module) -> torch.nn.Module:
+    """A layer without the user's adapters that are on it."""
+    while hasattr(layer, "base_layer"):
+        layer = layer.base_layer
+    return layer
+
+
+def unmerge_disabled(model: torch.nn.Module) -> None:
+    """Take adapters that are fused, but disabled by now, out of a model's weights, as peft does when it is called."""
+    for layer in _tuner_layers(unwrapped(model)).values():
+        if layer._disable_adapters and layer.merged_adapters:
+            layer.unmerge()
 
 
 def _offloaded(model: torch.nn.Module, name: str) -> torch.Tensor:
@@ -317,7 +325,7 @@ def check_new_adapter_name(unet: torch.nn.Module, adapter_name: str) -> None:
             f"`adapter_name` must not be empty, have a dot, or be an attribute of torch modules, not {adapter_name!r}"
         )
     if adapter_name == ADAPTER:
-        raise ValueError(f"`adapter_name` {ADAPTER!r} is the name of what a fit adds for a while; choose another")
+        raise ValueError(f"`adapter_name` {ADAPTER!r} is kept for a pair's LoRA on quantised weights; choose another")
     if adapter_name in getattr(unwrapped(unet), "peft_config", {}):
         raise ValueError(f"`adapter_name` {adapter_name!r} is loaded already; choose another, or delete that one")
 
@@ -345,7 +353,7 @@ def _check_name_is_free(model: torch.nn.Module) -> None:
     """Raise ValueError if one of the user's adapters has the name of the pair's, and would be taken for it."""
     if ADAPTER in getattr(model, "peft_config", {}):
         raise ValueError(
-            f"an adapter named {ADAPTER!r} is loaded, which is the name of what a fit adds for a while; "
+            f"an adapter named {ADAPTER!r} is loaded, which is the name that a pair's LoRA has on quantised weights; "
             "delete it, and load yours under another name"
         )
 

@@ -166,7 +166,7 @@ class RecordedCall:
         function: Function from tensors to one tensor, without gradients. It must do nothing but launch kernels, the
             same ones for all tensors that it is called with.
         name: What a warning calls the calls of the function, in the plural.
-        before: Number of calls before the one that is recorded, for a function that may not be called any oftener.
+        before: Number of calls before the one that is recorded, for a function that is often called no more than once.
     """
 
     def __init__(self, function: Callable[..., torch.Tensor], name: str, before: int = 0):

@@ -125,5 +125,7 @@ class Conditioner:
         return Conditions(prompt_embeds, away.expand_as(prompt_embeds))
 
     def _embed(self, prompt: str | list[str], clip_skip: int | None = None) -> torch.Tensor:
+        if self.text_encoder is None:
+            raise ValueError("this pipeline has no `text_encoder` to embed texts; pass `prompt_embeds` instead")
         with scaled_adapters(self.text_encoder, self.lora_scale):
             return embed_text(self.convert(prompt), self.tokenizer, self.text_encoder, self.device, clip_skip)

@@ -22,7 +22,7 @@ from .cascade import PairCascade
 from .detail import PairDetail, drawn_at_once, frame_sources, in_dtype, lookup_flow, plan_detail, with_detail
 from .framing import fit, unfit
 from .images import rgb
-from .memory import is_out_of_memory
+from .memory import free_memory, is_out_of_memory
 from .models import Models
 from .outputs import DreamMoverPipelineOutput, as_output
 from .paths import motion_paths
@@ -34,6 +34,7 @@ from .tone import tone_difference, with_tone
 from .turns import interruptible
 
 RECORDED_PIXELS = 2**20  # pixels of a frame at most, for its detail to be recorded; a larger one keeps a GPU busy
+RECORDING_BYTES = 3 * 2**30  # free memory from which on it is recorded; a record of frames of 1024² holds 0.8 GiB
 KEPT_BYTES = 2**28  # largest size in bytes of a video whose finished pictures are kept, so that none is made twice
 
 # A function from pictures (B, 3, H, W) to the same with what was flagged blacked out, and to whether each was flagged,
@@ -166,11 +167,10 @@ class FrameMaker:
         return _FinishedPair(canvas, self.dtype, copies, tones, detail, cascade, recorded)
 
     def _records(self, detail: PairDetail) -> bool:
-        """Whether the detail of frames is recorded, which takes less memory than the VAE does to decode one image."""
-        canvas = self.frames.canvas
-        decodes = self.models.autoencoder.decodes_at_once(canvas.height * canvas.width)
+        """Whether the detail of frames is recorded on a GPU."""
+        device, canvas = detail.small.device, self.frames.canvas
         small = canvas.output_height * canvas.output_width <= RECORDED_PIXELS
-        return detail.small.device.type == "cuda" and small and decodes > 1
+        return device.type == "cuda" and small and free_memory(device) >= RECORDING_BYTES
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,7 @@ from .adapters import (
     base_weight,
     isolated_adapter,
     require_in_memory,
+    unmerge_disabled,
     unwrapped,
     without_group_offloading,
 )
@@ -127,8 +128,8 @@ class TrainedLora:
     def __init__(self, unet: torch.nn.Module, rank: int, generator: torch.Generator, scale: float = 1.0):
         self.scale, self.weights = scale, {}
         self._layers = _projections(unet)
-        self._own = {name: layer.weight for name, layer in self._layers.items()}
-        for name, weight in self._own.items():
+        for name, layer in self._layers.items():
+            weight = layer.weight
             height, width = weight.shape
             down = gaussian(torch.Size((rank, width)), generator) / rank
             up = torch.zeros(height, rank, dtype=torch.float32, device="cpu")
@@ -137,24 +138,24 @@ class TrainedLora:
 
     def act(self) -> None:
         """Have the layers compute with W + scale · B A, as A and B are now; gradients pass through to A and B."""
-        device = next(iter(self._own.values())).device
-        with exact_matmul(device.type):
+        with exact_matmul(next(iter(self.weights.values())).device.type):
             for name, layer in self._layers.items():
                 down, up = (self.weights[f"{name}.lora_{part}.weight"] for part in "AB")
-                # As `torch.func.functional_call` does it, but for the backward pass too, which may compute again.
-                layer._parameters["weight"] = _with_lora(self._own[name], down, up, self.scale)
+                # An attribute of this name is found before the layer's parameter, which stays what and where it is;
+                # and it stays for the backward pass, which may compute activations again.
+                vars(layer)["weight"] = _with_lora(layer._parameters["weight"], down, up, self.scale)
 
     def remove(self) -> None:
         """Give the layers their own weights back."""
-        for name, layer in self._layers.items():
-            layer._parameters["weight"] = self._own[name]
+        for layer in self._layers.values():
+            vars(layer).pop("weight", None)
 
 
 def _projections(unet: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     """The layers of a UNet that a pair's LoRA acts on, without the user's adapters, by their names in the UNet."""
     model = unwrapped(unet)
     names = [name for name, _ in model.named_modules() if name.endswith(tuple(f".{target}" for target in TARGETS))]
-    return {name: base_layer(model, name) for name in names}
+    return {name: base_layer(model.get_submodule(name)) for name in names}
 
 
 # ── In effect ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -183,6 +184,7 @@ def _fused(unet: torch.nn.Module, weights: dict[str, torch.Tensor], scale: float
     """Replace every weight that the LoRA acts on by `_with_lora`."""
     model = unwrapped(unet)
     require_in_memory(model)
+    unmerge_disabled(model)
     originals = {}
     try:
         with without_group_offloading(model):

@@ -14,9 +14,11 @@ import torch
 # Peak activations, as a number of elements for each latent cell and each channel of the UNet's first block, counted on
 # the Stable Diffusion 1.5 UNet in float16 with fused attention. The forward pass of one frame takes 65 MiB at 512².
 # The forward and backward pass of the LoRA fit on both images takes 1749 MiB at 512² (439 MiB with gradient
-# checkpointing), of which 178 MiB, the weights that the LoRA has changed, do not grow with the image.
+# checkpointing), of which 178 MiB, the weights that the LoRA has changed, do not grow with the image: so many elements
+# for each two channels of the first block.
 FRAME_ELEMENTS = 26
-FIT_ELEMENTS = 700
+FIT_ELEMENTS = 628
+CHANGED_WEIGHTS = 912
 # The same for the VAE's decoder, for each pixel and each channel of its last block: 384 MiB for one image of 512².
 DECODE_ELEMENTS = 6
 LEADING_PHOTOS = 2  # the two photos, which go through the UNet ahead of the first batch of frames
@@ -77,7 +79,7 @@ def affords_fit(device: torch.device, cells: int, channels: int, dtype: torch.dt
         True if the activations fit, and also on devices that do not tell how much memory is free.
     """
     free = free_memory(device)
-    fit = FIT_ELEMENTS * cells * channels * dtype.itemsize
+    fit = (FIT_ELEMENTS * cells + CHANGED_WEIGHTS * channels) * channels * dtype.itemsize
     return free is None or fit <= SHARE_OF_FREE_MEMORY * (free - weights_to_come)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .adapters import require_in_memory, scaled_adapters, unwrapped, without_group_offloading
+from .adapters import require_in_memory, scaled_adapters, unmerge_disabled, unwrapped, without_group_offloading
 from .captured import TrainingStep, only_kernels, replayed
 from .ddim import recompose, v_from_eps
 from .repeatable import repeatable_attention, repeatable_convolutions
@@ -100,6 +100,7 @@ class NoiseTraining:
             _frozen(self.unet),
         ):
             _bring(self.unet)
+            unmerge_disabled(self.unet)
             self.clean = self.clean.clone()
             yield
 
@@ -224,12 +225,9 @@ def _frozen(unet: torch.nn.Module) -> Iterator[None]:
 
 def _bring(unet: torch.nn.Module) -> None:
     """Bring a UNet to the device that enable_model_cpu_offload would bring it to when it is called."""
-    from accelerate.hooks import CpuOffload
-
     hook = getattr(unet, "_hf_hook", None)
-    for part in getattr(hook, "hooks", [hook]):
-        if isinstance(part, CpuOffload):
-            part.pre_forward(unet)
+    if hook is not None:
+        hook.pre_forward(unet)
 
 
 def _check_trainable(unet: torch.nn.Module) -> None:

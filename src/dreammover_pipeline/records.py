@@ -188,7 +188,8 @@ class FrameSources:
 
     The fields lie on the padded canvas, on a grid of several places a cell. `shares` (2, h', w') are those of the
     first and of the last photo, which sum to 1, and are 0 where a place is in neither; `taken` (1, h', w') is M, how
-    far the photos take the place of what diffusion made: 1 entirely, 0 not at all.
+    far the photos take the place of what diffusion made: 1 entirely, 0 not at all. In the padding it is that of the
+    nearest place of the picture.
     """
 
     time: float

@@ -19,10 +19,11 @@ def test_a_folder_is_claimed_once_and_again_when_it_is_free(tmp_path):
         assert (folder / "result").is_file()
 
 
-def test_a_folder_that_stays_empty_is_removed(tmp_path):
-    with pytest.raises(ValueError, match=r"nothing"), claimed(tmp_path / "folder", "testing"):
+@pytest.mark.parametrize("temporary", [False, True])
+def test_a_temporary_folder_that_stays_empty_is_removed(tmp_path, temporary):
+    with pytest.raises(ValueError, match=r"nothing"), claimed(tmp_path / "folder", "testing", temporary):
         raise ValueError("nothing came of it")
-    assert not list(tmp_path.iterdir())
+    assert (tmp_path / "folder").exists() != temporary
 
 
 @pytest.mark.parametrize(

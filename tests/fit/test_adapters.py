@@ -110,6 +110,13 @@ def user_two_kinds(unet):
     unet.set_adapter(["style", "other"])
 
 
+def user_two_kinds_on_a_layer(unet):
+    unet.add_adapter(LoHaConfig(r=2, target_modules=["to_q"]), adapter_name="other")
+    add_user_lora(unet, targets=("to_q", "ff.net.2"))
+    random_weights(unet, "other")
+    unet.set_adapter(["style", "other"])
+
+
 def user_injects_by_peft(unet):
     get_peft_model(unet, LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "ff.net.2"]))
     random_weights(unet, "default")
@@ -127,6 +134,7 @@ USERS = [
     user_of_another_kind(LoKrConfig),
     user_of_another_kind(ia3),
     user_two_kinds,
+    user_two_kinds_on_a_layer,
     user_injects_by_peft,
 ]
 
@@ -147,6 +155,21 @@ def test_a_users_adapters_work_meanwhile_and_are_afterwards_what_they_were(unet,
         assert not torch.allclose(forward(unet, *pair), expected, atol=1e-3), "the pair's LoRA does not act"
     assert snapshot(unet) == before
     assert torch.equal(forward(unet, *pair), expected)
+
+
+@pytest.mark.parametrize("work", ["fit", "act"])
+def test_a_lora_that_is_fused_and_then_disabled_does_not_come_back(unet, pair, alphas_cumprod, fitted, work):
+    """Peft takes it out of the weights when the UNet is called, which must not be undone."""
+    plain = forward(unet, *pair)
+    add_user_lora(unet)
+    unet.fuse_lora()
+    unet.disable_adapters()
+    if work == "fit":
+        fit_pair_lora(unet, *pair, alphas_cumprod, FIT, seed=0)
+    else:
+        with pair_lora(unet, fitted, 1.0):
+            forward(unet, *pair)
+    torch.testing.assert_close(forward(unet, *pair), plain, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("user", USERS)

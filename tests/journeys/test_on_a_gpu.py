@@ -7,6 +7,7 @@ from PIL import Image
 from support.pages import EXAMPLES
 
 from dreammover_pipeline import DreamMoverPipeline, finishing
+from dreammover_pipeline.captured import RecordedCall
 from dreammover_pipeline.tiny import CHECKPOINT
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -58,9 +59,16 @@ def test_frames_of_a_prepared_pair_repeat_their_bits(photos, dtype, detail):
 
 def test_pictures_are_recorded_and_are_those_made_one_by_one(photos, monkeypatch, caplog):
     pipe = loaded("cuda", torch.float16)
-    pair = pipe.prepare(*photos, lora_steps=0)
+    pair, calls = pipe.prepare(*photos, lora_steps=0), []
+
+    def call(*args, **kwargs):
+        calls.append(RecordedCall(*args, **kwargs))
+        return calls[-1]
+
+    monkeypatch.setattr(finishing, "RecordedCall", call)
     recorded = pipe.render(pair, n_frames=4, output_type="pt").frames[0]
     assert "not recorded" not in caplog.text
+    assert [call._replay is not None for call in calls] == [True]
     monkeypatch.setattr(finishing.FrameMaker, "_records", lambda *args: False)
     one_by_one = pipe.render(pair, n_frames=4, output_type="pt").frames[0]
     assert (recorded - one_by_one).abs().quantile(0.99) < 1e-4

@@ -264,7 +264,9 @@ def test_cancelling_also_stops_a_job_that_waits_for_one_that_was_cancelled(sessi
 
     def cancel():
         second.start()
-        while len(session._cancels) < 2:
+        for _ in range(10_000):  # ten seconds at most
+            if len(session._cancels) == 2:
+                break
             time.sleep(0.001)
         session.cancel()
 

@@ -12,12 +12,13 @@ LOCK = ".dreammover-lock"
 
 
 @contextmanager
-def claimed(folder: Path, work: str) -> Iterator[None]:
+def claimed(folder: Path, work: str, temporary: bool = False) -> Iterator[None]:
     """Keep other processes from the same work in a folder while the context lasts.
 
     Args:
-        folder: The folder, which is made. If it holds nothing afterwards but the lock, it is removed.
+        folder: The folder, which is made.
         work: What is done in it, for the error, such as "making the same video".
+        temporary: Whether the folder is removed if it holds nothing afterwards but the lock.
 
     Raises:
         RuntimeError: Another process has claimed the folder.
@@ -35,7 +36,8 @@ def claimed(folder: Path, work: str) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
-        with suppress(OSError):  # another process may have removed the folder, or may use it by now
-            if [entry.name for entry in folder.iterdir()] == [LOCK]:
+        with suppress(OSError):  # the work may have removed the folder, and not every system removes a file in use
+            # While the lock is held, so that nobody else has the folder by then.
+            if temporary and [entry.name for entry in folder.iterdir()] == [LOCK]:
                 shutil.rmtree(folder)
+        lock.release()

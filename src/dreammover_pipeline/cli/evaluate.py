@@ -218,7 +218,7 @@ def _correspondence(args: argparse.Namespace) -> None:
     tables = "\n".join(f"## {suite.name}\n\n{table(rows, suite.name)}" for suite in suites)
     for path, text in ((rows_file, "".join(json.dumps(row) + "\n" for row in rows)), (report, tables)):
         with replacing(path) as new:
-            new.write_text(text, encoding="utf-8")
+            new.write_text(text, encoding="utf-8", newline="\n")
     print(f"{report}: {len(rows)} rows in {time.perf_counter() - start:.0f} s")
 
 

@@ -185,7 +185,7 @@ def _make_sequence(args: argparse.Namespace, photos: Sequence[str]) -> None:
     pipe.set_progress_bar_config(disable=args.quiet)
     canvas = pipe.canvas(decoded[0], call.get("height"), call.get("width"))
     say_if_scaled(args, canvas)
-    with claimed(parts, "making the same video"):
+    with claimed(parts, "making the same video", temporary=True):
         put_in_order(parts)
         made = _gaps(pipe, args, decoded, photos, {**call, "n_frames": counts, "output_type": "lazy"}, parts)
         moments = [k + moment for k, gap in enumerate(made.times) for moment in gap]

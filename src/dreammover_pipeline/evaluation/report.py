@@ -63,7 +63,7 @@ def write_report(file: RunFile, tools: Tools, left_out: Mapping[str, str] | None
     """
     folder = file.path.parent
     report = folder / REPORT
-    report.write_text(markdown(file, suite_fid(file, tools), left_out), encoding="utf-8")
+    report.write_text(markdown(file, suite_fid(file, tools), left_out), encoding="utf-8", newline="\n")
     for suite, pair in sorted({(row["suite"], row["pair"]) for row in file.rows}):
         path = folder / SHEETS / suite / f"{pair}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
