@@ -161,9 +161,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     _check_apart(Path(args.output), names)
     for group in (PrepareSettings, RenderSettings):
         group.of(settings)  # the same for values that no model takes
+    is_new = not Path(args.output).exists()
     make_folder(args.output, "--output: the folder")
     check_report_place(Path(args.output))
-    with claimed(Path(args.output), "evaluating"):
+    with claimed(Path(args.output), "evaluating", temporary=is_new):
         tools = find_tools(args.flow)
         pipe = load_chosen(args)
         pipe.set_progress_bar_config(disable=True)
