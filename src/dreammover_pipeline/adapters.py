@@ -62,7 +62,7 @@ def isolated_adapter(unet: torch.nn.Module, rank: int) -> Iterator[dict[str, tor
     model = unwrapped(unet)
     _check_name_is_free(model)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
-    with _restored_adapters(model) as users:
+    with gradient_flags_kept(model), _restored_adapters(model) as users:
         for layer in users:
             layer.merged_adapters = []  # else peft would unmerge fused adapters; the base is to include them
         # Peft draws initial weights, which the caller overwrites, and moves them to where the layers are.
@@ -79,13 +79,23 @@ def isolated_adapter(unet: torch.nn.Module, rank: int) -> Iterator[dict[str, tor
 
 
 @contextmanager
+def gradient_flags_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Have a model's parameters take gradients, or not, at the end of the context as they did at its beginning."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
 def _restored_adapters(model: torch.nn.Module) -> Iterator[dict[torch.nn.Module, _Flags]]:
-    """Remove the pair's adapter at the end and restore every flag; yields the flags of the user's adapter layers."""
+    """Remove the pair's adapter at the end and restore peft's flags; yields those of the user's adapter layers."""
     users = {
         layer: (layer._active_adapter, layer._disable_adapters, layer.merged_adapters)
         for layer in _tuner_layers(model).values()
     }
-    requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     had_adapters, had_config = model._hf_peft_config_loaded, hasattr(model, "peft_config")
     try:
         yield users
@@ -93,8 +103,6 @@ def _restored_adapters(model: torch.nn.Module) -> Iterator[dict[torch.nn.Module,
         _remove_adapter(model, users)
         for layer, flags in users.items():
             layer._active_adapter, layer._disable_adapters, layer.merged_adapters = flags
-        for parameter, flag in requires_grad:
-            parameter.requires_grad_(flag)
         if hasattr(model, "peft_config"):
             model.peft_config.pop(ADAPTER, None)
             if not had_config:
@@ -218,17 +226,16 @@ def base_weight(model: torch.nn.Module, name: str) -> torch.Tensor:
     Raises:
         ValueError: The weight is on the meta device, and no offloading hook keeps it elsewhere.
     """
-    while hasattr(model.get_submodule(name), "base_layer"):  # of several kinds of adapters each wraps the one before
-        name = f"{name}.base_layer"
-    layer = model.get_submodule(name)
+    name, layer = base_layer(model, name)
     return _offloaded(model, f"{name}.weight") if layer.weight.is_meta else layer.weight.data
 
 
-def base_layer(layer: torch.nn.Module) -> torch.nn.Module:
-    """A layer without the user's adapters that are on it."""
-    while hasattr(layer, "base_layer"):
-        layer = layer.base_layer
-    return layer
+def base_layer(model: torch.nn.Module, name: str) -> tuple[str, torch.nn.Module]:
+    """The layer of a name without the user's adapters that are on it, and the name that it has in the model itself."""
+    layer = model.get_submodule(name)
+    while hasattr(layer, "base_layer"):  # of several kinds of adapters each wraps the one before
+        name, layer = f"{name}.base_layer", layer.base_layer
+    return name, layer
 
 
 def unmerge_disabled(model: torch.nn.Module) -> None:
@@ -375,15 +382,13 @@ def load_beside(pipe, weights: dict[str, torch.Tensor], adapter_name: str) -> No
     unet = unwrapped(pipe.unet)
     acting = [_acting(layer._active_adapter, False, []) for layer in _tuner_layers(unet).values()]
     active = list(dict.fromkeys(name for names in acting for name in names))
-    flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
-    with torch.device("cpu"):  # whatever torch's default device is; peft moves the layers to where the others are
-        unet.load_lora_adapter(weights, prefix=None, adapter_name=adapter_name, _pipeline=pipe)
-    for name, layer in _tuner_layers(unet).items():
-        for part in ("lora_A", "lora_B"):
-            if adapter_name in getattr(layer, part, ()):  # peft made it in torch's default dtype, whatever that is
-                parameter = getattr(layer, part)[adapter_name].weight
-                parameter.data = weights[f"{name}.{part}.weight"].to(parameter.device, _adapter_dtype(layer))
-    unet.set_adapter([*active, adapter_name])
-    unet.requires_grad_(False)  # peft makes active adapters trainable
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
+    with gradient_flags_kept(unet):
+        with torch.device("cpu"):  # whatever torch's default device is; peft moves the layers to where the others are
+            unet.load_lora_adapter(weights, prefix=None, adapter_name=adapter_name, _pipeline=pipe)
+        for name, layer in _tuner_layers(unet).items():
+            for part in ("lora_A", "lora_B"):
+                if adapter_name in getattr(layer, part, ()):  # peft made it in torch's default dtype, whatever that is
+                    parameter = getattr(layer, part)[adapter_name].weight
+                    parameter.data = weights[f"{name}.{part}.weight"].to(parameter.device, _adapter_dtype(layer))
+        unet.set_adapter([*active, adapter_name])
+        unet.requires_grad_(False)  # peft makes active adapters trainable

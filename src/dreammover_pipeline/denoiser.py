@@ -51,7 +51,8 @@ class Denoiser:
         self.cross_attention_kwargs, self.controlnet = cross_attention_kwargs, controlnet
         # Without "scale": diffusers would multiply adapters by it and divide again in every call, which rounds, and
         # would forget the user's weights for a scale of 0. `with_lora` does it, and puts back what it found.
-        self._given = {name: value for name, value in (cross_attention_kwargs or {}).items() if name != "scale"}
+        self._given = dict(cross_attention_kwargs or {})
+        self._lora_scale = self._given.pop("scale", 1.0)
         self.guidance_scale = 1.0
         self._recorded: RecordedCall | None = None
 
@@ -163,8 +164,7 @@ class Denoiser:
 
         A "scale" in `cross_attention_kwargs` scales the user's adapters, as in diffusers, and the pair's LoRA too.
         """
-        of_all = (self.cross_attention_kwargs or {}).get("scale", 1.0)
-        with scaled_adapters(self.unet, of_all), pair_lora(self.unet, weights, scale * of_all):
+        with scaled_adapters(self.unet, self._lora_scale), pair_lora(self.unet, weights, scale * self._lora_scale):
             yield
 
     @contextmanager

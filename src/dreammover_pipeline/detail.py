@@ -31,7 +31,7 @@ from .fields import at_once, blurred, cell_grid, distances, looked_up, sampled, 
 from .flow import agreement
 from .framing import fit
 from .light import gain_maps, light_gains
-from .paths import MotionPaths
+from .paths import MotionPaths, Time
 from .records import BidirectionalFlow, Canvas, FrameSources
 from .refinement import aligned_flow
 from .rigid import complex_one, complex_product
@@ -177,7 +177,7 @@ class Candidates:
     doubt: torch.Tensor
 
     @classmethod
-    def at(cls, pair: PairDetail, time: float | torch.Tensor) -> Candidates:
+    def at(cls, pair: PairDetail, time: Time) -> Candidates:
         """The candidates at a time δ."""
         ways = pair.flow.stacked()
         cells = cell_grid(*ways.shape[-2:], ways)[0]
@@ -258,14 +258,14 @@ class Sources:
         most, where = torch.stack(weights).topk(min(count, len(key)), 0)
         return Sources(self.index.gather(0, where), self.shown.gather(0, where), most / most.sum(0))
 
-    def shares(self, time: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def shares(self, time: Time) -> tuple[torch.Tensor, torch.Tensor]:
         """The shares of the two photos in each candidate, (K, h', w') each."""
         first, second = (torch.ones_like(self.weight) * (share + FAINT) for share in (1 - time, time))
         return first.masked_fill(self.shown == 2, FAINT), second.masked_fill(self.shown == 1, FAINT)
 
 
 def choose_sources(
-    pair: PairDetail, candidates: Candidates, lit: torch.Tensor, frame: torch.Tensor, time: float | torch.Tensor
+    pair: PairDetail, candidates: Candidates, lit: torch.Tensor, frame: torch.Tensor, time: Time
 ) -> Sources:
     """Choose for every place of a frame which candidates it comes from.
 
@@ -305,7 +305,7 @@ def _costs(
     index: torch.Tensor,
     lit: torch.Tensor,
     frame: torch.Tensor,
-    time: float | torch.Tensor,
+    time: Time,
 ) -> torch.Tensor:
     """What candidates (K, h', w') cost, (3, K, h', w'): seen in both photos, in the first, in the second only."""
     frame, z = frame[:, None], places(frame)
@@ -390,7 +390,7 @@ class FrameDetail:
     light: torch.Tensor
 
 
-def plan_detail(pair: PairDetail, frame: torch.Tensor, time: float | torch.Tensor) -> FrameDetail:
+def plan_detail(pair: PairDetail, frame: torch.Tensor, time: Time) -> FrameDetail:
     """Decide where a frame takes its detail from, and where it takes none.
 
     Args:
@@ -495,7 +495,7 @@ def in_dtype(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _strips(
-    pair: PairDetail, frame: torch.Tensor, time: float | torch.Tensor, plan: FrameDetail, strip_pixels: int
+    pair: PairDetail, frame: torch.Tensor, time: Time, plan: FrameDetail, strip_pixels: int
 ) -> Iterator[torch.Tensor]:
     """The pixels of a frame from left to right, (3, H, n) in [0, 1] each, of about so many pixels."""
     canvas = pair.canvas
@@ -585,7 +585,7 @@ class _Lines:
     weights: torch.Tensor
 
     @classmethod
-    def of(cls, pair: PairDetail, plan: FrameDetail, time: float | torch.Tensor) -> _Lines:
+    def of(cls, pair: PairDetail, plan: FrameDetail, time: Time) -> _Lines:
         """The lines of a frame."""
         width, height = pair.content
         sources, candidates = plan.sources, plan.candidates

@@ -155,7 +155,7 @@ def _projections(unet: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     """The layers of a UNet that a pair's LoRA acts on, without the user's adapters, by their names in the UNet."""
     model = unwrapped(unet)
     names = [name for name, _ in model.named_modules() if name.endswith(tuple(f".{target}" for target in TARGETS))]
-    return {name: base_layer(model.get_submodule(name)) for name in names}
+    return {name: base_layer(model, name)[1] for name in names}
 
 
 # ── In effect ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .adapters import require_in_memory, scaled_adapters, unmerge_disabled, unwrapped, without_group_offloading
+from .adapters import (
+    gradient_flags_kept,
+    require_in_memory,
+    scaled_adapters,
+    unmerge_disabled,
+    unwrapped,
+    without_group_offloading,
+)
 from .captured import TrainingStep, only_kernels, replayed
 from .ddim import recompose, v_from_eps
 from .repeatable import repeatable_attention, repeatable_convolutions
@@ -213,14 +220,10 @@ def _checkpointing(unet: torch.nn.Module, wanted: bool) -> Iterator[None]:
 @contextmanager
 def _frozen(unet: torch.nn.Module) -> Iterator[None]:
     """Have no weight of a UNet take gradients while the context lasts."""
-    flags = {parameter: parameter.requires_grad for parameter in unwrapped(unet).parameters()}
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(False)
+    model = unwrapped(unet)
+    with gradient_flags_kept(model):
+        model.requires_grad_(False)
         yield
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
 
 
 def _bring(unet: torch.nn.Module) -> None:

@@ -30,7 +30,7 @@ CENTRE_TOLERANCE = 1.5  # sigma, in cells of the unit grid, of how far from a ce
 SMALLEST = 0.1  # least size, as a share of what it was, from which what is on straight paths can grow again
 PAIRS_AT_ONCE = 2**17  # pairs of cells held together to find centres, so that memory does not grow with the grid
 
-Time = float | torch.Tensor  # a number, or a tensor (1,) that is on the device already
+Time = float | torch.Tensor  # a number, or a tensor () or (1,) that is on the device already
 
 
 @dataclass(frozen=True, eq=False)
