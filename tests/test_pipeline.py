@@ -191,6 +191,33 @@ def test_a_pair_does_not_depend_on_its_batch(pipe, photos, fast):
     assert torch.equal(listed.frames[0], batch.frames[0])
 
 
+@pytest.mark.parametrize("output_type", ["pt", "pil"])
+def test_pairs_that_are_made_survive_one_that_fails_later(pipe, photos, fast, output_type):
+    fast["output_type"] = output_type
+
+    def fail(pipe, i, timestep, tensors):
+        calls.append(i)
+        if len(calls) > failing * fast["inversion_steps"]:
+            raise RuntimeError("a pair fails")
+        return {}
+
+    firsts, lasts = [photos[0], photos[1], photos[0]], [photos[1], photos[0], photos[0]]
+    whole = pipe(firsts, lasts, **fast)
+    calls, failing = [], 2
+    with pytest.raises(RuntimeError, match="a pair fails") as caught:
+        pipe(firsts, lasts, **fast, callback_on_step_end=fail)
+    made = caught.value.output
+    assert made.times == whole.times[:2]
+    assert len(made.flow) == len(made.frames) == 2
+    for video, expected in zip(made.frames, whole.frames, strict=False):
+        for frame, other in zip(video, expected, strict=True):
+            assert np.array_equal(np.asarray(frame), np.asarray(other))
+    calls, failing = [], 0
+    with pytest.raises(RuntimeError, match="a pair fails") as caught:
+        pipe(firsts, lasts, **fast, callback_on_step_end=fail)
+    assert not hasattr(caught.value, "output")
+
+
 def test_a_batch_of_different_sizes_comes_back_as_lists(pipe, fast):
     images = [np.full((*size, 3), 99, np.uint8) for size in ((64, 64), (48, 80))]
     videos = pipe(images, images, **fast | {"output_type": "pil"}).frames

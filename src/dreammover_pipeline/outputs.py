@@ -76,6 +76,18 @@ def joined_candidates(outputs: Sequence[DreamMoverPipelineOutput]) -> list[Choos
     return None if all(chooser is None for chooser in choosers) else choosers
 
 
+def hand_over(error: Exception, output: DreamMoverPipelineOutput, parts: str) -> None:
+    """Let an error that ends a call carry what the call had made by then, as the error's `output`.
+
+    Args:
+        error: What is raised.
+        output: The output of all parts before the one that failed.
+        parts: What the parts are, in the plural, for the error's note.
+    """
+    error.output = output
+    error.add_note(f"The {parts} before this one are not lost: this error's `output` holds their frames.")
+
+
 def returned(output: DreamMoverPipelineOutput, return_dict: bool) -> DreamMoverPipelineOutput | tuple:
     """The output itself if `return_dict`, else the tuple of all its fields (`to_tuple` would leave out None)."""
     return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))

@@ -58,7 +58,7 @@ from .memory import free_cache  # noqa: F401, named for the loader
 from .model_checks import check_guidance, check_model_fits, check_no_callback, check_noise_levels, check_texts
 from .models import Models
 from .noise_training import NoiseTraining  # noqa: F401, named for the loader
-from .outputs import DreamMoverPipelineOutput, as_output, joined, returned
+from .outputs import DreamMoverPipelineOutput, as_output, hand_over, joined, returned
 from .pairs import (
     ModelSizes,
     PairInput,
@@ -431,6 +431,7 @@ class DreamMoverPipeline(
 
         Raises:
             TypeError, ValueError: an argument is not what it may be; raised before any model runs.
+            Exception: a pair of several could not be made; the error's `output` holds the frames of those before it.
 
         Examples:
         """
@@ -448,12 +449,17 @@ class DreamMoverPipeline(
         with self._turn():
             self._interrupt = False
             outputs = []
-            for pair, picture in zip(pairs, pictures, strict=True):
-                prepared = self._prepare(pair, preparing)
-                asked = FramesAsked(rendering, pair.negative, pair.seed, picture)
-                outputs.append(self._render(prepared, asked, delivery))
-                if self.interrupt:
-                    break
+            try:
+                for pair, picture in zip(pairs, pictures, strict=True):
+                    prepared = self._prepare(pair, preparing)
+                    asked = FramesAsked(rendering, pair.negative, pair.seed, picture)
+                    outputs.append(self._render(prepared, asked, delivery))
+                    if self.interrupt:
+                        break
+            except Exception as error:
+                if outputs:
+                    hand_over(error, joined(outputs), "pairs")
+                raise
             return returned(joined(outputs), return_dict)
 
     def prepare(

@@ -16,7 +16,7 @@ import torch
 from .images import Photo, decode_images, is_batch
 from .inputs import check_integer
 from .kept_gaps import KeptGaps
-from .outputs import DreamMoverPipelineOutput, joined_candidates
+from .outputs import DreamMoverPipelineOutput, hand_over, joined_candidates
 from .pairs import (
     ModelSizes,
     PairInput,
@@ -90,8 +90,7 @@ def make_gaps(
     except Exception as error:
         error.gap = len(outputs)
         if outputs:
-            error.output = in_a_row(outputs, photos_included)
-            error.add_note("The gaps before this one are not lost: this error's `output` holds their frames.")
+            hand_over(error, in_a_row(outputs, photos_included), "gaps")
         raise
     return in_a_row(outputs, photos_included)
 
