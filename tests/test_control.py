@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frames that are conditioned on poses or on pictures of the user's own, by a ControlNet made from the UNet."""
 
+import re
+
 import pytest
 import torch
 from diffusers import ControlNetModel
@@ -119,6 +121,53 @@ def test_pictures_of_ones_own_are_faded_or_asked_for(controlled, photos):
     controlled.render(pair, **LATENTS, control_images=picture)
     assert asked == [0, 1, 0.25, 0.5, 0.75]
     assert torch.allclose(given[0].mean((1, 2, 3)), torch.tensor(asked), atol=1e-6)
+
+
+def test_a_function_is_asked_once_for_each_time_and_before_a_model_runs(controlled, photos):
+    happened = []
+    for model in (controlled.unet, controlled.vae.encoder, controlled.text_encoder):
+        model.register_forward_pre_hook(lambda *call: happened.append("a model ran"))
+
+    def picture(time):
+        happened.append(time)
+        return photos[0]
+
+    settings = {**SHORT, **LATENTS, "control_images": picture}
+    lists = [photos[0]] * 2, [photos[1]] * 2
+    controlled(*lists, **settings)
+    assert happened[:5] == [0, 1, 0.25, 0.5, 0.75]
+    assert set(happened[5:]) == {"a model ran"}, "pairs on one canvas share the pictures"
+
+    happened.clear()
+    controlled.interpolate_sequence([*photos, photos[0]], **settings | {"n_frames": [1, 2]})
+    assert happened[:5] == [0, 1, 0.5, 1 / 3, 2 / 3]
+    assert set(happened[5:]) == {"a model ran"}
+
+    happened.clear()
+    times = controlled(*photos, **settings, easing="even").times[0]
+    assert happened[:3] == [0, 1, "a model ran"]
+    assert [time for time in happened[3:] if time != "a model ran"] == list(times)
+
+
+def test_what_a_function_returns_is_refused_before_a_model_runs(controlled, photos):
+    def picture(time):
+        return "" if time == wrong else photos[0]
+
+    wrong = None
+    pair = controlled.prepare(*photos, **SHORT)
+    for model in (controlled.unet, controlled.vae.encoder, controlled.vae.decoder, controlled.text_encoder):
+        model.register_forward_pre_hook(lambda *call: pytest.fail("a model ran"))
+    for wrong, more in ((0, {}), (0.75, {}), (1, {"easing": "even"})):
+        generator = torch.Generator().manual_seed(1)
+        settings = {**LATENTS, **more, "control_images": picture, "method": "noise", "generator": generator}
+        for call in (
+            lambda settings=settings: controlled(*photos, **SHORT, **settings),
+            lambda settings=settings: controlled.render(pair, **settings),
+            lambda settings=settings: controlled.interpolate_sequence([*photos, photos[0]], **SHORT, **settings),
+        ):
+            with pytest.raises((TypeError, ValueError, OSError), match=re.escape(f"control_images({wrong:g})")):
+                call()
+        assert torch.equal(generator.get_state(), torch.Generator().manual_seed(1).get_state())
 
 
 def test_poses_are_kept_with_a_prepared_pair_and_with_gaps(controlled, photos, tmp_path):

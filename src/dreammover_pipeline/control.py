@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from diffusers import ControlNetModel
@@ -70,6 +71,10 @@ def control_picture(images: object, poses: PosePair | None, canvas: Canvas) -> C
         poses: The poses of the people in the pair; None for no poses.
         canvas: Where the pictures are put, as the photos are.
 
+    Returns:
+        What draws the pictures. Where `images` is a function, it is called once for each time, and its pictures are
+        kept as long as what draws them; what it returns is checked then, and raises TypeError or ValueError.
+
     Raises:
         TypeError, ValueError: `images` is not what it may be, or comes beside poses.
     """
@@ -84,7 +89,7 @@ def control_picture(images: object, poses: PosePair | None, canvas: Canvas) -> C
         return fit(rgb(decode_images(image, which)[0]), canvas)
 
     if callable(images):
-        return lambda time: fitted(images(time), f"control_images({time:g})")
+        return cache(lambda time: fitted(images(time), f"control_images({time:g})"))
     if not isinstance(images, list | tuple) or len(images) != 2:
         raise TypeError(
             f"`control_images` must be two images, or a function of δ that returns one, not {type(images).__name__}"

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
 import PIL.Image
 import torch
@@ -78,7 +78,7 @@ from .preparing import fit_lora_of_gaps, prepare_pair
 from .progress import ProgressListener, reported_stage
 from .prompts import pair_negatives
 from .ranking import Chooser, check_choices, clip_judge
-from .records import Canvas, FrameSources, PosePair, PreparedPair, check_prepared
+from .records import Canvas, FrameSources, PreparedPair, check_prepared
 from .refinement import refined_flow  # noqa: F401, named for the loader
 from .rendering import DenoisedFrames, FramesAsked, negative_of, render_latents
 from .repeatable import repeatable_attention  # noqa: F401, named for the loader
@@ -442,8 +442,8 @@ class DreamMoverPipeline(
         pairs = checked_pairs(img0, img1, content, negative, self._sizes)
         self._check_texts(pairs, guidance_scale)
         check_stackable(pairs, output_type)
-        pictures = [self._control_picture(control_images, pair.poses, pair.canvas) for pair in pairs]
         self._check_candidates(rendering)
+        pictures = self._control_pictures(control_images, pairs, [rendering] * len(pairs))
         if takes_seed(preparing, rendering):
             pairs = with_seeds(pairs, generator)
         with self._turn():
@@ -583,8 +583,8 @@ class DreamMoverPipeline(
             tokens = pair.prompt_embeds.shape[1]
             check_guidance(tokens, negative_of(pair, negative), self.text_encoder, self.tokenizer)
         check_generator(generator, 1)
-        picture = self._control_picture(control_images, pair.poses, pair.canvas)
         self._check_candidates(settings)
+        (picture,) = self._control_pictures(control_images, [pair], [settings])
         seed = pair_seeds(generator, 1)[0] if method == "noise" else None
         with self._turn():
             self._interrupt = False
@@ -707,12 +707,11 @@ class DreamMoverPipeline(
         self._check_model_fits(preparing, *rendering)
         self._check_texts(gaps, rendering[0].guidance_scale)
         images_of_all = ControlContent.of(arguments).control_images
-        pictures = [self._control_picture(images_of_all, gap.poses, gap.canvas) for gap in gaps]
         self._check_candidates(*rendering)
-
         if keep is not None:
             check_no_callback("keep", delivery)
             check_can_keep(keep, gaps, rendering[0], images_of_all)
+        pictures = self._control_pictures(images_of_all, gaps, rendering)
         if takes_seed(preparing, rendering[0]):
             gaps = with_seeds(gaps, content.generator)
         with self._turn():
@@ -900,12 +899,29 @@ class DreamMoverPipeline(
         convert = partial(self.maybe_convert_prompt, tokenizer=self.tokenizer)  # for textual inversion
         return Conditioner(self.text_encoder, self.tokenizer, dtype, device, convert, lora_scale)
 
-    def _control_picture(self, images: object, poses: PosePair | None, canvas: Canvas) -> ControlPicture | None:
-        """What the ControlNet is given at each time; raises ValueError if there is none to be given it."""
-        for name, given in (("control_images", images), ("poses", poses)):
-            if given is not None:
-                self._require_controlnet(name)
-        return control_picture(images, poses, canvas)
+    def _control_pictures(
+        self, images: object, pairs: Sequence[PairInput | PreparedPair], videos: Sequence[RenderSettings]
+    ) -> list[ControlPicture | None]:
+        """What the ControlNet is given at each time of each pair's video, None where it is given nothing.
+
+        A function of the user's is asked here for the photos' pictures and for those of all times that are known
+        before the models run. Pairs on one canvas share what it returns.
+
+        Raises:
+            TypeError, ValueError: The images are not what they may be, or there is no ControlNet to be given them.
+        """
+        picture_of = cache(partial(control_picture, images))
+        pictures = []
+        for pair, video in zip(pairs, videos, strict=True):
+            for name, given in (("control_images", images), ("poses", pair.poses)):
+                if given is not None:
+                    self._require_controlnet(name)
+            picture = picture_of(pair.poses, pair.canvas)
+            if callable(images):
+                for time in (0.0, 1.0, *(video.known_times or ())):
+                    picture(time)
+            pictures.append(picture)
+        return pictures
 
     def _check_candidates(self, *videos: RenderSettings) -> None:
         """Raise ValueError if nothing can choose among candidates, or if a choice is for no frame of the videos."""
