@@ -83,7 +83,7 @@ def test_a_report_that_is_another_text_is_left_as_it_is(tmp_path, capsys):
     report = tmp_path / "report.md"
     report.write_text("# My report\n")
     assert main(["evaluate", "-o", str(tmp_path), "--device=cpu", "--model", str(tmp_path)]) == 2
-    assert f"'{report}' is no report of an evaluation; move it away" in capsys.readouterr().err
+    assert f"the report to '{report}': this program did not write the file that is there" in capsys.readouterr().err
     assert [path.read_text() for path in tmp_path.iterdir()] == ["# My report\n"]
 
 

@@ -18,7 +18,7 @@ from dreammover_pipeline.evaluation.correspondence import (
     PENALTIES,
     Variant,
     _measured,
-    check_replaceable,
+    check_places,
     study,
     table,
 )
@@ -94,7 +94,7 @@ def test_the_command_writes_rows_and_tables(tmp_path, capsys):
     assert {row["suite"] for row in written} == {"recast"}
     assert (out / "correspondence.md").read_text().startswith("## recast")
     assert f"{len(written)} rows" in capsys.readouterr().out
-    check_replaceable(out / "correspondence.jsonl", out / "correspondence.md")  # for the next time
+    check_places(out / "correspondence.jsonl", out / "correspondence.md")  # for the next time
     assert main(["correspondence", "-o", str(out), "--suites", "fish"]) == 2
     assert "--suites" in capsys.readouterr().err
 
@@ -122,5 +122,5 @@ def test_files_of_others_are_left_as_they_are(tmp_path, capsys, name, content):
     path = tmp_path / name
     path.write_bytes(content)
     assert main(["correspondence", "-o", str(tmp_path), "--device", "cpu", "--model", str(tmp_path)]) == 2
-    assert f"'{path}' was not written by this command; move it away" in capsys.readouterr().err
+    assert f"to '{path}': this program did not write the file that is there" in capsys.readouterr().err
     assert path.read_bytes() == content

@@ -121,7 +121,7 @@ def test_a_foreign_module_is_not_replaced(tmp_path, capsys):
     mine = tmp_path / "app.py"
     mine.write_text("print(1)")
     assert main(["export-hub", "--single-file", str(mine)]) == 2
-    assert "this program did not write it" in capsys.readouterr().err
+    assert f"the module to '{mine}': this program did not write the file" in capsys.readouterr().err
     assert mine.read_text() == "print(1)"
     for _ in range(2):
         assert main(["export-hub", "--single-file", str(tmp_path / "mod.py")]) == 0
@@ -132,7 +132,7 @@ def test_a_foreign_readme_is_not_replaced_by_the_section(tmp_path, monkeypatch, 
     section = tmp_path / "mod_README.md"
     section.write_text("my own notes")
     error = refusal(capsys, "--single-file", "mod.py")
-    assert "written to 'mod_README.md', but a file of that name is there that this program did not write" in error
+    assert "the README section of 'mod.py' to 'mod_README.md': this program did not write the file" in error
     assert section.read_text() == "my own notes"
     assert list(tmp_path.iterdir()) == [section]
     section.unlink()

@@ -15,6 +15,7 @@ from support.programs import LATE_FAILURE
 from dreammover_pipeline.media.files import (
     check_fps,
     check_picture_path,
+    check_replaceable,
     check_video_path,
     video_size,
     write_picture,
@@ -350,6 +351,24 @@ def test_nothing_else_is_replaced(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="current folder"):
         check_video_path(".")
     assert (tmp_path / "mixed" / "notes.txt").read_text() == "precious"
+
+
+def test_only_a_file_of_ours_may_be_replaced(tmp_path):
+    path = tmp_path / "report.md"
+
+    def check():
+        check_replaceable(path, lambda content: content.startswith(b"# Ours"), "the report")
+
+    check()
+    path.write_text("# Ours\n")
+    check()
+    path.write_text("# Mine\n")
+    with pytest.raises(ValueError, match=r"cannot write the report to '.*report\.md': this program did not write the"):
+        check()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match="there is a folder of that name"):
+        check()
 
 
 @pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 1e-9, 1e9])

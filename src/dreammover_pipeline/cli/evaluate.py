@@ -204,13 +204,13 @@ def _correspondence(args: argparse.Namespace) -> None:
     for name in args.suites:
         check_choice("--suites", name, DIFFICULTIES)
     pipeline_class()  # first, since it hushes third parties before they are imported
-    from ..evaluation.correspondence import check_replaceable, study, table
+    from ..evaluation.correspondence import check_places, study, table
     from ..evaluation.suites import find_suites
 
     folder = Path(args.output)
     rows_file, report = folder / "correspondence.jsonl", folder / "correspondence.md"
     make_folder(folder, "--output: the folder")
-    check_replaceable(rows_file, report)
+    check_places(rows_file, report)
     pipe = load_chosen(args)
     pipe.set_progress_bar_config(disable=True)
     pipe.check_inputs(inversion_steps=max(args.steps), feature_step=min(args.steps))

@@ -23,7 +23,7 @@ from ..features import up_block_features
 from ..fields import pixel_flow, upsampled_flow
 from ..flow import distance_bias, join_features, match_features, smooth_flow
 from ..framing import unfit
-from ..inputs import check_file_place
+from ..media.files import check_replaceable
 from ..pipeline import DreamMoverPipeline
 from ..records import BidirectionalFlow, Inversion
 from .case import EvaluationCase
@@ -96,12 +96,10 @@ def table(rows: Sequence[dict], suite: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def check_replaceable(rows: Path, report: Path) -> None:
+def check_places(rows: Path, report: Path) -> None:
     """Raise ValueError if the place of a study's rows or of its report holds anything but those of another study."""
-    for path, is_own in ((rows, _is_row), (report, _is_beginning)):
-        check_file_place(path)
-        if path.exists() and not is_own(path.read_bytes()):
-            raise ValueError(f"'{path}' was not written by this command; move it away, or choose another folder")
+    check_replaceable(rows, _is_row, "the rows")
+    check_replaceable(report, _is_beginning, "the report")
 
 
 def _is_row(content: bytes) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from ..inputs import check_file_place
+from ..media.files import check_replaceable
 from ..media.pictures import CAPTION, FONT, MARGIN, picture_of
 from .networks import Tools
 from .run import SHEETS, RunFile, read_strip
@@ -44,10 +44,7 @@ LABEL = 110  # width in pixels of the column of method names on a sheet
 
 def check_report_place(folder: Path) -> None:
     """Raise ValueError if the place of a run's report holds anything but a report."""
-    path = folder / REPORT
-    check_file_place(path)
-    if path.exists() and not path.read_bytes().startswith(HEAD.encode()):
-        raise ValueError(f"'{path}' is no report of an evaluation; move it away, or choose another folder")
+    check_replaceable(folder / REPORT, lambda content: content.startswith(HEAD.encode()), "the report")
 
 
 def write_report(file: RunFile, tools: Tools, left_out: Mapping[str, str] | None = None) -> Path:

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 from .. import __version__
-from ..media.files import check_file_path
+from ..media.files import check_file_path, check_replaceable
 from .single_file import join_modules, read_core
 
 PACKAGE = Path(__file__).parent.parent
@@ -134,8 +134,8 @@ def write_single_file(path: Path) -> Path:
         The path of the section, `name_README.md`.
 
     Raises:
-        ValueError: the path is not that of a Python module, or lies inside this package, or in the place of the
-            section is something that this function did not write.
+        ValueError: the path is not that of a Python module, or lies inside this package, or in the place of either
+            file is something that this function did not write.
         RuntimeError: the modules cannot be joined into one.
         OSError: a file cannot be written.
     """
@@ -147,13 +147,8 @@ def write_single_file(path: Path) -> Path:
     section = path.with_name(f"{path.stem}_README.md")
     check_file_path(section, [".md"])
     mark = SECTION.splitlines()[0].encode()
-    if section.exists() and not section.read_bytes().startswith(mark):
-        raise ValueError(
-            f"the README section of '{path}' is written to '{section}', but a file of that name is there that this "
-            "program did not write; move it away, or choose another name"
-        )
-    if path.exists() and WRITTEN_BY not in path.read_bytes():
-        raise ValueError(f"'{path}' is there, and this program did not write it; move it away, or choose another name")
+    check_replaceable(section, lambda content: content.startswith(mark), f"the README section of '{path}'", "name")
+    check_replaceable(path, lambda content: WRITTEN_BY in content, "the module", "name")
     path.write_text(_joined(f'custom_pipeline="{path.stem}"'), encoding="utf-8")
     section.write_text(SECTION.format(name=path.stem), encoding="utf-8")
     return section

@@ -202,6 +202,28 @@ def check_file_path(path: str | os.PathLike, suffixes: Sequence[str]) -> None:
     check_file_place(path)
 
 
+def check_replaceable(
+    path: str | os.PathLike, is_ours: Callable[[bytes], bool], what: str, instead: str = "folder"
+) -> None:
+    """Refuse to replace a file that this program did not write.
+
+    Args:
+        path: the place that is written to, where there need not be a file.
+        is_ours: a function that tells from the content of a file whether this program wrote it.
+        what: what is written, for the error.
+        instead: what the user can choose another one of, for the error.
+
+    Raises:
+        ValueError: there is a file that this program did not write, or anything but a file.
+    """
+    check_file_place(path)
+    if os.path.exists(path) and not is_ours(Path(path).read_bytes()):
+        raise ValueError(
+            f"cannot write {what} to '{path}': this program did not write the file that is there; move it away, or "
+            f"choose another {instead}"
+        )
+
+
 def make_folder(folder: str | os.PathLike, name: str = "the folder", writable: bool = True) -> None:
     """Make a folder for what is to be written, and those it lies in, unless it is there.
 
