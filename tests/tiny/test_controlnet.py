@@ -76,7 +76,7 @@ def test_the_checkpoint_itself_is_not_trained(stage):
 
 def test_a_training_in_pieces_ends_as_one_without_a_break(trained, stage, tmp_path):
     for _ in range(3):
-        trainer = Trainer(stage, stage.identity(), tmp_path, stage.device)
+        trainer = Trainer(stage, stage.identity(), tmp_path, stage.device, read_state(tmp_path, "controlnet"))
         if not trainer.history:
             trainer.evaluate()
         trainer.advance()

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +82,29 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(trained, tmp_path):
     for name in ("vae.pt", "latents/0000.pt", "latents/0001.pt", "unet.pt"):
         assert same(torch.load(trained / name), torch.load(tmp_path / name)), name
     assert (trained / "sheets" / "000012.png").read_bytes() == (tmp_path / "sheets" / "000012.png").read_bytes()
+
+
+def test_every_state_is_read_once_to_go_on_and_once_to_export(trained, tmp_path, monkeypatch):
+    for name in ("vae.pt", "unet.pt", "latents"):
+        copy = shutil.copytree if name == "latents" else shutil.copy
+        copy(trained / name, tmp_path / name)
+    opened, load = [], torch.load
+
+    def counted(file, *args, **kwargs):
+        opened.append(Path(file.name).stem)
+        return load(file, *args, **kwargs)
+
+    def states_read():
+        names = sorted(name for name in opened if name in ("vae", "unet"))  # the others are shards
+        opened.clear()
+        return names
+
+    monkeypatch.setattr(torch, "load", counted)
+    assert main(command(tmp_path)) == 0
+    assert states_read() == ["unet", "vae"]
+    longer = ["--unet-steps", str(QUICK.unet.steps + 1), "--export", str(tmp_path / "export")]
+    assert main(command(tmp_path, *longer)) == 0
+    assert states_read() == ["unet", "unet", "vae", "vae"]
 
 
 def test_no_minutes_save_and_stop(tmp_path, capsys):

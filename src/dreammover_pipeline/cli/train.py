@@ -76,7 +76,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     pipeline_class()  # first, since it hushes third parties before they are imported
-    from ..tiny.train import export, is_ready_for_export, train
+    from ..tiny.train import export, train
 
     recipe = _recipe(args)
     device = _prepare_device(args)
@@ -85,9 +85,7 @@ def _train(args: argparse.Namespace) -> None:
     with claimed(args.out, "training"):
         if not train(recipe, args.out, device, deadline):
             print("The time is up and all is saved; the same command goes on from here.")
-        if args.export and is_ready_for_export(args.out):
-            export(recipe, args.out, args.export, device)
-        elif args.export:
+        if args.export and not export(recipe, args.out, args.export, device):
             print("Nothing to export yet: the UNet was not evaluated.")
 
 

@@ -230,7 +230,8 @@ def train_controlnet(stage: ControlStage, folder: Path, deadline: float) -> bool
     Raises:
         ValueError: the folder holds the training of another recipe or checkpoint.
     """
-    return Trainer(stage, stage.identity(), folder, stage.device).run(deadline)
+    state = read_state(folder, stage.name)
+    return Trainer(stage, stage.identity(), folder, stage.device, state).run(deadline)
 
 
 def export_controlnet(stage: ControlStage, folder: Path, target: Path) -> bool:

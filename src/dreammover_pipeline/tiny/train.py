@@ -22,11 +22,12 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
+from diffusers import AutoencoderKL
 from torch import nn
 
 from .latents import LatentShards
 from .models import WORDS, build_text_encoder, build_tokenizer, build_unet, build_vae, save_checkpoint
-from .recipes import Recipe
+from .recipes import Plan, Recipe
 from .stages import UnetStage, VaeStage
 from .trainer import Trainer, check_identity, load_weights, read_state
 
@@ -39,18 +40,6 @@ def identity_of(recipe: Recipe) -> dict:
     for stage in STAGES:
         del fixed[stage.name]["steps"]
     return fixed
-
-
-def best_vae(recipe: Recipe, folder: Path):
-    """The best autoencoder so far, for inference.
-
-    Args:
-        recipe: the recipe that it is trained by.
-        folder: the output folder of the training.
-    """
-    vae = build_vae(recipe.sizes, recipe.world.size)
-    load_weights(nn.ModuleDict({"vae": vae}), read_state(folder, "vae")["best"]["weights"])
-    return vae.eval().requires_grad_(False)
 
 
 def train(recipe: Recipe, folder: Path, device: torch.device, deadline: float) -> bool:
@@ -70,24 +59,39 @@ def train(recipe: Recipe, folder: Path, device: torch.device, deadline: float) -
             not match the autoencoder as it is to be. All of this is found before any training.
     """
     identity = identity_of(recipe)
-    _check_states(recipe, folder, identity)
-    if not _is_finished(folder, recipe, "vae"):
-        trainer = Trainer(VaeStage(recipe, device), identity, folder, device)
+    states = {stage.name: read_state(folder, stage.name) for stage in STAGES}
+    _check_states(recipe, folder, identity, states)
+    if not _is_finished(states["vae"], recipe.vae):
+        trainer = Trainer(VaeStage(recipe, device), identity, folder, device, states.pop("vae"))
         if not trainer.run(deadline):
             return False
-    if _is_finished(folder, recipe, "unet"):
+        states["vae"] = trainer.state()
+    if _is_finished(states["unet"], recipe.unet):
         return True
-    vae_step = read_state(folder, "vae")["step"]
-    shards = LatentShards(recipe, folder / "latents", best_vae(recipe, folder).to(device), vae_step)
+    vae = states.pop("vae")
+    shards = LatentShards(recipe, folder / "latents", best_vae(recipe, vae).to(device), vae["step"])
     if not shards.make(deadline):
         return False
     stage = UnetStage(recipe, shards, folder / "sheets", device)
-    return Trainer(stage, identity | {"vae_step": vae_step}, folder, device).run(deadline)
+    identity |= {"vae_step": vae["step"]}
+    return Trainer(stage, identity, folder, device, states.pop("unet")).run(deadline)
 
 
-def _check_states(recipe: Recipe, folder: Path, identity: dict) -> None:
-    """Raise ValueError if what a folder holds cannot be gone on with, as `train` says."""
-    vae, unet = (read_state(folder, stage.name) for stage in STAGES)
+def best_vae(recipe: Recipe, state: dict) -> AutoencoderKL:
+    """The best autoencoder so far, for inference.
+
+    Args:
+        recipe: the recipe that it is trained by.
+        state: the state of its stage.
+    """
+    vae = build_vae(recipe.sizes, recipe.world.size)
+    load_weights(nn.ModuleDict({"vae": vae}), state["best"]["weights"])
+    return vae.eval().requires_grad_(False)
+
+
+def _check_states(recipe: Recipe, folder: Path, identity: dict, states: dict[str, dict | None]) -> None:
+    """Raise ValueError if the states of a folder, by their stages' names, cannot be gone on with, as `train` says."""
+    vae, unet = (states[stage.name] for stage in STAGES)
     if vae is not None:
         check_identity(folder / "vae.pt", vae["identity"], identity)
     if unet is not None:
@@ -100,45 +104,32 @@ def _check_states(recipe: Recipe, folder: Path, identity: dict) -> None:
             )
 
 
-def check_autoencoder(folder: Path) -> None:
-    """Raise unless the UNet, if there is one, was trained on latents of the autoencoder in the same folder.
-
-    Args:
-        folder: the output folder of the training.
-
-    Raises:
-        ValueError: the autoencoder was trained further after the UNet had begun to learn its latents.
-    """
-    vae, unet = (read_state(folder, stage.name) for stage in STAGES)
-    if unet is not None and unet["identity"]["vae_step"] != vae["step"]:
-        raise ValueError(f"the UNet in {folder} was trained on another autoencoder; delete unet.pt and train it anew")
+def _is_finished(state: dict | None, plan: Plan) -> bool:
+    """Whether the state of a stage is that of its end."""
+    return state is not None and state["step"] >= plan.steps
 
 
-def _is_finished(folder: Path, recipe: Recipe, name: str) -> bool:
-    state = read_state(folder, name)
-    return state is not None and state["step"] >= getattr(recipe, name).steps
-
-
-def is_ready_for_export(folder: Path) -> bool:
-    """Whether the UNet in an output folder was evaluated, so that there are best weights of both networks."""
-    state = read_state(folder, "unet")
-    return state is not None and state["best"]["weights"] is not None
-
-
-def export(recipe: Recipe, folder: Path, target: Path, device: torch.device) -> None:
+def export(recipe: Recipe, folder: Path, target: Path, device: torch.device) -> bool:
     """Write the best models so far as a float16 checkpoint, and `card.json`, which says how they were trained.
 
     Args:
         recipe: the recipe of the training.
-        folder: the output folder of the training, which `is_ready_for_export`.
+        folder: the output folder of the training.
         target: the folder of the checkpoint, which is made if it is missing.
         device: the device that was trained on, for the card.
 
+    Returns:
+        Whether there were any; otherwise the UNet was not evaluated yet.
+
     Raises:
-        ValueError: the autoencoder was trained further after the UNet had begun to learn its latents.
+        ValueError: the autoencoder is not the one whose latents the UNet has learnt.
     """
-    check_autoencoder(folder)
     states = {stage.name: read_state(folder, stage.name) for stage in STAGES}
+    unet = states["unet"]
+    if unet is None or unet["best"]["weights"] is None:
+        return False
+    if unet["identity"]["vae_step"] != states["vae"]["step"]:
+        raise ValueError(f"the UNet in {folder} was trained on another autoencoder; delete unet.pt and train it anew")
     tokenizer = build_tokenizer(WORDS, recipe.sizes.tokens)
     models = nn.ModuleDict(
         {
@@ -152,6 +143,7 @@ def export(recipe: Recipe, folder: Path, target: Path, device: torch.device) -> 
     save_checkpoint(target, **models, tokenizer=tokenizer)
     card = _card(recipe, states, parameters, device)
     (target / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    return True
 
 
 def _card(recipe: Recipe, states: dict[str, dict], parameters: dict[str, int], device: torch.device) -> dict:

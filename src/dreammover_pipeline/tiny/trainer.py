@@ -69,14 +69,15 @@ class Trainer:
     Args:
         stage: what is trained and how it is judged.
         identity: what decides the training; a saved state is only continued if its identity is equal.
-        folder: the folder of the states; a state that it holds is continued.
+        folder: the folder that the state is saved in.
         device: the device to train on.
+        state: what `read_state` gave for the folder, which is continued; None to begin.
 
     Raises:
-        ValueError: the folder holds a state of another identity.
+        ValueError: the state has another identity.
     """
 
-    def __init__(self, stage: Stage, identity: dict, folder: Path, device: torch.device):
+    def __init__(self, stage: Stage, identity: dict, folder: Path, device: torch.device, state: dict | None):
         self.stage, self.identity, self.folder, self.device = stage, identity, folder, device
         folder.mkdir(parents=True, exist_ok=True)
         self.model = stage.build().to(device, memory_format=torch.channels_last).train()
@@ -85,7 +86,7 @@ class Trainer:
         self.step, self.seconds, self.history, self.best = 0, 0.0, [], {"row": None, "weights": None}
         self.loss_sum = torch.zeros((), device=device)  # sum of the losses since the last evaluation
         self.loss_count = 0
-        if (state := read_state(folder, stage.name)) is not None:
+        if state is not None:
             self._continue_from(state)
         self.started = self.saved = time.monotonic()
 
@@ -153,8 +154,13 @@ class Trainer:
         draw_curves(self.history, self.folder / f"{self.stage.name}.png")
 
     def save(self) -> None:
-        """Write everything that the training needs to go on from here."""
-        state = {
+        """Write the training's state."""
+        write_state(self.folder / f"{self.stage.name}.pt", self.state())
+        self.saved = time.monotonic()
+
+    def state(self) -> dict:
+        """Everything that the training needs to go on from here, with tensors that training changes in place."""
+        return {
             "identity": self.identity,
             "step": self.step,
             "seconds": self._seconds(),
@@ -165,8 +171,6 @@ class Trainer:
             "average": self.average.weights,
             "optimizer": self.optimizer.state_dict(),
         }
-        write_state(self.folder / f"{self.stage.name}.pt", state)
-        self.saved = time.monotonic()
 
     def _continue_from(self, state: dict) -> None:
         """Go on from a saved state."""
