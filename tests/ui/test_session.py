@@ -83,7 +83,30 @@ def test_frames_are_kept_where_the_video_cannot_be_written(session, files, progr
     }
 
 
-def test_frames_that_cannot_be_written_leave_nothing_and_the_photos_are_known(session, files):
+def test_frames_that_cannot_be_written_are_kept_for_the_next_attempt(session, files):
+    preparing, other = {**PREPARING, "lora_steps": 0}, {**RENDERING, "detail": "upsampled"}
+    expected = contents(session.make(files, preparing, NOISE, fps=8).rendered)
+    session.make(files, preparing, other, fps=8)
+
+    def fail():
+        with no_room(1000), pytest.raises(RuntimeError, match=r"^the frames could not be written: .* they are kept"):
+            session.make(files, preparing, NOISE, fps=8)
+
+    fail()
+    report = Stages()
+    finished = session.make(files, preparing, NOISE, fps=8, report=report)
+    assert finished.work == ("written",)
+    assert report.stages == ["Starting"]
+    assert contents(finished.rendered) == expected
+
+    session.make(files, preparing, other, fps=8)
+    fail()
+    session.make(files, preparing, {**other, "easing": "ease-in"}, fps=8)  # by which they are given up
+    assert session.make(files, preparing, NOISE, fps=8).work == ("rendered", "written")
+
+
+def test_frames_that_cannot_be_written_leave_nothing_and_the_photos_are_known(session, files, monkeypatch):
+    monkeypatch.setattr("dreammover_pipeline.ui.session.KEPT_BYTES", 0)  # else they are kept, as above
     preparing = {**PREPARING, "lora_steps": 0}
     first = session.make(files, preparing, RENDERING, fps=8)
     before, others = all_files(session.folder), {**preparing, "prompt": "a cat"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
@@ -12,6 +13,8 @@ from PIL import Image
 from ..media.correspondences import confidence_picture, correspondence_lines, flow_picture, occlusion_picture
 from ..media.pictures import contact_sheet, picture_of
 from ..media.sources import sources_picture
+from ..outputs import DreamMoverPipelineOutput
+from ..ranking import Chooser
 from ..records import FrameSources, PreparedPair
 
 
@@ -22,6 +25,33 @@ class PreparedPhotos:
     key: str
     pair: PreparedPair
     seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class UnwrittenFrames:
+    """The frames of a prepared pair before they are files.
+
+    Args:
+        key: a key that is equal only for the same prepared pair and the same settings.
+        prepared: the prepared pair.
+        rendering: the settings, which are arguments of `DreamMoverPipeline.render`.
+        output: what the pipeline returned, with both photos at the ends.
+        sources: where each of the frames between the photos takes its detail from; empty where they take none.
+        chooser: what each frame was chosen among; one that has seen nothing where every frame was made once.
+    """
+
+    key: str
+    prepared: PreparedPhotos
+    rendering: Mapping[str, object]
+    output: DreamMoverPipelineOutput
+    sources: Sequence[FrameSources]
+    chooser: Chooser
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes all pictures take; Pillow holds every pixel in four."""
+        pictures = chain(self.output.frames[0], *self.chooser.seen.values())
+        return sum(4 * picture.width * picture.height for picture in pictures)
 
 
 @dataclass(frozen=True)

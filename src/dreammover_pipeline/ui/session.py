@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from ..finishing import KEPT_BYTES
 from ..media.files import check_ffmpeg, check_fps, write_picture, write_video
 from ..media.pictures import comparison, crossfade
 from ..media.playback import check_hold, play
@@ -28,7 +29,7 @@ from ..progress import ProgressListener
 from ..ranking import Chooser
 from ..settings import RenderSettings
 from .photos import WHICH, DecodedPhotos, Spot, marked_photo, points_of_spots
-from .results import FinishedVideo, PreparedPhotos, RenderedFrames, explaining_pictures
+from .results import FinishedVideo, PreparedPhotos, RenderedFrames, UnwrittenFrames, explaining_pictures
 
 
 def equally_good(picture: Image.Image) -> float:
@@ -55,6 +56,7 @@ class Session:
         self._pipe, self._pipeline_lock = pipe, pipeline_lock
         self._photos = DecodedPhotos()
         self._prepared: PreparedPhotos | None = None
+        self._unwritten: UnwrittenFrames | None = None  # frames that could not be written, unless they are large
         self._rendered: RenderedFrames | None = None  # also while no video of them could be written
         self._finished: FinishedVideo | None = None
         self._shown: dict[str, Path] = {}
@@ -80,7 +82,7 @@ class Session:
         """Stop the job in progress at its next step, let no other begin, forget everything and remove the folder."""
         self.leave()
         with self._job_lock:  # the job in progress holds it until its next step
-            self._prepared = self._rendered = self._finished = None
+            self._prepared = self._unwritten = self._rendered = self._finished = None
             self._photos = DecodedPhotos()
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -107,7 +109,8 @@ class Session:
         """Make a video, and do only the part of the work whose results this session has not kept.
 
         Kept are the pair that was prepared last, the frames that were made last, and the finished video with its pair
-        and its frames.
+        and its frames. Frames that could not be written are kept until others are to be made, if they take at most
+        256 MiB.
 
         Args:
             photos: the files of the first and of the last photo.
@@ -145,13 +148,17 @@ class Session:
                 )
             work = []
             if rendered is None or wanted != chosen:
-                prepared = self._known_pair(prepared_key)
-                if prepared is None:
-                    prepared = self._prepared = self._prepare(prepared_key, photos, preparing)
-                    work.append("prepared")
-                rendered = self._render(key, prepared, rendering, wanted)
+                frames = self._take_unwritten(key, wanted)
+                if frames is None:
+                    prepared = self._known_pair(prepared_key)
+                    if prepared is None:
+                        prepared = self._prepared = self._prepare(prepared_key, photos, preparing)
+                        work.append("prepared")
+                    frames = self._render(key, prepared, rendering, wanted)
+                    work.append("rendered")
+                rendered = self._write_frames(frames)
+                del frames  # before the video is written, for which they are read again
                 self._replace_rendered(rendered)
-                work.append("rendered")
             return self._write(rendered, fps, hold, ping_pong, (*work, "written"))
 
     def moment(self, time: float, report: ProgressListener) -> Path:
@@ -250,41 +257,53 @@ class Session:
 
     def _render(
         self, key: str, prepared: PreparedPhotos, rendering: Mapping[str, object], choices: Mapping[float, int]
-    ) -> RenderedFrames:
-        pair = prepared.pair
+    ) -> UnwrittenFrames:
         with self._pipe.keeping_sources() as sources:
             output = self._pipe.render(
-                pair,
+                prepared.pair,
                 **rendering,
                 rank_by=equally_good,
                 choices=choices,
                 include_inputs=True,
                 generator=_frames_generator(prepared),
             )
-        (frames,), (times,) = output.frames, output.times
         (chooser,) = output.candidates or [Chooser(equally_good, {})]  # one that nothing was shown to
-        pictures = explaining_pictures(pair, frames, times, sources, RenderSettings.of(rendering).motion)
+        return UnwrittenFrames(key, prepared, dict(rendering), output, sources, chooser)
+
+    def _take_unwritten(self, key: str, choices: Mapping[float, int]) -> UnwrittenFrames | None:
+        """The frames that could not be written, if they are those of a key and of choices; they are kept no longer."""
+        frames, self._unwritten = self._unwritten, None
+        return frames if frames is not None and (frames.key, frames.chooser.choices) == (key, choices) else None
+
+    def _write_frames(self, made: UnwrittenFrames) -> RenderedFrames:
+        """Write frames and what belongs to them; where that fails they are kept, unless they take too much memory."""
+        (frames,), (times,) = made.output.frames, made.output.times
+        motion = RenderSettings.of(made.rendering).motion
+        pictures = explaining_pictures(made.prepared.pair, frames, times, made.sources, motion)
         kept = "the photos are known by now, so another attempt only makes the frames"
+        if made.nbytes <= KEPT_BYTES:
+            self._unwritten, kept = made, "they are kept for now, so another attempt only writes them"
         with self._new_folder("the frames", kept) as folder:
             files = _write_pictures(frames, folder / "frames")
             candidates = {
                 time: _write_pictures(seen, folder / f"candidates_{number}")
-                for number, (time, seen) in enumerate(chooser.seen.items())
+                for number, (time, seen) in enumerate(made.chooser.seen.items())
             }
             paths = {name: folder / f"{name}.png" for name in pictures}
             for name, picture in pictures.items():
                 write_picture(picture, paths[name])
+        self._unwritten = None
         return RenderedFrames(
-            key,
-            prepared,
-            dict(rendering),
+            made.key,
+            made.prepared,
+            made.rendering,
             folder,
             files,
             times,
             paths,
-            output.blacked_out,
+            made.output.blacked_out,
             candidates,
-            chooser.chosen,
+            made.chooser.chosen,
         )
 
     def _replace_rendered(self, rendered: RenderedFrames) -> None:
