@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from dreammover_pipeline import paths
 from dreammover_pipeline.branching import (
     Branch,
     generations,
@@ -218,3 +219,20 @@ def test_what_makes_no_sense_is_refused_before_a_model_runs(pipe, photos, fast, 
     pipe.unet.register_forward_pre_hook(lambda *call: pytest.fail("a model ran"))
     with pytest.raises(error, match=message):
         pipe(*photos, **fast | wrong)
+
+
+def test_the_ways_of_things_are_found_out_only_where_they_are_needed(pipe, photos, monkeypatch):
+    steps = {"num_inference_steps": 6, "inversion_steps": 4, "feature_step": 2}
+    sought = []
+
+    def straight(flow):
+        sought.append(flow)
+        return paths.straight_paths(flow)
+
+    monkeypatch.setattr(paths, "rigid_paths", straight)
+    pipe(*photos, **steps, **NOISE, n_frames=1)
+    assert not sought
+    pipe(*photos, **steps, **NOISE, n_frames=1, easing="even")
+    assert len(sought) == 1
+    pipe(*photos, **steps, **NOISE | {"method": "flow"}, n_frames=1, easing="even")
+    assert len(sought) == 2

@@ -69,7 +69,7 @@ from .pairs import (
     pair_seeds,
     with_seeds,
 )
-from .paths import motion_paths
+from .paths import motion_paths  # noqa: F401, named for the loader
 from .poses import (
     draw_pose,  # noqa: F401, named for the loader
     pose_pair,  # noqa: F401, named for the loader
@@ -607,8 +607,6 @@ class DreamMoverPipeline(
         settings = asked.settings
         self._guidance_scale = settings.guidance_scale
         models = self._models(settings.cross_attention_kwargs)
-        with interruptible():
-            paths = motion_paths(pair.flow, settings.motion)
 
         def on_step_end(i: int, timestep: int, tensors: dict) -> dict:
             if delivery.callback_on_step_end is None:
@@ -633,7 +631,6 @@ class DreamMoverPipeline(
             models,
             pair,
             asked,
-            paths,
             stages,
             on_step_end,
             lambda: self.interrupt,

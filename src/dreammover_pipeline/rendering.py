@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -26,7 +27,7 @@ from .fusion import (
 from .layout import holding_layout
 from .models import Models, require_finite
 from .outputs import as_output
-from .paths import MotionPaths
+from .paths import MotionPaths, motion_paths
 from .progress import Stages
 from .prompts import NegativeText
 from .ranking import Chooser
@@ -83,33 +84,39 @@ def render_latents(
     models: Models,
     pair: PreparedPair,
     asked: FramesAsked,
-    paths: MotionPaths,
     stages: Stages,
     on_step_end: StepCallback = lambda i, timestep, tensors: {},
     interrupted: Callable[[], bool] = lambda: False,
     chooser: Chooser | None = None,
     copy_embeddings: bool = False,
+    paths: MotionPaths | None = None,
 ) -> DenoisedFrames:
     """Place the frames in time and make them, by the method that is asked for.
 
     Args:
         models: The models that make the frames.
         pair: What `prepare_pair` returned.
-        asked: Which frames are made, and how; `paths` are taken instead of those that the settings' `motion` names.
-        paths: The way of every cell of both photos through time.
+        asked: Which frames are made, and how.
         stages: What is told of progress.
         on_step_end: Function called after every denoising step.
         interrupted: Function asked before every denoising step; where it says yes the frames stay as they are.
         chooser: What chooses among the candidates of each frame; None where every frame is made once.
         copy_embeddings: Whether the frames have embeddings of their own, which `on_step_end` may change in place;
             otherwise the embeddings of all frames may lie in the same memory, which may be the pair's.
+        paths: The way of every cell of both photos through time; None for the one that the settings' `motion` names,
+            which is found out where it is needed.
 
     Raises:
         RuntimeError: The UNet overflowed.
     """
     settings, negative = asked.settings, asked.negative
+
+    @cache
+    def ways() -> MotionPaths:
+        return motion_paths(pair.flow, settings.motion) if paths is None else paths
+
     with interruptible():
-        times = place_frames(pair, settings, settings.importance, paths)
+        times = place_frames(pair, settings, settings.importance, ways)
     negative = negative_of(pair, negative)
     delta = torch.tensor(times, dtype=torch.float32, device="cpu")
     conditions = models.conditioner.frames(pair.prompt_embeds, delta, settings.guidance_scale > 1, negative)
@@ -135,7 +142,7 @@ def render_latents(
             )
         else:
             latents = _along_flow(
-                models.denoiser, pair, settings, delta, paths, conditions, control, on_step, interrupted
+                models.denoiser, pair, settings, delta, ways, conditions, control, on_step, interrupted
             )
     require_finite(latents, models.denoiser.dtype)
     candidates = None if chooser is None else [chooser]
@@ -207,7 +214,7 @@ def _along_flow(
     pair: PreparedPair,
     settings: RenderSettings,
     delta: torch.Tensor,
-    paths: MotionPaths,
+    ways: Callable[[], MotionPaths],
     conditions: Conditions,
     control: FrameControl | None,
     on_step: OnStep,
@@ -222,7 +229,7 @@ def _along_flow(
         pair, conditions, settings.attention_blocks, settings.frame_batch_size, control
     ) as predict_noise:
         with interruptible():
-            fused = fuse_pair(pair, delta, settings.fusion, settings.importance, paths, predict_noise)
+            fused = fuse_pair(pair, delta, settings.fusion, settings.importance, ways(), predict_noise)
         held = holding_layout(predict_noise, fused, inversion.schedule, settings.layout_hold)
         return denoise(
             fused.latents,
@@ -265,19 +272,22 @@ def _in_place_of(before: torch.Tensor | None, tensor: torch.Tensor | None, name:
     return tensor.to(before)
 
 
-def place_frames(pair: PreparedPair, video: VideoSettings, importance: str, paths: MotionPaths) -> tuple[float, ...]:
+def place_frames(
+    pair: PreparedPair, video: VideoSettings, importance: str, ways: Callable[[], MotionPaths]
+) -> tuple[float, ...]:
     """The δ of the frames asked for; for even spacing previews of the pair are looked at, and no model runs.
 
     Args:
         pair: What `prepare_pair` returned.
         video: Which frames are asked for.
         importance: The name of the splat metric of the previews, "agreement" or "photometric".
-        paths: The way of every cell of both photos through time, in the previews.
+        ways: Function that gives the way of every cell of both photos through time; it is asked where there are
+            previews.
     """
     if video.known_times is not None:
         return video.known_times
     times = torch.linspace(0, 1, PREVIEWS, dtype=torch.float32, device="cpu")
-    return even_times(video.n_frames, preview_pair(pair, times, importance, paths))
+    return even_times(video.n_frames, preview_pair(pair, times, importance, ways()))
 
 
 def preview_pair(pair: PreparedPair, times: torch.Tensor, importance: str, paths: MotionPaths) -> torch.Tensor:

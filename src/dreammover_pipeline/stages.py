@@ -121,7 +121,7 @@ class StageMethods:
         video = VideoSettings(n_frames=n_frames, times=times, easing=easing)
         check_prepared(pair)
         _check_names(importance=importance, motion=motion)
-        return place_frames(pair, video, importance, motion_paths(pair.flow, motion))
+        return place_frames(pair, video, importance, lambda: motion_paths(pair.flow, motion))
 
     def preview(
         self, pair: PreparedPair, times: torch.Tensor, importance: str = "agreement", motion: str = "rigid"

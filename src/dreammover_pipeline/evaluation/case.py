@@ -112,7 +112,7 @@ class EvaluationCase:
         models = self.pipe._models(self.setting("cross_attention_kwargs"))
         settings = RenderSettings.of({**self.settings, "times": self.pair.times})
         negative = NegativeText(self.setting("negative_prompt"), self.setting("negative_prompt_embeds"))
-        frames = render_latents(models, prepared, FramesAsked(settings, negative), paths, UNREPORTED)
+        frames = render_latents(models, prepared, FramesAsked(settings, negative), UNREPORTED, paths=paths)
         frames = replace(frames, paths=paths)
         made = finish_frames(models, frames, settings, "pt", self.pipe.run_safety_checker, UNREPORTED)
         return made.frames[0].float(), prepared.flow
