@@ -14,7 +14,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from dreammover_pipeline.attention import reference_attention
+from dreammover_pipeline.cascade import Level, level_sizes
+from dreammover_pipeline.detail import FrameDetail
+from dreammover_pipeline.images import Size
 from dreammover_pipeline.lora import TrainedLora
+from dreammover_pipeline.records import Canvas
 
 aten = torch.ops.aten
 # FLOPs of the CPU's fused attention, which torch does not count; it counts that of other devices.
@@ -89,6 +93,21 @@ class Units:
     def whole(self, workload: Workload) -> int:
         """FLOPs of a workload with its LoRA fit."""
         return self.inference(workload) + workload.lora_steps * self.lora_step
+
+
+def cascade_samples(canvas: Canvas, cell: int, largest: Size, steps: int, plan: FrameDetail | None = None) -> int:
+    """How many samples the UNet processes to refine a frame, tile by tile.
+
+    Args:
+        canvas: Where the photos sit.
+        cell: Pixels a side of a latent cell.
+        largest: Size of a tile in latent cells.
+        steps: Number of steps that every level takes.
+        plan: What `plan_detail` decided for the frame; None for a frame that takes nothing from the photos, whose
+            number no other exceeds.
+    """
+    levels = [Level.of(size, canvas, cell, largest) for size in level_sizes(canvas)]
+    return steps * sum(len(level.cells if plan is None else level.needed(plan)) for level in levels)
 
 
 def count_flops(run: Callable[[], object]) -> int:

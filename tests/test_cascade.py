@@ -2,19 +2,21 @@
 """Frames larger than the model's own size, refined tile by tile: its algebra, and what it leaves as it was."""
 
 import copy
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.pages import ROOT
 
+from benchmarks.counting import cascade_samples
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.cascade import (
     Level,
     PairCascade,
     Spans,
-    cascade_calls,
     cascade_steps,
     level_sizes,
     tile_size,
@@ -26,6 +28,7 @@ from dreammover_pipeline.fusion import slerp
 from dreammover_pipeline.paths import rigid_paths
 from dreammover_pipeline.records import Canvas, Schedule
 from dreammover_pipeline.sampling import denoise
+from dreammover_pipeline.schedules import ddim_schedule
 
 CELL, STEPS, TIME = 8, 2, 0.4
 
@@ -158,16 +161,28 @@ def test_the_unet_is_called_as_often_as_is_said(parts):
     plans = trusting(plan, 0.0), corner, trusting(plan, 1.0)
     largest = tile_size(models.denoiser.unet)
     cascade = PairCascade.of(models, pair, detail, STEPS, largest_batch=5)
-    said = [cascade_calls(pair.canvas, CELL, largest, STEPS, plan) for plan in plans]
+    said = [cascade_samples(pair.canvas, CELL, largest, STEPS, plan) for plan in plans]
     for plan, calls in zip(plans, said, strict=True):
         with counted(models.denoiser.unet) as batches:
             cascade.refined(frame, plan, TIME)
         assert sum(batches) == calls
         assert max(batches, default=0) <= 5
-    assert said[0] == cascade_calls(pair.canvas, CELL, largest, STEPS)
+    assert said[0] == cascade_samples(pair.canvas, CELL, largest, STEPS)
     assert said[0] > said[1] > said[2] == 0
-    nearly = [cascade_calls(pair.canvas, CELL, largest, STEPS, trusting(plan, taken)) for taken in (0.97, 0.99)]
+    nearly = [cascade_samples(pair.canvas, CELL, largest, STEPS, trusting(plan, taken)) for taken in (0.97, 0.99)]
     assert nearly == [said[0], 0]
+
+
+def test_the_samples_of_stable_diffusion_are_those_of_the_page(pipe):
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    sizes, _, counts = (
+        [int(cell) for cell in re.findall(r"\| (\d+)", line.replace("²", ""))]
+        for line in re.search(r"\| size of the frames .*\n.*\n\| samples a frame .*", page).group().splitlines()
+    )
+    steps = cascade_steps(ddim_schedule(pipe.scheduler, 50, 30))
+    canvases = [Canvas(512, 512, 512, 512, side, side) for side in sizes]
+    assert [cascade_samples(canvas, 8, (64, 64), steps) for canvas in canvases] == counts
+    assert counts[sizes.index(2048)] == 136  # as the meaning of `detail` says
 
 
 @pytest.mark.parametrize(("side", "levels"), [(96, [96]), (133, [128, 133])])

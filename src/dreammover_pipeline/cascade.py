@@ -118,7 +118,7 @@ class Tiles:
         part += weights.to(picture) * values[..., :h, :w].to(picture)
 
 
-# ── What is asked of the UNet, and how often ─────────────────────────────────────────────────────────────────────────
+# ── Levels ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def cascade_steps(schedule: Schedule) -> int:
@@ -138,21 +138,6 @@ def level_sizes(canvas: Canvas) -> list[Size]:
     doublings = math.ceil(math.log2(scale)) - 1
     sizes = [(2**level * height, 2**level * width) for level in range(1, doublings + 1)]
     return [*sizes, (canvas.output_height, canvas.output_width)]
-
-
-def cascade_calls(canvas: Canvas, cell: int, largest: Size, steps: int, plan: FrameDetail | None = None) -> int:
-    """How many tiles go through the UNet for a frame.
-
-    Args:
-        canvas: Where the photos sit.
-        cell: Pixels a side of a latent cell.
-        largest: Size of a tile in latent cells.
-        steps: Number of steps that every level takes.
-        plan: What `plan_detail` decided for the frame; None for a frame that takes nothing from the photos, whose
-            number no other exceeds.
-    """
-    levels = [Level.of(size, canvas, cell, largest) for size in level_sizes(canvas)]
-    return steps * sum(len(level.cells if plan is None else level.needed(plan)) for level in levels)
 
 
 @dataclass(frozen=True, eq=False)
