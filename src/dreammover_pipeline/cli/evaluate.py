@@ -17,7 +17,7 @@ from pathlib import Path
 from ..arguments import arguments_of
 from ..inputs import check_choice, check_integer
 from ..media.files import make_folder
-from ..scratch import replacing
+from ..media.texts import write_text
 from ..settings import PrepareSettings, RenderSettings, VideoSettings
 from .claims import claimed
 from .loading import add_component_options, add_model_options, check_model, load_chosen, pipeline_class
@@ -218,8 +218,7 @@ def _correspondence(args: argparse.Namespace) -> None:
     rows = study(pipe, suites, args.steps, args.quiet)
     tables = "\n".join(f"## {suite.name}\n\n{table(rows, suite.name)}" for suite in suites)
     for path, text in ((rows_file, "".join(json.dumps(row) + "\n" for row in rows)), (report, tables)):
-        with replacing(path) as new:
-            new.write_text(text, encoding="utf-8", newline="\n")
+        write_text(path, text)
     print(f"{report}: {len(rows)} rows in {time.perf_counter() - start:.0f} s")
 
 

@@ -10,7 +10,7 @@ import argparse
 import shlex
 
 from ..media.files import check_file_path, check_picture_path, write_picture
-from ..scratch import replacing
+from ..media.texts import write_text
 from .writing import check_replaces_nothing
 
 
@@ -68,8 +68,7 @@ def _poses(args: argparse.Namespace) -> None:
         raise ValueError(f"nobody was found in {' or in '.join(nobody)}, so nothing was written")
     people_of_photos(poses, [photo.shape[-2:] for photo in photos])  # refuses what --poses would refuse
     for path, pose in zip(files, poses, strict=True):
-        with replacing(path) as temporary:
-            temporary.write_text(openpose_json(pose), encoding="utf-8")
+        write_text(path, openpose_json(pose))
     for path in pictures:
         write_picture(poses_picture(photos, poses), path)
     counts = [int((pose[:, 2] > 0).sum()) for pose in poses]

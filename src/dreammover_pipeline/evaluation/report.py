@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from ..media.files import check_replaceable
+from ..media.files import check_replaceable, write_picture
 from ..media.pictures import CAPTION, FONT, MARGIN, picture_of
+from ..media.texts import write_text
 from .networks import Tools
 from .run import SHEETS, RunFile, read_strip
 from .scoring import BETTER
@@ -60,11 +61,11 @@ def write_report(file: RunFile, tools: Tools, left_out: Mapping[str, str] | None
     """
     folder = file.path.parent
     report = folder / REPORT
-    report.write_text(markdown(file, suite_fid(file, tools), left_out), encoding="utf-8", newline="\n")
+    write_text(report, markdown(file, suite_fid(file, tools), left_out))
     for suite, pair in sorted({(row["suite"], row["pair"]) for row in file.rows}):
         path = folder / SHEETS / suite / f"{pair}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pair_sheet(file, suite, pair).save(path)
+        write_picture(pair_sheet(file, suite, pair), path)
     return report
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..media.files import check_file_path, check_replaceable
+from ..media.texts import write_text
 from .single_file import join_modules, read_core
 
 PACKAGE = Path(__file__).parent.parent
@@ -149,8 +150,8 @@ def write_single_file(path: Path) -> Path:
     mark = SECTION.splitlines()[0].encode()
     check_replaceable(section, lambda content: content.startswith(mark), f"the README section of '{path}'", "name")
     check_replaceable(path, lambda content: WRITTEN_BY in content, "the module", "name")
-    path.write_text(_joined(f'custom_pipeline="{path.stem}"'), encoding="utf-8")
-    section.write_text(SECTION.format(name=path.stem), encoding="utf-8")
+    write_text(path, _joined(f'custom_pipeline="{path.stem}"'))
+    write_text(section, SECTION.format(name=path.stem))
     return section
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..inputs import file_fault
+from ..scratch import replacing
 
 UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 DEEPEST = 8  # levels of lists and objects in JSON; the points of a batch have 4, and no argument has more
@@ -38,6 +39,16 @@ def read_text(path: str | os.PathLike) -> str:
             'save it as UTF-8, which spreadsheets call "CSV UTF-8"'
         ) from error
     return io.StringIO(text, newline=None).read()
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text in UTF-8; a file of that name is replaced when the new one is whole.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _encoding(content: bytes) -> str:
