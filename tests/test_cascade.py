@@ -57,7 +57,7 @@ def parts(prepared):
 
 def detail_of(pair):
     working = torch.stack([fit(image, pair.canvas) for image in pair.images])
-    return PairDetail.of(pair.images, working, working, pair.canvas, pair.flow, rigid_paths(pair.flow))
+    return PairDetail.of(pair.images, working, working, pair.canvas, pair.flow, rigid_paths(pair.flow), True)
 
 
 def returned_at(pair, side):

@@ -47,9 +47,9 @@ def still(h, w):
     return BidirectionalFlow(torch.zeros(1, 2, h, w), torch.zeros(1, 2, h, w))
 
 
-def pair_of(first, last, canvas, flow, paths=rigid_paths, error=0.0):
+def pair_of(first, last, canvas, flow, paths=rigid_paths, error=0.0, moved=False):
     working = torch.stack([fit(image, canvas) for image in (first, last)])
-    return PairDetail.of((first, last), working, (working + error).clamp(0, 1), canvas, flow, paths(flow))
+    return PairDetail.of((first, last), working, (working + error).clamp(0, 1), canvas, flow, paths(flow), moved)
 
 
 def canvas_of(height, width, content_height=None, content_width=None, scale=4):
@@ -136,6 +136,27 @@ def test_where_the_photos_contradict_the_frame_the_frame_stays():
     frame, enlarged = with_detail(pair, other, 0.5), unfit(other[None], canvas)[0]
     assert far.any()
     assert (frame - enlarged).abs().mean(0)[far].mean() < 0.1 * (frame - photo).abs().mean(0)[far].mean()
+
+
+def test_what_both_photos_show_alike_is_taken_whatever_diffusion_has_drawn_upon_it():
+    canvas = canvas_of(48, 48)
+    first = picture(192, 192)
+    last = first.clone()
+    last[..., 96:] = picture(192, 96, 9)
+    mixed = fit((first + last) / 2, canvas)
+    drawn = mixed.clone()
+    drawn[:, 20:28] += torch.where(drawn[:, 20:28] < 0.5, 0.25, -0.25)
+    resting, moved = (
+        plan_detail(pair_of(first, last, canvas, still(12, 12), moved=moved), drawn, 0.5).taken[0, 20:28]
+        for moved in (False, True)
+    )
+    assert resting.mean() < 0.3
+    assert moved[:, :20].mean() > 0.8
+    assert (moved - resting)[:, 28:].abs().mean() < 0.02  # where the photos differ, the frame decides as before
+    plain = (
+        plan_detail(pair_of(first, last, canvas, still(12, 12), moved=moved), mixed, 0.5) for moved in (False, True)
+    )
+    assert all(plan.taken[0, :, :20].min() > 0.95 for plan in plain)
 
 
 def test_where_the_vae_cannot_be_trusted_the_photos_are():

@@ -83,7 +83,7 @@ def test_the_detail_of_a_second_frame_can_be_recorded(paths, monkeypatch):
     with elsewhere():
         photos, working = torch.rand(2, 3, 60, 96).to(DEVICE), torch.rand(2, 3, 32, 48).to(DEVICE)
         flow = BidirectionalFlow.of(torch.randn(2, 2, 8, 12).to(DEVICE))
-        pair = PairDetail.of(photos.unbind(), working, 0.9 * working, canvas, flow, paths(flow))
+        pair = PairDetail.of(photos.unbind(), working, 0.9 * working, canvas, flow, paths(flow), True)
         drawn_at_once(pair, working[0], torch.full((), 0.3, device=DEVICE))
         waits.clear()
         drawn = drawn_at_once(pair, working[1], torch.full((), 0.6, device=DEVICE))

@@ -3,7 +3,8 @@
 
 Diffusion lays a frame out at the size that the checkpoint was trained on; what is finer than that is in the photos.
 For every place of a frame it is chosen where in the photos it comes from, and whether it is seen in both or in one.
-Where the photos' colours there agree with the frame they take its place, pixel by pixel at full size:
+Where the photos' colours there agree with the frame, or with each other, they take its place, pixel by pixel at full
+size:
 
     frame = (1 − M) · B↑ + M · (Σ w (a⁰ g⁰ I⁰(z⁰) + a¹ g¹ I¹(z¹)) + ΔI)
 
@@ -55,6 +56,8 @@ STRANGE_SHARE = 0.9  # quantile of the VAE's errors in a pair; nowhere is a smal
 TRUSTED_ERROR = 0.02  # mean error of the VAE, in colours of 1, at which its frames are trusted half as much
 TAKEN = 0.15  # difference in colour from the frame at which the photos are taken to 1/e, where the VAE has no error
 TAKEN_FOR_ERROR = 10.0  # difference in colour that is added to `TAKEN` for each unit of the VAE's error at a place
+TAKEN_FOR_LIKENESS = 0.5  # difference in colour that is added to `TAKEN` where both photos show the same
+ALIKE = 0.05  # difference in colour between the photos at which they show the same to 1/e
 LIGHT_BLUR = 2.0  # sigma, in places, of the Gaussian mean that is the light of a difference
 LIGHT_TRUSTED_ERROR = 0.01  # mean error of the VAE, in colours of 1, at which its light is trusted half as much
 LIGHT_OUTLIER = 0.04  # difference in colour that is more likely one of content than of light
@@ -72,7 +75,8 @@ class PairDetail:
     `photos` are the two at the output size, (3, H, W) in [0, 1] each. `small` (2, 4, h', w') are they on the grid of
     places, with the VAE's mean error as a fourth channel; `gains` (2, 3, 3) bring each to the light of the other.
     `canvas` is where both sit, `paths` are the ways of the cells and `sure` (2, 1, h, w) is how far the flow agrees
-    both ways.
+    both ways. `moved` says whether diffusion began the frames from what had moved along these ways; then what both
+    photos show alike on the way is meant to be in the frame, whatever diffusion has drawn upon it.
     """
 
     photos: tuple[torch.Tensor, torch.Tensor]
@@ -82,6 +86,7 @@ class PairDetail:
     flow: BidirectionalFlow
     paths: MotionPaths
     sure: torch.Tensor
+    moved: bool
 
     @classmethod
     def of(
@@ -92,6 +97,7 @@ class PairDetail:
         canvas: Canvas,
         flow: BidirectionalFlow,
         paths: MotionPaths,
+        moved: bool,
     ) -> PairDetail:
         """What can be known once for all frames of a pair.
 
@@ -103,6 +109,7 @@ class PairDetail:
             canvas: Where the photos sit.
             flow: The flow between the two photos, in cells.
             paths: The ways of the cells through time.
+            moved: Whether diffusion began the frames from what had moved along these ways.
         """
         size = tuple(SAMPLES * side for side in flow.forward.shape[-2:])
         colours, copies = (
@@ -113,7 +120,7 @@ class PairDetail:
         error = error.clamp(min=error.quantile(STRANGE_SHARE))
         photos = tuple(photo.to(flow.forward) for photo in photos)
         gains = light_gains(colours, flow).to(flow.forward)
-        return cls(photos, torch.cat([colours, error], 1), gains, canvas, flow, paths, agreement(flow))
+        return cls(photos, torch.cat([colours, error], 1), gains, canvas, flow, paths, agreement(flow), moved)
 
     @cached_property
     def taps(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -410,15 +417,21 @@ def plan_detail(pair: PairDetail, frame: torch.Tensor, time: Time) -> FrameDetai
     first, second = (share * on for share, on in zip(sources.shares(time), (on_one, on_other), strict=True))
     mixed = (first * one[:3] + second * other[:3]) / (first + second).clamp(min=FAINT)
     mixed = (sources.weight * mixed).sum(1)
+    apart = (one[:3] - other[:3]).abs().mean(0).where(on_one & on_other, COST_CLIP)
+    apart = (sources.weight * apart).sum(0)
     error = _seen_mean(one[3, 0], on_one[0], other[3, 0], on_other[0])
     light = torch.stack([_small_at(pair, gains[image], z[image][:, 0])[0] for image in (0, 1)])
     # What pads the canvas is like nothing in the photos, which must not make the picture's edge any less like them.
     row, column = pair.nearest_on_picture
-    rest, error, seen = (part[..., row[:, None], column] for part in (frame - mixed, error, on_one[0] | on_other[0]))
+    rest, error, apart, seen = (
+        part[..., row[:, None], column] for part in (frame - mixed, error, apart, on_one[0] | on_other[0])
+    )
     added = blurred(rest / (1 + (blurred(rest.abs().mean(0), 1.0) / LIGHT_OUTLIER).square()), LIGHT_BLUR)
     added = added / (1 + (error / LIGHT_TRUSTED_ERROR).square())
     off = blurred((rest - added).abs().mean(0), SECOND_BLUR)
-    taken = (-(off / (TAKEN + TAKEN_FOR_ERROR * error)).square()).exp() * seen
+    likeness = pair.moved * (-(blurred(apart, SECOND_BLUR) / ALIKE).square()).exp()
+    enough = TAKEN + TAKEN_FOR_ERROR * error + TAKEN_FOR_LIKENESS * likeness
+    taken = (-(off / enough).square()).exp() * seen
     return FrameDetail(sources, candidates, taken[None], added, light)
 
 

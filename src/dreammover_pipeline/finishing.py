@@ -152,7 +152,8 @@ class FrameMaker:
                 if paths is None:
                     flow = lookup_flow(flow, photos, canvas)
                     paths = motion_paths(flow, self.settings.motion)
-                detail = PairDetail.of(photos, working, torch.cat(copies), canvas, flow, paths)
+                moved = self.settings.method == "flow"
+                detail = PairDetail.of(photos, working, torch.cat(copies), canvas, flow, paths, moved)
         if self.settings.detail == "diffusion":
             cascade = PairCascade.of(self.models, frames.pair, detail, largest_batch=self.settings.frame_batch_size)
         tones = []

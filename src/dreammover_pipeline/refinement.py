@@ -30,7 +30,7 @@ from .search import most_alike
 
 PIXELS = 4  # the photos are compared at this many pixels a cell; in finer ones every other pixel would go unseen
 WINDOW_RADIUS = 5  # places from the middle of the window to its edge at which the photos are compared
-REFINEMENT_ROUNDS = 2  # how often neighbours are asked and steps are taken
+REFINEMENT_ROUNDS = 4  # how often neighbours are asked and steps are taken
 NEIGHBOUR_GAIN = 0.004  # difference in colour by which a neighbour's similarity must be better to be taken over
 REST_GAIN = 0.01  # difference in colour by which a cell's similarity must be better than rest to be kept
 SCALES = (0.6, 1.6)  # least and largest factor by which a similarity may scale what it carries
