@@ -233,7 +233,7 @@ def read_pair(path: str | os.PathLike, device: str | torch.device) -> tuple[Prep
         return _assembled(header, tensors, device), dict(header["fingerprints"])
     except KeyError as error:
         raise ValueError(f"'{path}' is damaged: it lacks {error}") from error
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"'{path}' is damaged: {error}") from error
 
 
