@@ -18,7 +18,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 
 from dreammover_pipeline.model_checks import check_noise_levels
 from dreammover_pipeline.sampling import denoise, invert
-from dreammover_pipeline.schedules import ddim_schedule, deterministic_ddim
+from dreammover_pipeline.schedules import ddim_schedule, deterministic_ddim, schedule_settings
 from dreammover_pipeline.settings import RenderSettings
 
 # raised inside diffusers, by some of its schedulers
@@ -144,6 +144,13 @@ def test_a_scheduler_that_names_no_prediction_type_predicts_noise():
     scheduler = RePaintScheduler(**BETAS)
     assert "prediction_type" not in scheduler.config
     assert deterministic_ddim(scheduler).config.prediction_type == "epsilon"
+
+
+def test_the_settings_that_decide_the_frames_are_those_of_the_ddim_that_a_sampler_becomes():
+    ddim = schedule_settings(DDIMScheduler(**BETAS, **LEADING))
+    assert {name: ddim[name] for name in (*BETAS, *LEADING)} == {**BETAS, **LEADING}
+    assert schedule_settings(EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing", steps_offset=0)) == ddim
+    assert schedule_settings(EulerDiscreteScheduler(**{**BETAS, "beta_end": 0.02})) != ddim
 
 
 def test_torchs_default_device_does_not_matter():
