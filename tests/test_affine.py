@@ -39,6 +39,22 @@ def test_a_shift_to_the_right_and_down_moves_cells_there():
     assert torch.allclose(moved[:, 3:, 4:], smooth()[:, :-3, :-4], atol=1e-9)
 
 
+def test_what_comes_in_over_an_edge_is_the_picture_mirrored_there():
+    moved = Affine(1.0, 0.0, 4 / 32, -3 / 24).moved(smooth(), 0.0, 1.0)
+    assert torch.allclose(moved[:, :-3, :4], smooth()[:, 3:, :4].flip(-1), atol=1e-9)
+    assert torch.allclose(moved[:, -3:, 4:], smooth()[:, -3:, :-4].flip(-2), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64)],
+)
+def test_a_picture_is_moved_in_float32_at_least(given, kept):
+    moved = MOTION.moved(smooth().to(given), 0.0, 1.0)
+    assert moved.dtype == kept
+    assert torch.equal(moved, MOTION.moved(smooth().to(given).to(kept), 0.0, 1.0))
+
+
 def test_a_quarter_turn_is_clockwise():
     square = smooth(h=16, w=16)
     moved = Affine(1.0, 90.0, 0.0, 0.0).moved(square, 0.0, 1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.elsewhere import DEVICE, elsewhere
 
 from dreammover_pipeline.ddim import eps_from_v, predict_clean, recompose, v_from_eps, working_dtype
 
@@ -79,7 +80,9 @@ def test_one_alpha_bar_a_sample_is_a_loop_over_samples(two, function):
 
 
 @pytest.mark.parametrize(
-    "alpha_bar", [0.4, torch.tensor(0.4), torch.tensor([0.4, 0.5, 0.6])], ids=["float", "0-d", "B"]
+    "alpha_bar",
+    [0.4, torch.tensor(0.4), torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.4, 0.5, 0.6], dtype=torch.float64)],
+    ids=["float", "0-d", "B", "B-float64"],
 )
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -90,6 +93,15 @@ def test_computes_in_its_inputs_precision_and_at_least_float32(two, function, dt
     result = function(a, b, alpha_bar)
     assert result.dtype == expected
     assert torch.equal(result, function(a.to(expected), b.to(expected), alpha_bar))
+
+
+@pytest.mark.parametrize("alpha_bar", [torch.tensor(0.4), torch.tensor([0.4, 0.5, 0.6])], ids=["0-d", "B"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_alpha_bars_may_lie_on_the_cpu_and_the_latents_on_a_device(two, function, alpha_bar):
+    a, b = two.float()
+    with elsewhere():
+        result = function(a.to(DEVICE), b.to(DEVICE), alpha_bar).held
+    torch.testing.assert_close(result, function(a, b, alpha_bar), rtol=1e-6, atol=1e-6)
 
 
 def test_half_noise_does_not_drag_float32_latents_down(two):

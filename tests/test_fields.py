@@ -3,17 +3,25 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support import naive
+from support.elsewhere import DEVICE, elsewhere
 
 from dreammover_pipeline.fields import (
     backward_warp,
+    blurred,
     cell_grid,
     distances,
     flow_at_cell_centres,
+    lattice,
+    looked_up,
     pixel_flow,
+    sampled,
+    sampled_around,
     upsampled_flow,
     values_beside,
 )
@@ -67,7 +75,77 @@ def test_backward_warp_leaves_its_inputs_alone():
     assert all(map(torch.equal, (x, flow), before))
 
 
-@pytest.mark.parametrize("steps", [[(0, 0)], [(2, -1)], [(-9, 9), (0, 1), (1, 0)]])
+@pytest.mark.parametrize("size", [(4, 6), (1, 3)])
+def test_sampled_values_are_those_at_the_places_and_the_edges_beyond(size):
+    h, w = size
+    images, places = randn(2, 3, 9, 5), (torch.rand(2, 2, 4, 5, generator=torch.Generator().manual_seed(1)) * 2 - 0.5)
+    places = places.double() * torch.tensor([w, h]).reshape(1, 2, 1, 1)  # up to half a picture beyond every edge
+    values, seen = sampled(images, places, size)
+    assert (values.shape, seen.shape) == ((2, 3, 4, 5), (2, 1, 4, 5))
+    for b in range(2):
+        for at in torch.cartesian_prod(torch.arange(4), torch.arange(5)).tolist():
+            x, y = places[(b, slice(None), *at)].tolist()
+            expected = torch.tensor(naive.colour_at(images[b], complex(x, y), size), dtype=torch.float64)
+            torch.testing.assert_close(values[(b, slice(None), *at)], expected, rtol=0, atol=1e-12)
+            assert seen[(b, 0, *at)] == (-0.5 < x < w - 0.5 and -0.5 < y < h - 0.5)
+
+
+EDGES = [(-0.5, 1.0), (3.5, 1.0), (1.0, -0.5), (1.0, 5.5)]  # of a grid of 6 × 4 cells
+
+
+def test_what_lies_on_the_edge_is_off_the_images():
+    edges = torch.tensor(EDGES, dtype=torch.float64).T
+    assert not sampled(randn(1, 1, 6, 4), edges[None, ..., None], (6, 4))[1].any()
+    here = torch.zeros(1, 2, dtype=torch.float64)
+    assert not sampled_around(randn(1, 6, 4), edges, torch.zeros_like(edges), here, (6, 4))[1].any()
+
+
+def test_places_are_looked_up_alike_on_a_device_that_cannot_continue_the_edge():
+    images, there = randn(2, 3, 4, 5).float(), randn(2, 6, 7, 2, seed=1).float()
+    assert (there.abs() > 1).any(-1).float().mean() > 0.3
+    with elsewhere():
+        found = looked_up(images.to(DEVICE), there.to(DEVICE)).held
+    torch.testing.assert_close(found, looked_up(images, there), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (6, 3)])
+def test_sampled_around_places_are_the_values_at_turned_and_scaled_offsets(size):
+    h, w = size
+    image, offsets, turn = randn(3, 8, 9), randn(5, 2, seed=1), randn(2, 7, seed=2) / 2
+    middle = torch.rand(2, 7, generator=torch.Generator().manual_seed(3)).double() * torch.tensor([[w], [h]]) - 0.5
+    values, inside = sampled_around(image, middle, turn, offsets, size)
+    assert (values.shape, inside.shape) == ((3, 5, 7), (5, 7))
+    assert 0.1 < inside.double().mean() < 0.9
+    for s, offset in enumerate(offsets.tolist()):
+        for m in range(7):
+            place = complex(*middle[:, m]) + complex(*offset) * (1 + complex(*turn[:, m]))
+            expected = torch.tensor(naive.colour_at(image, place, size), dtype=torch.float64)
+            torch.testing.assert_close(values[:, s, m], expected, rtol=0, atol=1e-12)
+            assert inside[s, m] == (-0.5 < place.real < w - 0.5 and -0.5 < place.imag < h - 0.5)
+
+
+def test_a_lattice_has_as_many_samples_to_a_cell_as_it_is_told():
+    places = lattice(2, 4, torch.zeros(1, dtype=torch.float64))
+    assert places.dtype == torch.float64
+    side = [-0.5, -0.25, 0, 0.25, 0.5]
+    assert sorted(map(tuple, places.tolist())) == [(x, y) for x in side for y in side]
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.3])
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 1, 4)])
+def test_blurred_is_the_gaussian_mean_up_to_three_deviations_away(shape, sigma):
+    x = randn(*shape)
+    (h, w), reach = shape[-2:], round(3 * sigma)
+    expected, total = torch.zeros_like(x), 0
+    for down in range(-reach, reach + 1):
+        for right in range(-reach, reach + 1):
+            weight = math.exp(-(down**2 + right**2) / (2 * sigma**2))
+            row, column = (torch.arange(n).add(by).clamp(0, n - 1) for n, by in ((h, down), (w, right)))
+            expected, total = expected + weight * x[..., row[:, None], column], total + weight
+    torch.testing.assert_close(blurred(x, sigma), expected / total, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [[(0, 0)], [(2, -1)], [(-3, 1)], [(-9, 9), (0, 1), (1, 0)]])
 @pytest.mark.parametrize("shape", [(5, 7), (2, 3, 4, 1)])
 def test_values_beside_a_cell_are_those_of_other_cells_within_the_field(steps, shape):
     x = randn(*shape)
@@ -92,6 +170,14 @@ def test_upsampled_flow_is_in_cells_of_the_finer_grid():
     assert fine.shape == (1, 2, 16, 16)
     assert fine[:, 0].unique() == 2
     assert fine[:, 1].unique() == 4
+
+
+def test_upsampled_flow_lies_where_the_coarse_flow_lay_in_the_picture():
+    """A flow by which every cell says how far it is from the left and the upper edge, as the finer cells do."""
+    coarse = cell_grid(5, 4, torch.zeros(1, dtype=torch.float64)) + 0.5
+    fine = cell_grid(10, 12, coarse) + 0.5
+    inner = slice(1, -1), slice(1, -1)  # beyond the middles of the outermost cells nothing is known
+    torch.testing.assert_close(upsampled_flow(coarse, (10, 12))[..., *inner], fine[..., *inner], rtol=0, atol=1e-12)
 
 
 def test_a_cell_takes_the_flow_of_the_pixel_at_its_centre_unmixed():

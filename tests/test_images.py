@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageCms
 
-from dreammover_pipeline.framing import fit, fit_to_output, plan_canvas, unfit
-from dreammover_pipeline.images import MAX_PIXELS, is_batch, load_images, load_shrunk
+from dreammover_pipeline.framing import fit, fit_points, fit_to_output, plan_canvas, unfit, unfit_points
+from dreammover_pipeline.images import MAX_PIXELS, decode_images, is_batch, load_images, load_masks, load_shrunk, rgb
 from dreammover_pipeline.records import Canvas
 
 
@@ -119,6 +119,17 @@ class TestOneImage:
         for source in (torch.full((3, 4, 4), 0.5), np.full((4, 4), 0.5, np.float32)):
             load(source).zero_()
             assert source.min() == 0.5
+
+    def test_a_decoded_image_shares_no_memory_with_the_source(self):
+        for source in (torch.full((3, 4, 4), 5, dtype=torch.uint8), np.full((4, 4), 5, np.uint8)):
+            (values,) = decode_images(source, "img0")
+            values.zero_()
+            assert source.min() == 5
+
+    def test_colours_of_a_decoded_image_are_in_memory_of_their_own(self):
+        for values in (torch.full((3, 4, 4), 0.5), torch.full((4, 4, 3), 0.5).movedim(-1, 0)):
+            rgb(values).zero_()
+            assert values.min() == 0.5
 
     def test_a_tensor_that_requires_grad_is_detached(self):
         assert not load(torch.full((3, 4, 4), 0.5, requires_grad=True)).requires_grad
@@ -397,7 +408,7 @@ class TestBadArrays:
 
     @pytest.mark.parametrize("size", [(0, 5), (5, 0)])
     def test_zero_size_pil(self, size):
-        with pytest.raises(ValueError, match=r"^img0 is empty: \d×\d pixels"):
+        with pytest.raises(ValueError, match=rf"^img0 is empty: {size[1]}×{size[0]} pixels \(height × width\)"):
             load_images(Image.new("RGB", size), "img0")
 
     def test_absurdly_large_arrays(self):
@@ -407,6 +418,12 @@ class TestBadArrays:
                 ValueError, match=rf"^img0 is too large, at most {MAX_PIXELS} pixels .*1000000×1000000"
             ):
                 load_images(source, "img0")
+
+
+class TestMasks:
+    def test_a_mask_of_another_size_is_refused_in_words(self):
+        with pytest.raises(ValueError, match=r"^`mask` has 7×5 pixels \(width × height\), but img1 has 8×6; a mask"):
+            load_masks([torch.zeros(4, 9), torch.zeros(5, 7)], [(4, 9), (6, 8)])
 
 
 class TestBadFiles:
@@ -552,6 +569,22 @@ class TestPlanCanvas:
         with pytest.raises(ValueError, match=f"^{shown} .* each side must have at least 64 pixels"):
             plan_canvas((600, 400), 512, 8, 64, **asked)
 
+    def test_a_strip_is_never_thinner_than_a_pixel(self):
+        assert plan_canvas((1, 2_000_000), 512, 8, 8).content_height == 1
+        assert plan_canvas((10, 1000), 64, 8, 8, width=20) == canvas_of(8, 24, (1, 20))
+        assert plan_canvas((1000, 10), 64, 8, 8, height=20) == canvas_of(24, 8, (20, 1))
+
+    def test_what_padding_makes_large_enough_is_large_enough(self):
+        assert plan_canvas((600, 400), 512, 8, 64, 64, 64) == canvas_of(64, 64)
+        assert plan_canvas((600, 400), 512, 8, 64, 57, 100) == canvas_of(64, 104, (57, 100))
+
+    def test_a_square_is_always_allowed_in_words(self):
+        with pytest.raises(ValueError, match=r"aspect ratios up to about 1:1 have that$"):
+            plan_canvas((64, 64), 32, 8, 64)
+
+    def test_as_many_pixels_as_may_be(self):
+        assert plan_canvas((64, 64), 64, 1, 1, MAX_PIXELS, 1) == canvas_of(MAX_PIXELS, 1)
+
     @pytest.mark.parametrize("asked", [{"height": 20_000}, {"width": 20_000}, {"height": 20_000, "width": 20_000}])
     def test_absurd_sizes(self, asked):
         with pytest.raises(ValueError, match=rf"working size of 20000×20000, but at most {MAX_PIXELS} pixels"):
@@ -600,6 +633,16 @@ class TestFit:
         assert torch.equal(fit(image, canvas)[:, :60, :85], image)
         assert torch.equal(fit_to_output(image, canvas), image)
         assert torch.equal(unfit(fit(image, canvas)[None], canvas)[0], image)
+
+    def test_an_end_in_8_bit_colours_is_the_photo_itself_and_any_other_is_in_float32(self):
+        generator = torch.Generator().manual_seed(0)
+        photo, canvas = torch.randint(0, 256, (4, 60, 85), dtype=torch.uint8, generator=generator), canvas_of(60, 85)
+        colours = photo[:3]
+        assert fit_to_output(colours, canvas) is colours
+        for other in (photo, photo[:1], colours.to(torch.uint16), (colours / 255).half(), colours / 255):
+            end = fit_to_output(other, canvas)
+            assert (end.shape, end.dtype) == ((3, 60, 85), torch.float32)
+            assert torch.equal(end, rgb(other))
 
     @pytest.mark.parametrize(("size", "top", "left"), [((60, 95), 0, 5), ((60, 96), 0, 5), ((71, 85), 5, 0)])
     def test_pixels_are_exact_when_only_cropped(self, size, top, left):
@@ -657,6 +700,39 @@ class TestFit:
     def test_downscaling_does_not_alias(self):
         stripes = (torch.arange(512) % 2).float().expand(3, 512, 512)
         assert (fit(stripes, canvas_of(64, 64)) - 0.5).abs().max() < 0.05
+
+
+class TestPoints:
+    @pytest.mark.parametrize("size", [(480, 640), (60, 85), (101, 300), (300, 101), (40, 41), (20, 900)])
+    @pytest.mark.parametrize("canvas", CANVASES)
+    def test_points_go_where_fit_puts_the_pixels(self, size, canvas):
+        height, width = canvas.content_height, canvas.content_width
+        shown = fit(ramps(*size), canvas)[:2, :height, :width] * max(size) - 0.5  # where each pixel is from
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        inner = slice(8, -8), slice(8, -8)  # the bicubic kernel leans inwards at the very edge
+        places, expected = (part[:, *inner].flatten(1).T for part in (shown, torch.stack([x, y]).float()))
+        torch.testing.assert_close(fit_points(places, size, canvas), expected, rtol=0, atol=0.05)
+
+    def test_a_small_picture_is_enlarged_alike_in_x_and_y(self):
+        corners = torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+        for size, content in (((12, 1), (520, 50)), ((1, 12), (50, 520))):
+            there = fit_points(corners, size, canvas_of(*content))
+            torch.testing.assert_close(there[1] - there[0], torch.full((2,), 50.0, dtype=torch.float64))
+
+    @pytest.mark.parametrize(("full", "side"), [(11, 49), (11, 98), (11, 109)])
+    def test_nothing_is_cropped_where_the_scale_is_rounded(self, full, side):
+        assert side / (side / full) > full  # as floats divide
+        image = torch.rand(3, full, full, generator=torch.Generator().manual_seed(0))
+        expected = F.interpolate(image[None], (side, side), mode="bicubic", antialias=True)[0].clamp(0, 1)
+        assert torch.equal(fit(image, canvas_of(side, side)), expected)
+
+    @pytest.mark.parametrize("size", [(480, 640), (101, 300), (300, 101), (3, 2000)])
+    @pytest.mark.parametrize("canvas", CANVASES)
+    def test_unfit_points_undo_fit_points(self, size, canvas):
+        generator = torch.Generator().manual_seed(0)
+        points = 2000 * torch.rand(50, 2, dtype=torch.float64, generator=generator) - 500
+        for there, back in ((fit_points, unfit_points), (unfit_points, fit_points)):
+            torch.testing.assert_close(back(there(points, size, canvas), size, canvas), points, rtol=0, atol=1e-8)
 
 
 class TestUnfit:
@@ -764,8 +840,14 @@ class TestWhatEveryViewerShows:
         image.info["icc_profile"] = grey_profile(gamma=1.8)
         assert np.array_equal(to_8_bit(load(image)), photo)
 
-    def test_grey_is_that_of_its_profile(self):
+    def test_a_profile_that_cannot_be_brought_to_srgb_is_ignored(self):
         image = Image.new("L", (3, 2), 90)
+        image.info["icc_profile"] = grey_profile(gamma=1.8).replace(b"kTRC", b"none")
+        assert (to_8_bit(load(image)) == 90).all()
+
+    @pytest.mark.parametrize(("mode", "grey"), [("L", 90), ("LA", (90, 255))])
+    def test_grey_is_that_of_its_profile(self, mode, grey):
+        image = Image.new(mode, (3, 2), grey)
         image.info["icc_profile"] = grey_profile(gamma=1.0)
         assert to_8_bit(load(image))[0, 0, 0] > 130  # as much light needs a higher number in sRGB
 
@@ -790,9 +872,19 @@ class TestWhatEveryViewerShows:
         (tmp_path / "a.png").write_bytes(data[:33] + chunk + data[33:])
         assert np.array_equal(to_8_bit(load(tmp_path / "a.png")), photo)
 
-    def test_heic_is_read_where_pillow_heif_is_installed(self, tmp_path):
+    @pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iTXt"])
+    def test_a_broken_text_of_any_kind_is_ignored_also_where_a_file_goes_on_after_its_end(self, photo, tmp_path, kind):
+        data = save(Image.fromarray(photo), tmp_path / "a.png").read_bytes()
+        chunk = struct.pack(">I", 9) + kind + b"note\0word" + bytes(4)  # with a wrong checksum
+        for beyond in (b"", b"\0\0"):
+            (tmp_path / "a.png").write_bytes(data[:33] + chunk + data[33:] + beyond)
+            assert np.array_equal(to_8_bit(load(tmp_path / "a.png")), photo)
+
+    def test_heic_is_read_where_pillow_heif_is_installed(self, tmp_path, monkeypatch):
         pytest.importorskip("pillow_heif").register_heif_opener()
         path = save(Image.new("RGB", (64, 48), (200, 60, 30)), tmp_path / "a.heic", quality=95)
+        monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind != "HEIF"])  # as before a first one
+        monkeypatch.delitem(Image.OPEN, "HEIF")
         shown = load(path)
         assert shown.shape == (3, 48, 64)
         assert abs(to_8_bit(shown).reshape(-1, 3).mean(0) - (200, 60, 30)).max() < 6
@@ -812,16 +904,16 @@ class TestWhatEveryViewerShows:
 
 
 class TestLoadShrunk:
-    @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I"])
+    @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "I;16", "I"])
     def test_it_is_the_photo_in_small(self, mode):
         ramp = np.linspace(0, 255, 300).astype(np.uint8)[None].repeat(200, 0)
         grey = Image.fromarray(ramp)
         if mode in ("I;16", "I"):
             picture = Image.fromarray(ramp.astype(np.uint16) * 257).convert(mode)
         else:
-            picture = grey.convert("RGB" if mode == "P" else mode)
-            picture = picture.quantize(16) if mode == "P" else picture
-        small, whole = shrunk(picture, 30, "TIFF" if mode == "I" else "PNG"), load(picture)
+            picture = grey.convert("RGB").quantize(16) if mode in ("P", "PA") else grey
+            picture = picture.convert(mode)
+        small, whole = shrunk(picture, 30, "TIFF" if mode in ("I", "PA") else "PNG"), load(picture)
         assert small.shape == (3, 20, 30)
         expected = F.interpolate(whole[None], (20, 30), mode="area")[0]
         assert (small - expected).abs().mean() < 0.03
@@ -842,6 +934,35 @@ class TestLoadShrunk:
         assert small.shape == (3, 20, 10)
         assert (to_8_bit(small)[0, 5] == (255, 255, 255)).all()
         assert (to_8_bit(small)[19, 5] == (0, 0, 255)).all()
+
+    @pytest.mark.parametrize("mode", ["L", "RGB", "P"])
+    def test_what_is_transparent_does_not_mix_with_what_is_not(self, mode):
+        stripes = np.where(np.arange(300) % 6 < 3, 0, 200).astype(np.uint8)[None].repeat(200, 0)
+        picture, clear = Image.fromarray(stripes), 0
+        if mode == "RGB":
+            picture, clear = picture.convert("RGB"), (0, 0, 0)
+        elif mode == "P":
+            picture.putpalette([value for value in range(256) for _ in range(3)])
+            clear = bytes([0])
+        file = io.BytesIO()
+        picture.save(file, "PNG", transparency=clear)
+        file.seek(0)
+        small = load_shrunk(file, "img0", 30, 10**6)
+        expected = (1 + 200 / 255) / 2  # half of it is white, and half of it is grey
+        torch.testing.assert_close(small, torch.full((3, 20, 30), expected), rtol=0, atol=0.03)
+
+    @pytest.mark.parametrize("upright", [False, True])
+    def test_the_longer_side_decides(self, upright):
+        picture = Image.new("RGB", (10, 300) if upright else (300, 10))
+        assert shrunk(picture, 30).shape == ((3, 30, 1) if upright else (3, 1, 30))
+
+    def test_pillows_own_limit_is_honoured_in_our_words(self, monkeypatch):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        with pytest.raises(ValueError, match=r"^img0 is too large, at most 500 pixels are allowed: .*1600 pixels"):
+            shrunk(Image.new("RGB", (40, 40)), 10, most=500)
+
+    def test_a_format_that_pillow_does_not_have_here_hides_no_other(self):
+        assert shrunk(Image.new("RGB", (30, 20)), 10, formats=["NONE", "PNG"]).shape == (3, 7, 10)
 
     def test_white_of_16_bits_stays_white(self):
         picture = Image.fromarray(np.repeat([[0, 65535]], 50, 1).repeat(60, 0).astype(np.uint16))

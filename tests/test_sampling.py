@@ -94,6 +94,19 @@ def test_a_shallower_inversion_is_a_prefix_of_a_deeper_one(pair):
     assert torch.equal(invert(pair, curved, schedule, 14).path, invert(pair, curved, schedule, 30).path[:15])
 
 
+def test_the_inversion_is_contiguous_whatever_memory_format_the_network_has(pair):
+    def predict_noise(latents, timestep):
+        return curved(latents, timestep).to(memory_format=torch.channels_last)
+
+    given = pair.to(memory_format=torch.channels_last)
+    assert not given.is_contiguous()
+    assert not predict_noise(pair, 1).is_contiguous()
+    inversion, expected = invert(given, predict_noise, schedule_of(5), 3), invert(pair, curved, schedule_of(5), 3)
+    assert inversion.path.is_contiguous()
+    assert inversion.eps.is_contiguous()
+    torch.testing.assert_close((inversion.path, inversion.eps), (expected.path, expected.eps), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("to_one", [True, False])
 def test_agrees_with_the_schedulers_of_diffusers(pair, to_one):
     config = {**BETAS, "clip_sample": False, "set_alpha_to_one": to_one, "steps_offset": 1}

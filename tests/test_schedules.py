@@ -7,12 +7,18 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    RePaintScheduler,
+)
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
 from dreammover_pipeline.model_checks import check_noise_levels
 from dreammover_pipeline.sampling import denoise, invert
-from dreammover_pipeline.schedules import ddim_schedule, deterministic_ddim
+from dreammover_pipeline.schedules import ddim_schedule, deterministic_ddim, schedule_settings
 from dreammover_pipeline.settings import RenderSettings
 
 # raised inside diffusers, by some of its schedulers
@@ -127,6 +133,30 @@ def test_steps_ascend_and_lead_there_and_back(spacing, n, steps):
 def test_steps_that_do_not_fit_are_refused(spacing, n):
     with pytest.raises(ValueError, match="num_inference_steps"):
         ddim_schedule(DDIMScheduler(**BETAS, **LEADING, timestep_spacing=spacing), n, 1)
+
+
+def test_a_step_before_the_first_trained_timestep_is_refused():
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        ddim_schedule(DDIMScheduler(**BETAS, steps_offset=-1), 10, 1)
+
+
+def test_a_scheduler_that_names_no_prediction_type_predicts_noise():
+    scheduler = RePaintScheduler(**BETAS)
+    assert "prediction_type" not in scheduler.config
+    assert deterministic_ddim(scheduler).config.prediction_type == "epsilon"
+
+
+def test_the_settings_that_decide_the_frames_are_those_of_the_ddim_that_a_sampler_becomes():
+    ddim = schedule_settings(DDIMScheduler(**BETAS, **LEADING))
+    assert {name: ddim[name] for name in (*BETAS, *LEADING)} == {**BETAS, **LEADING}
+    assert schedule_settings(EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing", steps_offset=0)) == ddim
+    assert schedule_settings(EulerDiscreteScheduler(**{**BETAS, "beta_end": 0.02})) != ddim
+
+
+def test_torchs_default_device_does_not_matter():
+    expected = ddim_schedule(DDIMScheduler(**BETAS, **LEADING), 10, 5)
+    with torch.device("meta"):
+        assert ddim_schedule(DDIMScheduler(**BETAS, **LEADING), 10, 5) == expected
 
 
 def test_a_timestep_without_signal_is_refused_and_the_one_before_is_not():

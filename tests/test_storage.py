@@ -5,8 +5,9 @@ import copy
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,18 @@ from safetensors.torch import load_file, save_file
 
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.lora import check_pair_lora
-from dreammover_pipeline.records import PreparedPair
-from dreammover_pipeline.storage import fingerprint, read_pair, read_tensors, write_pair, write_tensors
+from dreammover_pipeline.records import PosePair, PreparedPair
+from dreammover_pipeline.storage import (
+    PIECE,
+    digest_of,
+    digest_of_tensors,
+    fingerprint,
+    read_pair,
+    read_tensors,
+    write_pair,
+    write_tensors,
+    write_whole,
+)
 from dreammover_pipeline.tiny import CHECKPOINT
 
 CPU = torch.device("cpu")
@@ -157,6 +168,22 @@ def test_a_loaded_pair_does_not_depend_on_its_file(pipe, pair, file):
     assert_same_pair(loaded, pair)
 
 
+def test_what_only_some_pairs_have_is_kept_too(pair, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    poses = PosePair(torch.rand(2, 3, 18, 2, generator=generator), torch.rand(2, 3, 18, generator=generator))
+    negative = torch.randn(pair.prompt_embeds[:1].shape, generator=generator)
+    some = replace(pair, lora=None, lora_scale=np.float32(0.5), negative_embeds=negative, poses=poses)
+    write_pair(some, tmp_path / "file", {})
+    found, _ = read_pair(tmp_path / "file", CPU)
+    assert_same_pair(found, some)
+    assert torch.equal(found.negative_embeds, negative)
+    assert torch.equal(found.poses.places, poses.places)
+    assert torch.equal(found.poses.confidence, poses.confidence)
+    elsewhere, _ = read_pair(tmp_path / "file", torch.device("meta"))
+    assert elsewhere.negative_embeds.is_meta
+    assert elsewhere.poses.places.device == elsewhere.poses.confidence.device == CPU  # where they are drawn
+
+
 # ── Writing ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -191,6 +218,38 @@ def test_a_missing_folder_is_an_error(pipe, pair, tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         pipe.save_pair(pair, path)
     assert str(error.value) == f"cannot write the file '{path}': there is no folder '{path.parent}'"
+
+
+def test_the_folder_that_is_missing_is_the_one_that_a_link_leads_to(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "missing" / "file")
+    with pytest.raises(FileNotFoundError, match=f"there is no folder '{tmp_path / 'missing'}'"):
+        write_whole(link, b"content")
+
+
+def test_the_whole_content_is_on_the_disk_before_the_file_takes_its_place(tmp_path, monkeypatch):
+    path, seen, synced = tmp_path / "file", [], os.fsync
+    path.write_bytes(b"old")
+
+    def watched(descriptor):
+        synced(descriptor)
+        seen.append((os.fstat(descriptor).st_size, path.read_bytes()))
+
+    monkeypatch.setattr(os, "fsync", watched)
+    write_whole(path, b"new content")
+    assert (len(b"new content"), b"old") in seen
+    assert path.read_bytes() == b"new content"
+
+
+def test_tensors_that_share_memory_or_lie_in_another_order_are_written_as_they_read(tmp_path):
+    x = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    tensors = {"x": x, "again": x, "part": x[:, 1], "turned": x.mT, "last": x.to(memory_format=torch.channels_last)}
+    write_tensors(tmp_path / "file", tensors)
+    found = read_tensors(tmp_path / "file")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    (tmp_path / "file").write_bytes(bytes((tmp_path / "file").stat().st_size))  # in place
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 # ── What is refused ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -278,10 +337,11 @@ def test_a_pair_with_a_single_altered_value_is_refused(pipe, file, name):
         pipe.load_pair(file)
 
 
-def test_a_pair_of_an_earlier_version_which_has_no_digest_and_no_photos_of_8_bits_is_read(pipe, file):
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_pair_of_an_earlier_version_which_has_no_digest_and_no_photos_of_8_bits_is_read(pipe, file, version):
     frames = pipe.render(pipe.load_pair(file), n_frames=1, include_inputs=True, output_type="pt").frames
     photos = {name: load_file(file)[name] / 255 for name in ("images.0", "images.1")}
-    pair = pipe.load_pair(rewritten(file, lambda header: header.update(version=1), **photos))
+    pair = pipe.load_pair(rewritten(file, lambda header: header.update(version=version), **photos))
     assert torch.equal(pair.images[0], photos["images.0"])
     assert torch.equal(pipe.render(pair, n_frames=1, include_inputs=True, output_type="pt").frames, frames)
 
@@ -290,9 +350,47 @@ def test_altered_tensors_count_as_missing(tmp_path):
     write_tensors(tmp_path / "a", {"x": torch.arange(4.0), "y": torch.ones(())}, {"about": "numbers"})
     assert read_tensors(tmp_path / "a").keys() == {"x", "y"}
     tensors, header = load_file(tmp_path / "a"), safe_open(tmp_path / "a", "pt").metadata()
-    for changed, texts in (({**tensors, "x": tensors["x"] + 1}, header), (tensors, {**header, "about": "others"})):
+    renamed = {"x": tensors["x"], "z": tensors["y"]}
+    others = {**header, "about": "others"}
+    for changed, texts in (({**tensors, "x": tensors["x"] + 1}, header), (renamed, header), (tensors, others)):
         save_file(changed, tmp_path / "b", texts)
         assert read_tensors(tmp_path / "b") is None
+
+
+def test_tensors_of_a_file_that_is_cut_off_or_no_file_count_as_missing(tmp_path):
+    path = tmp_path / "file"
+    write_tensors(path, {"x": torch.arange(4.0)})
+    whole = path.read_bytes()
+    for length in [0, 1, 8, 9, len(whole) // 2, len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        assert read_tensors(path) is None
+    assert read_tensors(tmp_path) is None
+    assert read_tensors(tmp_path / "missing") is None
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs a file that cannot be mapped into memory")
+def test_tensors_of_a_file_that_cannot_be_read_count_as_missing():
+    assert read_tensors(Path("/proc/self/maps")) is None
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_nothing_waits_for_a_pipe_that_nobody_writes_to(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    # A process, since a thread that waits for a pipe inside safetensors would stop all others.
+    reader = multiprocessing.get_context("fork").Process(
+        target=lambda: os._exit(0 if read_tensors(tmp_path / "pipe") is None else 1)
+    )
+    reader.start()
+    reader.join(10)
+    code = reader.exitcode
+    reader.kill()
+    assert code == 0
+
+
+@pytest.mark.parametrize("header", [None, {"format": "pt"}])
+def test_tensors_that_another_program_wrote_are_taken_as_they_are(tmp_path, header):
+    save_file({"x": torch.arange(4.0)}, tmp_path / "file", header)
+    assert torch.equal(read_tensors(tmp_path / "file")["x"], torch.arange(4.0))
 
 
 @pytest.mark.parametrize("changed", [("unet",), ("vae",), ("unet", "vae")])
@@ -301,6 +399,11 @@ def test_a_pair_of_another_checkpoint_is_refused_by_the_part_that_differs(pipe, 
         next(getattr(pipe, name).parameters()).data.view(-1)[0] += 1e-3
     with pytest.raises(ValueError, match=f"was prepared with another {' and '.join(changed)}:"):
         pipe.load_pair(file)
+
+
+def test_a_pair_that_does_not_say_which_unet_it_belongs_to_is_refused(pipe, file):
+    with pytest.raises(ValueError, match="was prepared with another unet:"):
+        pipe.load_pair(rewritten(file, lambda header: header["fingerprints"].pop("unet")))
 
 
 def test_another_text_encoder_is_a_warning(pipe, pair, file, caplog, monkeypatch):
@@ -390,6 +493,22 @@ def test_the_rank_must_be_one(pipe, pair, photos, preparing):
 # ── Fingerprints ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_digests_of_tensors_tell_values_shapes_and_types_apart_and_not_how_they_lie_in_memory():
+    x = torch.arange(1.0, 7.0)
+    different = [[x], [x.flip(0)], [x.reshape(2, 3)], [x.reshape(3, 2)], [x.double()], [x.view(torch.int32)], [x, x]]
+    assert len({digest_of_tensors(tensors) for tensors in different}) == len(different)
+    for same in (x.clone(), torch.stack([x, -x], 1)[:, 0], torch.nn.Parameter(x)):
+        assert digest_of_tensors([same]) == digest_of_tensors([x])
+    image = x.reshape(1, 2, 3, 1).expand(1, 2, 3, 4)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        assert digest_of_tensors([image.contiguous(memory_format=layout)]) == digest_of_tensors([image])
+
+
+def test_the_order_of_names_does_not_count_in_a_digest():
+    assert digest_of({"a": 1, "b": [{"c": 2, "d": 3}]}) == digest_of({"b": [{"d": 3, "c": 2}], "a": 1})
+    assert digest_of({"a": 1, "b": 2}) != digest_of({"a": 2, "b": 1})
+
+
 class Weights(torch.nn.Module):
     """Anything that has parameters and buffers."""
 
@@ -450,6 +569,13 @@ def test_the_fingerprint_is_what_it_was_when_files_were_written(monkeypatch):
         of(weight=torch.tensor([-1, -0.5, 0, 0.5, 1]))
         == "02c841f523247e41a0fb810cf4db6d4bebe128535ad0e09febf20c4578621829"
     )
+
+
+def test_the_pieces_that_a_fingerprint_is_computed_in_do_not_show(monkeypatch):
+    weight = torch.randn(2 * PIECE + 3, generator=torch.Generator().manual_seed(0))
+    found = of(weight=weight)
+    monkeypatch.setattr("dreammover_pipeline.storage.PIECE", 4 * PIECE)
+    assert of(weight=weight) == found
 
 
 def test_what_changes_a_fingerprint():

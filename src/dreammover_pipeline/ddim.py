@@ -16,12 +16,10 @@ def working_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def _signal_and_noise_rates(alpha_bar, like: torch.Tensor):
-    """The rates √ᾱ of the signal and √(1−ᾱ) of the noise, shaped to multiply the tensor `like` (B, …)."""
+    """The rates √ᾱ of the signal and √(1−ᾱ) of the noise, shaped to multiply the tensor `like` (B, C, h, w)."""
     if not isinstance(alpha_bar, torch.Tensor):
         return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
-    alpha_bar = alpha_bar.to(like.device, working_dtype(like))
-    if alpha_bar.ndim:
-        alpha_bar = alpha_bar.reshape(-1, *[1] * (like.ndim - 1))
+    alpha_bar = alpha_bar.to(like.device, working_dtype(like)).reshape(-1, 1, 1, 1)
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
 

@@ -146,7 +146,7 @@ def _cropping(size: Size, height: int, width: int) -> tuple[Size, Size, Size, Si
         max(0, full - math.ceil(side / scale)) // 2 for full, side in zip(size, (height, width), strict=True)
     )
     part = (size[0] - 2 * before[0], size[1] - 2 * before[1])
-    scaled = (max(height, round(part[0] * scale)), max(width, round(part[1] * scale)))
+    scaled = (round(part[0] * scale), round(part[1] * scale))
     return part, scaled, before, ((scaled[0] - height) // 2, (scaled[1] - width) // 2)
 
 

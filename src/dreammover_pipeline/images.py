@@ -200,8 +200,7 @@ def _opened(file: BinaryIO, formats: Sequence[str] | None = None) -> Image.Image
         ValueError: The file is HEIC, and pillow-heif is not installed, or it is of none of the `formats`.
         Exception: Pillow cannot read the file.
     """
-    start = file.read(12)
-    file.seek(0)
+    start = file.read(12)  # Pillow begins at the beginning by itself
     if start[4:8] == b"ftyp" and start[8:] in _HEIC_BRANDS:
         try:
             importlib.import_module("pillow_heif").register_heif_opener()

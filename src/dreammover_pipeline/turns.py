@@ -146,8 +146,8 @@ class _Interrupts:
         self.open = True  # where the handler has not raised
 
     def let_through(self) -> None:
-        """Handle a Ctrl-C that was noted, if the way is open now."""
-        if self.noted and self.open:
+        """Handle a Ctrl-C that was noted; where the way is still closed, it stays noted."""
+        if self.noted:
             self.handle(signal.SIGINT, None)
 
 
