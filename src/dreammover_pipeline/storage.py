@@ -105,7 +105,7 @@ def digest_of_tensors(tensors: Iterable[torch.Tensor]) -> str:
     total = hashlib.sha256()
     for tensor in tensors:
         total.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-        total.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
 
 
@@ -233,7 +233,7 @@ def read_pair(path: str | os.PathLike, device: str | torch.device) -> tuple[Prep
         return _assembled(header, tensors, device), dict(header["fingerprints"])
     except KeyError as error:
         raise ValueError(f"'{path}' is damaged: it lacks {error}") from error
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"'{path}' is damaged: {error}") from error
 
 
