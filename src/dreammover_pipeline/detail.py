@@ -56,8 +56,10 @@ STRANGE_SHARE = 0.9  # quantile of the VAE's errors in a pair; nowhere is a smal
 TRUSTED_ERROR = 0.02  # mean error of the VAE, in colours of 1, at which its frames are trusted half as much
 TAKEN = 0.15  # difference in colour from the frame at which the photos are taken to 1/e, where the VAE has no error
 TAKEN_FOR_ERROR = 10.0  # difference in colour that is added to `TAKEN` for each unit of the VAE's error at a place
-TAKEN_FOR_LIKENESS = 0.5  # difference in colour that is added to `TAKEN` where both photos show the same
-ALIKE = 0.05  # difference in colour between the photos at which they show the same to 1/e
+ALIKE = 0.05  # difference in colour between the photos at which they count as showing the same to 1/e
+# Difference in colour from what both photos show at which they are taken to 1/e; where a frame differs by more, it may
+# show a thing whose way was not found.
+DRAWN_UPON = 0.4
 LIGHT_BLUR = 2.0  # sigma, in places, of the Gaussian mean that is the light of a difference
 LIGHT_TRUSTED_ERROR = 0.01  # mean error of the VAE, in colours of 1, at which its light is trusted half as much
 LIGHT_OUTLIER = 0.04  # difference in colour that is more likely one of content than of light
@@ -76,7 +78,7 @@ class PairDetail:
     places, with the VAE's mean error as a fourth channel; `gains` (2, 3, 3) bring each to the light of the other.
     `canvas` is where both sit, `paths` are the ways of the cells and `sure` (2, 1, h, w) is how far the flow agrees
     both ways. `moved` says whether diffusion began the frames from what had moved along these ways; then what both
-    photos show alike on the way is meant to be in the frame, whatever diffusion has drawn upon it.
+    photos show alike on the way is meant to be in the frame, also where diffusion has drawn something faint upon it.
     """
 
     photos: tuple[torch.Tensor, torch.Tensor]
@@ -429,9 +431,9 @@ def plan_detail(pair: PairDetail, frame: torch.Tensor, time: Time) -> FrameDetai
     added = blurred(rest / (1 + (blurred(rest.abs().mean(0), 1.0) / LIGHT_OUTLIER).square()), LIGHT_BLUR)
     added = added / (1 + (error / LIGHT_TRUSTED_ERROR).square())
     off = blurred((rest - added).abs().mean(0), SECOND_BLUR)
-    likeness = pair.moved * (-(blurred(apart, SECOND_BLUR) / ALIKE).square()).exp()
-    enough = TAKEN + TAKEN_FOR_ERROR * error + TAKEN_FOR_LIKENESS * likeness
-    taken = (-(off / enough).square()).exp() * seen
+    agreed = (-(off / (TAKEN + TAKEN_FOR_ERROR * error)).square()).exp()
+    alike = (-(blurred(apart, SECOND_BLUR) / ALIKE).square() - (off / DRAWN_UPON) ** 4).exp()
+    taken = (1 - (1 - agreed) * (1 - pair.moved * alike)) * seen
     return FrameDetail(sources, candidates, taken[None], added, light)
 
 
