@@ -75,6 +75,15 @@ def test_kept_gaps_are_refined_by_diffusion_as_new_ones_are(pipe, large, fast, t
     assert same(*made)
 
 
+@pytest.mark.parametrize("method", ["flow", "noise"])
+def test_frames_in_noise_do_not_count_as_moved_along_the_flow(pipe, photos, fast, monkeypatch, method):
+    told, plan = [], finishing.plan_detail
+    monkeypatch.setattr(finishing, "plan_detail", lambda pair, *rest: told.append(pair.moved) or plan(pair, *rest))
+    with pipe.keeping_sources():
+        pipe(*photos, **{**fast, "detail": "photos"}, method=method)
+    assert told == [method == "flow"] * 3
+
+
 @pytest.mark.parametrize(("room", "made_again"), [(3, 0), (2, 3)])
 def test_what_does_not_fit_is_made_again(pipe, photos, fast, decodes, monkeypatch, room, made_again):
     monkeypatch.setattr(finishing, "KEPT_BYTES", room * 4 * 64 * 64)

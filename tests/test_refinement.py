@@ -96,6 +96,16 @@ def test_what_has_gone_far_and_turned_is_found_wherever_it_is(seed):
         assert float(found.median()) == pytest.approx(expected)
 
 
+def test_what_is_known_of_a_part_of_a_large_thing_reaches_the_rest_of_it():
+    """The whole has turned by more than is searched for, and features have found a third of it."""
+    photos, truth = moved_pair(40, 40, 110, 1.0, (0, 0))
+    away = (cell_grid(40, 40, truth)[0] - 19.5).norm(dim=0)
+    begun = torch.where(away <= 7, truth, 0)
+    made = refined_flow(BidirectionalFlow.of(begun), photos, TOLERANCE).stacked()
+    off = (made - truth).norm(dim=1)[:, away <= 19]
+    assert (off < 0.5).double().mean() > 0.95
+
+
 def test_smooth_ground_hidden_in_either_photo_goes_nowhere():
     """What a thing has left and what it has come to look alike and are both lost, which is no reason to swap them."""
     ground = torch.full((3, 96, 96), 0.5, dtype=torch.float64)

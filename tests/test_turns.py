@@ -386,10 +386,10 @@ def test_ctrl_c_while_a_turn_waits_for_one_model_gives_back_the_others(models, h
     thread = threading.Thread(target=hold)
     thread.start()
     taken.wait(60)
-    timer = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
-    timer.start()
+    timer = threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
     try:
         with stopped():
+            timer.start()
             take(*models)
         assert in_a_thread(take, *(model for model in models if model is not models[held]))
     finally:

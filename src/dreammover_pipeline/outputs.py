@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -76,16 +77,18 @@ def joined_candidates(outputs: Sequence[DreamMoverPipelineOutput]) -> list[Choos
     return None if all(chooser is None for chooser in choosers) else choosers
 
 
-def hand_over(error: Exception, output: DreamMoverPipelineOutput, parts: str) -> None:
+def hand_over(error: Exception, join: Callable[[], DreamMoverPipelineOutput], parts: str) -> None:
     """Let an error that ends a call carry what the call had made by then, as the error's `output`.
 
     Args:
         error: What is raised.
-        output: The output of all parts before the one that failed.
+        join: Function that returns the output of all parts before the one that failed. It may need memory that is not
+            there; then the error carries nothing.
         parts: What the parts are, in the plural, for the error's note.
     """
-    error.output = output
-    error.add_note(f"The {parts} before this one are not lost: this error's `output` holds their frames.")
+    with suppress(RuntimeError, MemoryError):
+        error.output = join()
+        error.add_note(f"The {parts} before this one are not lost: this error's `output` holds their frames.")
 
 
 def returned(output: DreamMoverPipelineOutput, return_dict: bool) -> DreamMoverPipelineOutput | tuple:

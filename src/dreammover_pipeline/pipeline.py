@@ -431,7 +431,7 @@ class DreamMoverPipeline(
 
         Raises:
             TypeError, ValueError: an argument is not what it may be; raised before any model runs.
-            Exception: a pair of several could not be made; the error's `output` holds the frames of those before it.
+            Exception: a pair could not be made. If there were any before it, the error's `output` holds their frames.
 
         Examples:
         """
@@ -450,15 +450,16 @@ class DreamMoverPipeline(
             self._interrupt = False
             outputs = []
             try:
-                for pair, picture in zip(pairs, pictures, strict=True):
+                for pair in pairs:
                     prepared = self._prepare(pair, preparing)
-                    asked = FramesAsked(rendering, pair.negative, pair.seed, picture)
+                    # What a ControlNet is given is let go with the last pair on its canvas.
+                    asked = FramesAsked(rendering, pair.negative, pair.seed, pictures.pop(0))
                     outputs.append(self._render(prepared, asked, delivery))
                     if self.interrupt:
                         break
             except Exception as error:
                 if outputs:
-                    hand_over(error, joined(outputs), "pairs")
+                    hand_over(error, lambda: joined(outputs), "pairs")
                 raise
             return returned(joined(outputs), return_dict)
 

@@ -90,7 +90,7 @@ def make_gaps(
     except Exception as error:
         error.gap = len(outputs)
         if outputs:
-            hand_over(error, in_a_row(outputs, photos_included), "gaps")
+            hand_over(error, lambda: in_a_row(outputs, photos_included), "gaps")
         raise
     return in_a_row(outputs, photos_included)
 

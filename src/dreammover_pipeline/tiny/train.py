@@ -68,12 +68,13 @@ def train(recipe: Recipe, folder: Path, device: torch.device, deadline: float) -
         states["vae"] = trainer.state()
     if _is_finished(states["unet"], recipe.unet):
         return True
-    vae = states.pop("vae")
-    shards = LatentShards(recipe, folder / "latents", best_vae(recipe, vae).to(device), vae["step"])
+    identity |= {"vae_step": states["vae"]["step"]}
+    # The state goes with this line, since it takes several times the memory of the network.
+    vae = best_vae(recipe, states.pop("vae")).to(device)
+    shards = LatentShards(recipe, folder / "latents", vae, identity["vae_step"])
     if not shards.make(deadline):
         return False
     stage = UnetStage(recipe, shards, folder / "sheets", device)
-    identity |= {"vae_step": vae["step"]}
     return Trainer(stage, identity, folder, device, states.pop("unet")).run(deadline)
 
 

@@ -278,11 +278,11 @@ class Session:
     def _write_frames(self, made: UnwrittenFrames) -> RenderedFrames:
         """Write frames and what belongs to them; where that fails they are kept, unless they take too much memory."""
         (frames,), (times,) = made.output.frames, made.output.times
-        motion = RenderSettings.of(made.rendering).motion
-        pictures = explaining_pictures(made.prepared.pair, frames, times, made.sources, motion)
         kept = "the photos are known by now, so another attempt only makes the frames"
         if made.nbytes <= KEPT_BYTES:
             self._unwritten, kept = made, "they are kept for now, so another attempt only writes them"
+        motion = RenderSettings.of(made.rendering).motion
+        pictures = explaining_pictures(made.prepared.pair, frames, times, made.sources, motion)
         with self._new_folder("the frames", kept) as folder:
             files = _write_pictures(frames, folder / "frames")
             candidates = {
