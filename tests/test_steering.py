@@ -470,7 +470,7 @@ def test_a_few_true_points_lower_the_flow_error_where_features_fail(tiny_pipe, s
         return torch.tensor(found).mean(0).tolist()
 
     alone, steered, masked = errors(), errors(points=points), errors(points=points, mask=mask)
-    assert alone[0] > 10
+    assert alone[0] > 8  # pixels, two cells: features fail here, and the refinement finds only some of what they miss
     assert steered[0] < alone[0] / 2
     assert masked[0] < alone[0] / 2
     assert masked[1] < alone[1] / 2
