@@ -24,7 +24,6 @@ from .report import Table, ratio, spread
 from .timing import alternate, clock, clock_name
 
 MIB = 2**20  # bytes
-CARDS = (4, 6, 8, 12, 16)  # GB of memory
 CARD_FRAMES, CARD_STEPS = 33, 2  # frames and steps of a job on a smaller card; memory does not depend on the steps
 DRIVER = 512  # MiB of a card that torch does not get
 
@@ -130,7 +129,7 @@ def cards(bench: Bench) -> Iterator[Table]:
     profile, now = bench.profile, clock(bench.device)
     for side in profile.counted_sides:
         rows = []
-        for card in CARDS:
+        for card in profile.cards:
             start = now()
             with _limited_to(card * 1024 - DRIVER, bench.device), _warnings() as warnings:
                 result = _made_on_a_card(bench, side)

@@ -46,6 +46,7 @@ class Profile:
     memory_frames: tuple[int, ...]  # numbers of frames of the row "memory", ascending, in chunks of `memory_chunks[0]`
     memory_chunks: tuple[int, ...]  # numbers of frames at once of the row "memory", ascending
     memory_side: int  # side in pixels of the row "memory"
+    cards: tuple[int, ...]  # row "cards": GB of memory of the cards
     loop_cells: int  # number of cells that the row "matching" times in a Python loop
     matching: tuple[int, int, int]  # row "matching": number of channels, side of the features, side of the grid
     photo_points: tuple[tuple[int, int], ...]  # row "photos": (side in pixels, number of frames), from small to large
@@ -95,6 +96,7 @@ PROFILES = {
         memory_frames=(4, 16, 48),
         memory_chunks=(4, 8, 16, 32),
         memory_side=256,
+        cards=(4, 6, 8, 12, 16),
         loop_cells=64,
         matching=(1280, 32, 64),
         photo_points=((1024, 2), (2048, 2), (2048, 8), (4096, 2), (4096, 4), (8192, 2), (8192, 4)),
@@ -123,6 +125,7 @@ PROFILES = {
         memory_frames=(1, 8, 32, 64),
         memory_chunks=(1, 2, 4, 8, 16, 32),
         memory_side=512,
+        cards=(4, 6, 8, 12, 16),
         loop_cells=64,
         matching=(1280, 32, 64),
         photo_points=((1024, 2), (2048, 2), (2048, 8), (4096, 2), (4096, 8)),
@@ -151,9 +154,10 @@ PROFILES = {
         memory_frames=(2, 4),
         memory_chunks=(2, 8),
         memory_side=64,
+        cards=(4,),
         loop_cells=4,
         matching=(16, 4, 8),
-        photo_points=((64, 1), (128, 2)),
+        photo_points=((128, 2),),  # since every point takes two processes
         compiler="eager",
         compiled_chunks=(2,),
     ),
