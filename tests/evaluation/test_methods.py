@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The suites and the methods, on real pipelines."""
 
+import copy
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import ExifTags, Image
 pytest.importorskip("skimage")
 pytest.importorskip("cv2")
 
+from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.evaluation.case import EvaluationCase
 from dreammover_pipeline.evaluation.methods import METHODS, _looked_up
 from dreammover_pipeline.evaluation.networks import Tools, dis_flow
@@ -21,6 +23,7 @@ from dreammover_pipeline.settings import PRESETS
 # The methods that need no weights but the pipeline's; those that do have their own tests.
 OWN = {name: method for name, method in METHODS.items() if not (method.weights or method.component)}
 SHORT = {"num_inference_steps": 6, "inversion_steps": 4, "feature_step": 2, "lora_steps": 1}
+SHORTEST = {"num_inference_steps": 2, "inversion_steps": 1, "feature_step": 1, "lora_steps": 1}
 MATCHED = {"ours", "photometric", "direct_fusion", "released_fusion", "no_attention", "latent_splat", "pixel_splat"}
 MATCHED |= {"straight", "no_hold", "upsampled", "diffusion"}
 # With random weights no match is doubtful and nothing turns, so these are told apart on the embedded checkpoint.
@@ -32,9 +35,26 @@ def world_pair(size=64, n_frames=3, difficulty="same", seed=0):
     return suite.load(suite.pairs[0])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_steps_of_embeddings():
+    """The method "noise_embeddings" fits as many steps whatever the settings are, and would take longest of all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dreammover_pipeline.evaluation.methods.FITTED_EMBEDDING_STEPS", 5)
+        yield
+
+
 @pytest.fixture
 def case(pipe):
     return EvaluationCase(pipe, world_pair(), 0, SHORT)
+
+
+@pytest.fixture(scope="module")
+def made(session_components, few_steps_of_embeddings):
+    """A case, and the frames and the flow that every method made of it."""
+    pipe = DreamMoverPipeline(**copy.deepcopy(session_components), requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    case = EvaluationCase(pipe, world_pair(), 0, SHORT)
+    return case, {name: method(case) for name, method in OWN.items()}
 
 
 @pytest.fixture
@@ -50,11 +70,12 @@ def folder(tmp_path, photos):
     return tmp_path
 
 
-def test_every_method_makes_frames_of_one_pair(case):
+def test_every_method_makes_frames_of_one_pair(made):
+    case, results = made
     frames = {}
     for name, method in OWN.items():
         assert method.suits(case.pair)
-        frames[name], flow = method(case)
+        frames[name], flow = results[name]
         assert frames[name].shape == (3, 3, 64, 64), name
         assert frames[name].dtype == torch.float32
         assert not frames[name].requires_grad
@@ -70,16 +91,18 @@ def test_every_method_makes_frames_of_one_pair(case):
 
 
 def test_what_needs_real_features_to_make_a_difference_makes_one(tiny_pipe):
-    case = EvaluationCase(tiny_pipe, world_pair(128, 1, "relit", 3), 0, {**SHORT, "lora_steps": 0})
+    settings = {"num_inference_steps": 3, "inversion_steps": 2, "feature_step": 2, "lora_steps": 0}
+    case = EvaluationCase(tiny_pipe, world_pair(128, 1, "relit", 3), 0, settings)
     frames, _ = METHODS["ours"](case)
     for name in ALIKE_WITH_RANDOM_WEIGHTS:
         assert not torch.allclose(METHODS[name](case)[0], frames, atol=1e-2), name
 
 
-def test_every_method_repeats_itself_and_knows_the_time(pipe, case):
-    again = EvaluationCase(pipe, case.pair, 0, SHORT)
+def test_every_method_repeats_itself_and_knows_the_time(made):
+    case, results = made
+    again = EvaluationCase(case.pipe, case.pair, 0, SHORT)
     for name, method in OWN.items():
-        frames, _ = method(case)
+        frames, _ = results[name]
         assert torch.equal(frames, method(again)[0]), name
         assert not torch.equal(frames[0], frames[2]), name
 
@@ -174,7 +197,7 @@ def test_splats_of_a_pair_that_rests_show_it(tiny_pipe):
 def test_photos_of_any_shape_are_fitted(pipe, photos):
     first, last = (load_images(photo, "photo")[0] for photo in photos)
     pair = Pair("odd", (first[:, :40, :50], last), ("", ""), (0.5,))
-    case = EvaluationCase(pipe, pair, 0, SHORT)
+    case = EvaluationCase(pipe, pair, 0, SHORTEST)
     for name, method in OWN.items():
         if method.suits(pair):
             assert method(case)[0].shape == (1, 3, 40, 50), name
