@@ -2,6 +2,7 @@
 """Sequences whose finished gaps are kept in a folder: what is taken from it, and what is made again."""
 
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -57,6 +58,34 @@ def kept_files(fast, kind):
     return sorted(fast["keep"].glob(f"{kind}_*"))
 
 
+@pytest.fixture(scope="module")
+def finished():
+    """By `lora`, the folder that the short call fills, and its frames, both made when they are first asked for."""
+    return {}
+
+
+@pytest.fixture
+def short_call(pipe, album, fast, finished, tmp_path_factory):
+    """The folder that the short call fills and its frames; to be asked for while the pipeline is as it was loaded."""
+    arguments = dict(fast)
+
+    def short_call(lora):
+        if lora not in finished:
+            arguments.update(lora=lora, keep=tmp_path_factory.mktemp("finished") / "kept")
+            frames = through(pipe, album, arguments).frames
+            assert torch.equal(frames, made_afresh(pipe, album, arguments))
+            finished[lora] = arguments["keep"], frames
+        return finished[lora]
+
+    return short_call
+
+
+@pytest.fixture
+def begin(short_call, fast):
+    """Begin with the folder that the short call fills."""
+    return lambda lora="gap": shutil.copytree(short_call(lora)[0], fast["keep"])
+
+
 # Whole calls
 
 
@@ -67,9 +96,11 @@ def test_the_same_call_again_runs_no_unet_and_gives_the_same_bits(
     pipe, album, fast, lora, output_type, include_inputs
 ):
     fast |= {"lora": lora, "output_type": output_type, "include_inputs": include_inputs}
-    first = through(pipe, album, fast)
     runs = []
     pipe.unet.register_forward_pre_hook(lambda module, inputs: runs.append(module))
+    first = through(pipe, album, fast)
+    assert runs  # so runs of the UNet are seen
+    runs.clear()
     second = through(pipe, album, fast)
     assert runs == []
     assert len(second.frames[0]) == (5 if include_inputs else 2)
@@ -79,12 +110,11 @@ def test_the_same_call_again_runs_no_unet_and_gives_the_same_bits(
     for one, other in zip(first.flow, second.flow, strict=True):
         assert torch.equal(one.forward, other.forward)
         assert torch.equal(one.backward, other.backward)
-    assert made_afresh(pipe, album, fast) is not None
-    assert runs  # so runs of the UNet are seen
 
 
 @LORAS
-def test_after_an_error_in_the_second_gap_only_that_gap_is_made(pipe, album, fast, lora):
+def test_after_an_error_in_the_second_gap_only_that_gap_is_made(pipe, album, fast, short_call, lora):
+    _, whole = short_call(lora)
     steps = []
 
     def fail(stage, done, total):
@@ -99,11 +129,13 @@ def test_after_an_error_in_the_second_gap_only_that_gap_is_made(pipe, album, fas
     assert len(kept_files(fast, "gap")) == 1
     output, begun = watched(pipe, album, fast)
     assert (begun["Fitting LoRA"], begun["Inverting"], begun["Denoising"]) == (0, 1, 1)
-    assert torch.equal(output.frames, made_afresh(pipe, album, fast))
+    assert torch.equal(output.frames, whole)
     assert len(kept_files(fast, "gap")) == 2
 
 
-def test_a_gap_that_was_interrupted_is_not_kept(pipe, album, fast):
+def test_a_gap_that_was_interrupted_is_not_kept(pipe, album, fast, short_call):
+    _, whole = short_call("gap")
+
     def interrupt(stage, done, total):
         if (stage, done) == ("Denoising", 1):
             pipe._interrupt = True
@@ -113,7 +145,7 @@ def test_a_gap_that_was_interrupted_is_not_kept(pipe, album, fast):
     assert kept_files(fast, "gap") == []
     output, begun = watched(pipe, album, fast)
     assert (begun["Fitting LoRA"], begun["Denoising"]) == (1, 2)
-    assert torch.equal(output.frames, made_afresh(pipe, album, fast))
+    assert torch.equal(output.frames, whole)
 
 
 def test_a_function_as_flow_is_refused_since_what_it_finds_could_not_be_known_again(pipe, album, fast):
@@ -145,8 +177,9 @@ def test_a_step_callback_is_refused_since_its_changes_could_not_be_known_again(p
 
 
 @pytest.mark.parametrize("name", ["unet", "vae", "text_encoder"])
-def test_models_in_another_precision_are_not_answered_from_the_folder(pipe, album, fast, name):
-    through(pipe, album, fast)
+def test_models_in_another_precision_are_not_answered_from_the_folder(pipe, album, fast, begin, name):
+    begin()
+    assert watched(pipe, album, fast)[1]["Denoising"] == 0
     getattr(pipe, name).to(torch.float64)
     _, begun = watched(pipe, album, fast)
     assert begun["Denoising"] == 2
@@ -173,9 +206,9 @@ def test_models_in_another_precision_are_not_answered_from_the_folder(pipe, albu
     ],
 )
 def test_what_decides_a_gap_or_its_lora_makes_it_anew_and_the_rest_does_not(
-    pipe, album, fast, arguments, fits, denoises
+    pipe, album, fast, begin, arguments, fits, denoises
 ):
-    through(pipe, album, fast)
+    begin()
     output, begun = watched(pipe, album, fast, **arguments)
     assert (begun["Fitting LoRA"], begun["Denoising"]) == (fits, denoises)
     if "generator" in arguments:
@@ -186,9 +219,10 @@ def test_what_decides_a_gap_or_its_lora_makes_it_anew_and_the_rest_does_not(
 
 @LORAS
 @pytest.mark.parametrize("model", ["unet", "vae", "text_encoder"])
-def test_a_weight_that_changed_makes_all_anew(pipe, album, fast, model, lora):
+def test_a_weight_that_changed_makes_all_anew(pipe, album, fast, begin, model, lora):
     fast |= {"lora": lora, "include_inputs": False, "output_type": "latent"}
-    through(pipe, album, fast)
+    begin(lora)
+    assert watched(pipe, album, fast)[1]["Denoising"] == 0
     with torch.no_grad():
         next(getattr(pipe, model).parameters()).mul_(1.5)
     output, begun = watched(pipe, album, fast)
@@ -205,8 +239,9 @@ def test_without_a_lora_the_seed_decides_nothing(pipe, album, fast):
 
 
 @LORAS
-def test_a_change_of_one_photo_spares_the_gap_that_it_is_not_in(pipe, album, fast, lora):
-    through(pipe, album, fast, lora=lora)
+def test_a_change_of_one_photo_spares_the_gap_that_it_is_not_in(pipe, album, fast, begin, lora):
+    begin(lora)
+    assert watched(pipe, album, fast, lora=lora)[1]["Denoising"] == 0
     images = [*album[:2], album[2].transpose(Image.Transpose.FLIP_TOP_BOTTOM)]
     output, begun = watched(pipe, images, fast, lora=lora)
     # A LoRA that all photos share depends on each of them.
@@ -216,9 +251,10 @@ def test_a_change_of_one_photo_spares_the_gap_that_it_is_not_in(pipe, album, fas
 
 @LORAS
 @pytest.mark.parametrize("length", [0, 7, -1])
-def test_a_file_cut_short_is_made_again(pipe, album, fast, lora, length):
+def test_a_file_cut_short_is_made_again(pipe, album, fast, short_call, begin, lora, length):
     fast["lora"] = lora
-    whole = through(pipe, album, fast).frames
+    _, whole = short_call(lora)
+    begin(lora)
     files = kept_files(fast, "gap") + kept_files(fast, "lora")
     contents = [file.read_bytes() for file in files]
     for file, content in zip(files, contents, strict=True):
