@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Offloading, slices and tiles, alone and together, on the CPU: the hooks are the same as with a GPU."""
 
+import copy
+
 import pytest
 import torch
 from support.snapshot import snapshot
+
+from dreammover_pipeline import DreamMoverPipeline
 
 CPU = torch.device("cpu")
 
@@ -23,43 +27,49 @@ def group_offload_by_leaf(pipe):
 OFFLOADS = [model_offload, group_offload_by_block, group_offload_by_leaf]
 
 
-@pytest.fixture
-def work(pipe, photos, fast):
-    """A whole job, VAE tiles of 8×8 cells being smaller than its pictures."""
-    arguments = {key: fast[key] for key in ("prompt", "num_inference_steps", "inversion_steps", "feature_step")}
+STEPS = {"prompt": "a fish", "num_inference_steps": 4, "inversion_steps": 2, "feature_step": 1}
 
-    def work(frame_batch_size=None):
-        generator = torch.Generator().manual_seed(0)
-        pair = pipe.prepare(*photos, **arguments, height=96, width=128, lora_steps=1, generator=generator)
-        return pair, pipe.render(pair, n_frames=5, frame_batch_size=frame_batch_size, output_type="pt").frames
 
-    return work
+def prepared(pipe, photos):
+    """A pair with a LoRA, VAE tiles of 8×8 cells being smaller than its pictures."""
+    generator = torch.Generator().manual_seed(0)
+    return pipe.prepare(*photos, **STEPS, height=96, width=128, lora_steps=1, generator=generator)
+
+
+def rendered(pipe, pair, frame_batch_size=None):
+    return pipe.render(pair, n_frames=5, frame_batch_size=frame_batch_size, output_type="pt").frames
+
+
+@pytest.fixture(scope="module")
+def expected(session_components, photos):
+    """The frames without offloading: in batches of 2; all at once and of tiles; in batches of 3 and of tiles."""
+    pipe = DreamMoverPipeline(**copy.deepcopy(session_components), requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pair = prepared(pipe, photos)
+    whole = rendered(pipe, pair, 2)
+    pipe.vae.enable_tiling()
+    by_threes = rendered(pipe, pair, 3)
+    pipe.vae.enable_slicing()
+    tiled = rendered(pipe, prepared(pipe, photos))
+    assert not torch.allclose(tiled, whole, atol=1e-3)
+    return whole, tiled, by_threes
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)
-def test_offloading_changes_nothing(pipe, work, offload):
+def test_offloading_changes_nothing(pipe, photos, expected, offload):
     """First in batches, then again with the VAE in slices and tiles."""
-    _, expected = work(frame_batch_size=2)
-    pipe.vae.enable_slicing()
-    pipe.vae.enable_tiling()
-    _, tiled = work()
-    pipe.vae.disable_slicing()
-    pipe.vae.disable_tiling()
+    whole, tiled, _ = expected
     offload(pipe)
-    assert torch.equal(work(frame_batch_size=2)[1], expected)
+    assert torch.equal(rendered(pipe, prepared(pipe, photos), 2), whole)
     pipe.vae.enable_slicing()
     pipe.vae.enable_tiling()
-    assert torch.allclose(work()[1], tiled, atol=1e-5)
-    assert not torch.allclose(tiled, expected, atol=1e-3)
+    assert torch.allclose(rendered(pipe, prepared(pipe, photos)), tiled, atol=1e-5)
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)
-def test_memory_may_run_out_under_offloading(pipe, work, offload):
+def test_memory_may_run_out_under_offloading(pipe, photos, expected, offload):
     """In the fit, in the frames and in the decoder, in one job."""
-    pair, _ = work()
-    pipe.vae.enable_tiling()
-    expected = pipe.render(pair, n_frames=5, frame_batch_size=3, output_type="pt").frames
-    pipe.vae.disable_tiling()
+    _, _, by_threes = expected
     offload(pipe)
     failures = []
 
@@ -77,7 +87,7 @@ def test_memory_may_run_out_under_offloading(pipe, work, offload):
     # inside the models, where offloading has brought what is to run
     pipe.unet.conv_in.register_forward_pre_hook(unet)
     pipe.vae.decoder.conv_in.register_forward_pre_hook(decoder)
-    assert torch.allclose(work()[1], expected, atol=1e-5)
+    assert torch.allclose(rendered(pipe, prepared(pipe, photos)), by_threes, atol=1e-5)
     assert failures == ["fit", "frames", "decoder"]
 
 
