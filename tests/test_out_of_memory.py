@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.snapshot import snapshot
+
+from dreammover_pipeline import DreamMoverPipeline
 
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -41,9 +44,18 @@ def more_than(images):
     return lambda call, x: len(x) > images
 
 
-@pytest.fixture
-def prepared(pipe, photos):
-    return pipe.prepare(*photos, num_inference_steps=6, inversion_steps=STEPS, feature_step=2, lora_steps=0)
+@pytest.fixture(scope="module")
+def unbothered(session_components, photos):
+    """A pair, and its frames in batches of 2, made by models equal to those of `pipe`, which have all the memory."""
+    pipe = DreamMoverPipeline(**copy.deepcopy(session_components), requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pair = pipe.prepare(*photos, num_inference_steps=6, inversion_steps=STEPS, feature_step=2, lora_steps=0)
+    return pair, latents(pipe, pair, frame_batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def prepared(unbothered):
+    return unbothered[0]
 
 
 def latents(pipe, pair, frames=8, **arguments):
@@ -55,8 +67,8 @@ def latents(pipe, pair, frames=8, **arguments):
 
 @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "mps", "cpu"])
 @pytest.mark.parametrize("asked", [None, 5, 8])
-def test_the_frames_go_on_in_smaller_batches(pipe, prepared, caplog, error, asked):
-    expected = latents(pipe, prepared, frame_batch_size=2)
+def test_the_frames_go_on_in_smaller_batches(pipe, unbothered, caplog, error, asked):
+    prepared, expected = unbothered
     memory = Memory(pipe.unet, more_than(4), error)
     assert torch.equal(latents(pipe, prepared, frame_batch_size=asked), expected)
     step = [2 + 2, 2, 2, 2]  # the two inputs lead the first batch
