@@ -69,7 +69,7 @@ def test_at_the_ends_it_is_the_photos_own_inversion_denoised(pipe, images):
 
 
 def test_near_the_photos_it_reproduces_them_about_as_well_as_inversion_does(tiny_pipe):
-    suite = world_suite("same", 1, 1, 128)
+    suite = world_suite("same", 1, 1, 64)
     images = torch.stack(suite.load(suite.pairs[0]).images)
     settings = PrepareSettings(num_inference_steps=6, inversion_steps=1, feature_step=1, lora_steps=4)
     frames = morphed(tiny_pipe, images, 0.01, 0.99, settings=settings)

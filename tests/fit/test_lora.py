@@ -21,7 +21,7 @@ def test_the_fit_learns_the_pair(tiny_pipe):
     """On the trained checkpoint: the loss on the pair's own latents falls, and only with the LoRA on."""
     unet = tiny_pipe.unet
     generator = torch.Generator().manual_seed(0)
-    clean = torch.randn(2, 4, 24, 24, generator=generator)  # nothing it has ever seen
+    clean = torch.randn(2, 4, 16, 16, generator=generator)  # nothing it has ever seen
     text = torch.zeros(2, 24, 64)
     alphas_cumprod = tiny_pipe.scheduler.alphas_cumprod
     noise = torch.randn(clean.shape, generator=generator)

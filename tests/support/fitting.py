@@ -6,7 +6,7 @@ from peft import LoraConfig
 
 from dreammover_pipeline.lora import LoraFit
 
-FIT = LoraFit(steps=3, rank=4, learning_rate=1e-3)
+FIT = LoraFit(steps=2, rank=4, learning_rate=1e-3)
 ALPHAS_CUMPROD = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
 
 
