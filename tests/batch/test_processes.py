@@ -2,16 +2,14 @@
 """The commands `dreammover batch` and `dreammover again`, as processes where these are killed or launched together."""
 
 import json
-import os
 import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from accelerate import PartialState
 from accelerate.commands import launch
+from support.forked import Forked
 from support.pages import EXAMPLES, printed
 
 from dreammover_pipeline.batch.manifest import read_manifest
@@ -20,9 +18,7 @@ from dreammover_pipeline.cli.main import main
 
 SHORT = ["--frames=2", "--steps=4", "--inversion-steps=2", "--feature-step=1", "--lora-steps=2"]
 OPTIONS = ["--model=tiny", "--device=cpu", *SHORT]
-PROCESS = [sys.executable, "-m", "dreammover_pipeline"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
+SMALL = "--size=64x64"  # as large as the photos, which takes a third of the time
 
 pytestmark = pytest.mark.usefixtures("restored_logging")
 
@@ -52,9 +48,8 @@ def start(manifest):
     workers = []
 
     def started(*options):
-        command = [*PROCESS, "batch", str(manifest), "-o", str(manifest.parent / "out"), *OPTIONS, *options]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        workers.append(subprocess.Popen(command, **pipes, env=ENVIRONMENT))
+        command = ["batch", str(manifest), "-o", str(manifest.parent / "out"), *OPTIONS, *options]
+        workers.append(Forked(lambda: main(command), manifest.parent / f"worker_{len(workers)}"))
         return workers[-1]
 
     yield started
@@ -127,12 +122,14 @@ def test_a_terminated_worker_abandons_its_pair(manifest, start):
 
 def test_accelerate_spreads_the_pairs(manifest):
     out = manifest.parent / "out"
-    command = [sys.executable, launch.__file__, "--multi_gpu", "--num_processes=2", "--main_process_port=0"]
-    command += ["-m", "dreammover_pipeline", "batch", str(manifest), "-o", str(out), *OPTIONS]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert done.returncode == 1, done.stderr
-    table = done.stdout.splitlines()
-    assert table[-1].startswith("5 pairs: 4 done, 0 skipped, 1 failed"), done.stderr
+    command = ["--multi_gpu", "--num_processes=2", "--main_process_port=0"]
+    command += ["-m", "dreammover_pipeline", "batch", str(manifest), "-o", str(out), *OPTIONS, SMALL]
+    arguments = launch.launch_command_parser().parse_args(command)
+    launcher = Forked(lambda: launch.launch_command(arguments), manifest.parent / "launcher")
+    table, errors = launcher.communicate()
+    assert launcher.returncode == 1, errors
+    table = table.splitlines()
+    assert table[-1].startswith("5 pairs: 4 done, 0 skipped, 1 failed"), errors
     assert len(table) == 1 + 5 + 1  # of the main process alone
     check_all_done_once(out)
     assert len({json.loads(text)["process"]["pid"] for text in sidecars(out).values()}) == 2
@@ -145,10 +142,11 @@ def test_the_videos_are_those_of_interpolate_and_a_sidecar_makes_them_again(mani
     manifest.write_text("".join(json.dumps({**row, "output": name}) + "\n" for name in ("v.mp4", "v")))
     one, many, again = folder / "one", folder / "many", folder / "again"
     one.mkdir()
-    typed = [*OPTIONS, "--prompt", "a fish", "--seed=7", "--fusion=direct", "--quiet"]
+    options = [*OPTIONS, SMALL]
+    typed = [*options, "--prompt", "a fish", "--seed=7", "--fusion=direct", "--quiet"]
     for name in ("v.mp4", "v"):
         assert main(["interpolate", *photos, "-o", str(one / name), *typed]) == 0
-    assert main(["batch", str(manifest), "-o", str(many), *OPTIONS, "--fusion=two_level"]) == 0
+    assert main(["batch", str(manifest), "-o", str(many), *options, "--fusion=two_level"]) == 0
     captured = capsys.readouterr()
     assert "2 pairs: 2 done, 0 skipped, 0 failed" in captured.out
     assert "Pairs: 100%" in captured.err
