@@ -2,7 +2,8 @@
 """Every way a diffusers user gets a pipeline, each in a fresh process of its own, each ending in frames.
 
 The functions above the tests run in those processes (`in_fresh_process` starts this file as a program); with
-`installed=False` the package cannot be imported there, as on the machine of somebody who has diffusers alone.
+`installed=False` the package cannot be imported there, as on the machine of somebody who has diffusers alone. torch is
+there from the start, but with `preloaded=False`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.forked import program
 from support.hub_stand_in import folder_repository, serve
 from support.offline import Refuse, stay_on_loopback
 
@@ -348,7 +350,9 @@ def saving(folder: str, folder_with_parts: str, checkpoint: str, guarded: str, e
 # How the processes are started.
 
 
-def in_fresh_process(function, *args, home: Path, installed: bool = True, hub: str | None = None) -> str:
+def in_fresh_process(
+    function, *args, home: Path, installed: bool = True, hub: str | None = None, preloaded: bool = True
+) -> str:
     """Run one of the functions above, with caches of its own below `home` and no network; return what it logs."""
     private = re.compile("(HF_|HUGGING|TRANSFORMERS_|DIFFUSERS_|PYTHON)|.*_proxy$", re.IGNORECASE)
     environment = {name: value for name, value in os.environ.items() if not private.match(name)}
@@ -357,11 +361,15 @@ def in_fresh_process(function, *args, home: Path, installed: bool = True, hub: s
     environment["OMP_NUM_THREADS"] = "1"  # these models are too small to share; threads would wait for each other
     environment |= {"HF_ENDPOINT": hub, "HF_HUB_DISABLE_XET": "1"} if hub else {"HF_HUB_OFFLINE": "1"}
     arguments = [function.__name__, str(int(installed)), *map(str, args)]
-    process = subprocess.run(
-        [sys.executable, __file__, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return process.stderr
+    if preloaded:
+        process = program(__file__, arguments, environment, ROOT, home / "log")
+        _, log = process.communicate(timeout=300)
+    else:
+        command = [sys.executable, __file__, *arguments]
+        process = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        log = process.stderr
+    assert process.returncode == 0, log[-4000:]
+    return log
 
 
 def main(name: str, installed: str, *args: str) -> None:
@@ -599,7 +607,7 @@ def test_the_wheel_holds_what_it_must_and_no_more(checkpoint, expected, tmp_path
     assert license_file.read_bytes() == (ROOT / "LICENSE").read_bytes()
     (entry_points,) = unpacked.glob("*.dist-info/entry_points.txt")
     assert "dreammover = dreammover_pipeline.cli.main:main" in entry_points.read_text()
-    in_fresh_process(by_wheel, unpacked, expected, home=tmp_path)
+    in_fresh_process(by_wheel, unpacked, expected, home=tmp_path, preloaded=False)
 
 
 if __name__ == "__main__":
