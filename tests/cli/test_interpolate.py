@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -16,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from support import forked
 from support.programs import LATE_FAILURE
 
 from dreammover_pipeline import __version__
@@ -29,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("restored_logging")
 FISH = Path(__file__).parents[2] / "examples" / "fish"
 PHOTOS = [str(FISH / "0.png"), str(FISH / "1.png")]
 TINY = ["--model", "tiny", "--device", "cpu"]
-FAST = [*TINY, "--frames=3", "--steps=10", "--inversion-steps=4", "--feature-step=3", "--lora-steps=2"]
+FAST = [*TINY, "--frames=3", "--steps=4", "--inversion-steps=2", "--feature-step=1", "--lora-steps=2"]
 PROCESS = [sys.executable, "-m", "dreammover_pipeline"]
 
 
@@ -287,11 +289,12 @@ def test_bad_input_as_a_process(tmp_path):
 
 
 def test_a_hub_out_of_reach_is_one_helpful_line(tmp_path):
-    done = run_process(
-        "interpolate", *PHOTOS, "-o", str(tmp_path / "out.mp4"), HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home")
-    )
-    assert (done.returncode, done.stdout) == (1, "")
-    line = error_line(done.stderr)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    command = ["interpolate", *PHOTOS, "-o", str(tmp_path / "out.mp4")]
+    process = forked.program("dreammover_pipeline", command, environment, tmp_path, tmp_path / "log")
+    out, errors = process.communicate(timeout=300)
+    assert (process.returncode, out) == (1, "")
+    line = error_line(errors)
     assert "'stable-diffusion-v1-5/stable-diffusion-v1-5' from the Hugging Face Hub" in line
     assert "--model tiny" in line
     assert not (tmp_path / "out.mp4").exists()
@@ -303,26 +306,20 @@ def test_a_folder_that_holds_no_model_fails_in_one_line(tmp_path, capsys):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
-def test_ctrl_c_ends_in_one_line_and_keeps_the_old_video(tmp_path):
+def test_ctrl_c_ends_in_one_line_and_keeps_the_old_video(tmp_path, tmp_path_factory, interruptible):
     output = tmp_path / "out.mp4"
     output.write_bytes(b"finished")
-    command = [*PROCESS, "interpolate", *PHOTOS, *TINY, "--lora-steps", "9999", "-o", str(output)]
-
-    def as_in_a_terminal():  # background jobs of a shell start with Ctrl-C ignored, and pass that on
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=as_in_a_terminal
-    ) as process:
-        seen = b""
-        while seen.count(b"Fitting LoRA") < 2 and (byte := process.stderr.read(1)):
-            seen += byte
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+    command = ["interpolate", *PHOTOS, *TINY, "--lora-steps", "9999", "-o", str(output)]
+    process = forked.Forked(lambda: main(command), tmp_path_factory.mktemp("process") / "log")
+    while process.printed()[1].count("Fitting LoRA") < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert out == b""
-    assert err.decode().splitlines()[-1] == "dreammover: error: interrupted"
-    assert b"Traceback" not in err
+    assert out == ""
+    assert errors.splitlines()[-1] == "dreammover: error: interrupted"
+    assert "Traceback" not in errors
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"finished"]
 
 

@@ -16,6 +16,7 @@ import torch
 import yaml
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 from PIL import Image
+from support import forked
 from support.core import FOLDER, SHIPPED
 from support.hub_stand_in import folder_repository, serve
 from support.pages import EXAMPLES, printed
@@ -312,16 +313,9 @@ def test_both_are_loaded_by_diffusers_as_their_own_pages_say(shared, pipe, tmp_p
     environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     environment |= {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
     with serve(folder_repository(REPOSITORY, shared / "hub")) as hub:
-        done = subprocess.run(
-            [sys.executable, script],
-            env=environment | {"HF_ENDPOINT": hub.endpoint},
-            cwd=shared,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-    assert done.returncode == 0, done.stderr[-4000:]
+        process = forked.program(script, [], environment | {"HF_ENDPOINT": hub.endpoint}, shared, tmp_path / "log")
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-4000:]
     assert hub.downloads == [f"{REPOSITORY}/{name}.py" for name in ("pipeline", "dreammover_code")]
     frames = np.load(shared / "frames.npz")
     for name in snippets:

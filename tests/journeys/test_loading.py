@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.forked import program
+from support import forked
 from support.hub_stand_in import folder_repository, serve
 from support.offline import Refuse, stay_on_loopback
 
@@ -362,7 +362,7 @@ def in_fresh_process(
     environment |= {"HF_ENDPOINT": hub, "HF_HUB_DISABLE_XET": "1"} if hub else {"HF_HUB_OFFLINE": "1"}
     arguments = [function.__name__, str(int(installed)), *map(str, args)]
     if preloaded:
-        process = program(__file__, arguments, environment, ROOT, home / "log")
+        process = forked.program(__file__, arguments, environment, ROOT, home / "log")
         _, log = process.communicate(timeout=300)
     else:
         command = [sys.executable, __file__, *arguments]

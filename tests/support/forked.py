@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 # What takes half of the time that diffusers takes to import, and knows neither of it nor of the Hub and its variables.
 PRELOADED = ["torch", "torch._dynamo", "torch.distributed.fsdp", "scipy.stats", "scipy.optimize"]
 OTHERS = {"diffusers", "transformers", "huggingface_hub", "accelerate", "peft", "dreammover_pipeline"}
@@ -32,11 +34,10 @@ class Forked:
     def returncode(self) -> int | None:
         return self._process.exitcode
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     poll = returncode.fget
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
 
     def kill(self) -> None:
         self._process.kill()
@@ -44,28 +45,36 @@ class Forked:
     def terminate(self) -> None:
         self._process.terminate()
 
-    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Wait for its end; what it has printed."""
-        self._process.join(timeout)
-        assert self.returncode is not None
-        out, errors = (log.read_text() for log in self._logs)
+    def printed(self) -> tuple[str, str]:
+        """What it has printed so far, and its errors."""
+        out, errors = (log.read_text() if log.exists() else "" for log in self._logs)
         return out, errors
 
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for its end; what it has printed, and its errors."""
+        self._process.join(timeout)
+        if self.returncode is None:
+            self.kill()
+            pytest.fail(f"a process took longer than {timeout} s")
+        return self.printed()
 
-def program(file: Path | str, arguments: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path):
-    """A process that runs a Python program in a folder, as a new interpreter does but for what is `PRELOADED`."""
-    return Forked(partial(_program, str(file), list(arguments), dict(environment), folder), log, "forkserver")
+
+def program(name: Path | str, arguments: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path):
+    """A process that runs a Python file or module in a folder, as a new interpreter does but for `PRELOADED`."""
+    return Forked(partial(_program, str(name), list(arguments), dict(environment), folder), log, "forkserver")
 
 
-def _program(file: str, arguments: list[str], environment: dict[str, str], folder: Path) -> None:
-    loaded = {name.partition(".")[0] for name in sys.modules}
-    assert not loaded & OTHERS
+def _program(name: str, arguments: list[str], environment: dict[str, str], folder: Path) -> None:
+    assert not {module.partition(".")[0] for module in sys.modules} & OTHERS
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    sys.argv = [file, *arguments]
-    sys.path.insert(0, str(Path(file).parent))
-    runpy.run_path(file, run_name="__main__")
+    sys.argv = [name, *arguments]
+    if name.endswith(".py"):
+        sys.path.insert(0, str(Path(name).parent))
+        runpy.run_path(name, run_name="__main__")
+    else:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def _run(work: Callable[[], int | None], logs: tuple[Path, Path]) -> None:

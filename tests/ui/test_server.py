@@ -4,15 +4,14 @@
 import os
 import re
 import shutil
-import signal
 import socket
-import subprocess
-import sys
+import time
 import tomllib
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from support import forked
 from support.ports import free_port
 from support.visits import FILE, UPLOADED, png, raw_status, root_of, shown, upload
 
@@ -149,14 +148,17 @@ def test_a_space_put_together_as_its_card_says_serves_and_ends(tmp_path):
     (tmp_path / "temporary").mkdir()
     port = free_port()
     settings = {"DREAMMOVER_MODEL": "tiny", "GRADIO_SERVER_PORT": str(port), "TMPDIR": str(tmp_path / "temporary")}
-    with subprocess.Popen(
-        [sys.executable, "app.py"], cwd=space, env={**os.environ, **settings}, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert "DreamMover is at" in process.stdout.readline()
+    process = forked.program(space / "app.py", [], {**os.environ, **settings}, space, tmp_path / "log")
+    try:
+        while "DreamMover is at" not in process.printed()[0]:
+            assert process.poll() is None, process.printed()
+            time.sleep(0.05)
         assert "DreamMover" in httpx.get(f"http://127.0.0.1:{port}/", trust_env=False).text
         assert len(list((tmp_path / "temporary").glob("dreammover-ui-*"))) == 1
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
+        process.terminate()
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 0
     assert not list((tmp_path / "temporary").glob("dreammover-ui-*"))
 
