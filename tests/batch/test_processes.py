@@ -10,10 +10,11 @@ import pytest
 from accelerate import PartialState
 from accelerate.commands import launch
 from support.forked import Forked
-from support.pages import EXAMPLES, printed
+from support.pages import EXAMPLES, printed, smaller
 
 from dreammover_pipeline.batch.manifest import read_manifest
 from dreammover_pipeline.batch.sidecar import digest
+from dreammover_pipeline.cli.loading import MODELS
 from dreammover_pipeline.cli.main import main
 
 SHORT = ["--frames=2", "--steps=4", "--inversion-steps=2", "--feature-step=1", "--lora-steps=2"]
@@ -199,6 +200,7 @@ def test_help(capsys, command):
 def test_the_page_runs_as_printed(tmp_path, monkeypatch, capsys):
     (lines,), (table,), (commands,) = (printed("docs/batch.md", kind) for kind in ("jsonl", "csv", "bash"))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(MODELS, "tiny", str(smaller(tmp_path / "model")))
     Path("examples").symlink_to(EXAMPLES)
     Path("pairs.jsonl").write_text(lines)
     for command in commands.splitlines():

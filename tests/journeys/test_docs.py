@@ -3,19 +3,16 @@
 
 import ast
 import importlib
-import json
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from support.pages import EXAMPLES, ROOT, printed
+from support.pages import EXAMPLES, ROOT, printed, smaller
 
 from dreammover_pipeline.cli.loading import MODELS
 from dreammover_pipeline.cli.main import main
-from dreammover_pipeline.tiny import CHECKPOINT
 
 SOURCE = ROOT / "src" / "dreammover_pipeline"
 ROW = re.compile(r"^\| Eq\. \((\d+)\), §[\d.]+ \|[^|]+\| `(\w+)\.(\w+)` \| `(\w+\.py)` \|$", re.MULTILINE)
@@ -60,14 +57,6 @@ def test_the_test_named_in_the_table_exercises_the_function(number, module, name
     text = (ROOT / "tests" / test).read_text()
     user = {"ReferenceAttnProcessor": "reference_attention"}.get(name, name)
     assert calls(text, module, user)
-
-
-def smaller(folder: Path) -> Path:
-    """The embedded checkpoint at 32 px, a quarter of the time."""
-    shutil.copytree(CHECKPOINT, folder)
-    config = folder / "unet" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 8}))
-    return folder
 
 
 def test_readme_python_runs_as_printed(tmp_path, monkeypatch):
