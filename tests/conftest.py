@@ -28,8 +28,6 @@ from dreammover_pipeline.tiny import CHECKPOINT
 torch.set_num_threads(1)
 # Without the thread that watches progress bars, which may hold their lock at the moment when a test forks a process.
 tqdm.monitor_interval = 0
-# What has been imported stays. Not looking through it saves 0.2 s each time that Python's collector is called.
-gc.freeze()
 
 
 def pytest_collection_finish():

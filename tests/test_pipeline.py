@@ -678,17 +678,18 @@ def test_v_prediction_is_turned_into_noise_at_the_networks_own_timestep(componen
     assert pipe(*photos, **fast | {"lora_steps": 1}).frames.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(tiny_pipe, dtype):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.003), (torch.bfloat16, 0.03)])
+def test_half_precision(tiny_pipe, dtype, tolerance):
+    """Frames as diffusion makes them, since the photos' detail covers much of what a precision does to these."""
     images = [EXAMPLES / "fish" / f"{i}.png" for i in (0, 1)]
     arguments = {"n_frames": 2, "num_inference_steps": 20, "inversion_steps": 8, "feature_step": 6, "lora_steps": 3}
     # Few pixels, since many processors compute in float16 forty times more slowly than in float32.
-    arguments |= {"height": 32, "width": 32, "output_type": "pt"}
+    arguments |= {"height": 32, "width": 32, "output_type": "pt", "detail": "upsampled"}
     expected = tiny_pipe(*images, **arguments, generator=torch.Generator().manual_seed(0)).frames
     frames = tiny_pipe.to(dtype)(*images, **arguments, generator=torch.Generator().manual_seed(0)).frames
     assert frames.dtype == torch.float32
     assert frames.isfinite().all()
-    assert (frames - expected).abs().mean() < 0.03
+    assert (frames - expected).abs().mean() < tolerance
 
 
 def test_a_text_encoder_of_another_precision_is_no_obstacle(pipe, photos, fast):
