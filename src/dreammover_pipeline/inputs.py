@@ -76,6 +76,13 @@ def file_fault(path: str | os.PathLike) -> str | None:
     return "a pipe, a socket or a device" if os.path.exists(path) else "no existing file"
 
 
+def check_image_file(path: str | os.PathLike, name: str) -> None:
+    """Raise ValueError if there is no regular file at the path of an image, whose name in the message is `name`."""
+    fault = file_fault(path)
+    if fault is not None:
+        raise ValueError(f"{name} ({os.fspath(path)}) is {fault}; an image file is needed")
+
+
 def check_file_place(path: str | os.PathLike) -> None:
     """Raise ValueError if there is anything but a regular file at the place of a file that is to be written."""
     fault = file_fault(path)

@@ -383,10 +383,10 @@ class DreamMoverPipeline(
                 on a place: 1 keeps all of their coarse layout and leaves detail to the UNet, 0 is the paper's, which
                 lets deep inversion redraw what was right.
             detail: What is finer than diffusion makes it: "photos" brings the photos' own detail to every frame, at
-                the size of the output, wherever it agrees with the frame or is alike in both; "upsampled", the
-                paper's, enlarges what diffusion made; "diffusion" is "photos" and then goes over what does not come
-                from them with the UNet, tile by tile, for which a frame of 2048×2048 pixels takes up to 136 further
-                samples of Stable Diffusion 1.5's UNet.
+                the size of the output, wherever it agrees with the frame or, with method="flow", is alike in both;
+                "upsampled", the paper's, enlarges what diffusion made; "diffusion" is "photos" and then goes over what
+                does not come from them with the UNet, tile by tile, for which a frame of 2048×2048 pixels takes up to
+                136 further samples of Stable Diffusion 1.5's UNet.
             guidance_scale: Classifier-free guidance of the frames. Above 1 they follow the prompt more, at twice the
                 cost; the paper uses none.
             controlnet_conditioning_scale: Factor of what the `controlnet` adds to the UNet; 0 adds nothing.

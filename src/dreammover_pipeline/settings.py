@@ -403,8 +403,8 @@ class RenderSettings(VideoSettings):
         "photos",
         Choice(DETAILS),
         'What is finer than diffusion makes it: "photos" brings the photos\' own detail to every frame, at the size '
-        'of the output, wherever it agrees with the frame or is alike in both; "upsampled", the paper\'s, enlarges '
-        "what diffusion made; "
+        'of the output, wherever it agrees with the frame or, with method="flow", is alike in both; "upsampled", the '
+        "paper's, enlarges what diffusion made; "
         '"diffusion" is "photos" and then goes over what does not come from them with the UNet, tile by tile, for '
         "which a frame of 2048×2048 pixels takes up to 136 further samples of Stable Diffusion 1.5's UNet.",
         paper="upsampled",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..arguments import taken
-from ..inputs import file_fault
+from ..inputs import check_image_file, file_fault
 from ..media.files import check_file_path, check_name_length
 from ..media.pictures import crossfade, picture_of
 from ..media.playback import check_duration
@@ -113,6 +113,8 @@ def _make_pair(args: argparse.Namespace) -> None:
     for path in pairs:
         check_file_path(path, [".safetensors"])
     check_model(args.model, args.allow_pickle)
+    for name, path in (("photo A", args.img0), ("photo B", args.img1)):
+        check_image_file(path, name)  # which needs no torch, whose import takes seconds
     photos, call = _decoded(args)
     check_sources(args, call)
 
@@ -171,6 +173,8 @@ def _make_sequence(args: argparse.Namespace, photos: Sequence[str]) -> None:
     check_name_length(parts)
     counts = _frames_of_gaps(args, len(photos) - 1)
     check_model(args.model, args.allow_pickle)
+    for i, photo in enumerate(photos):
+        check_image_file(photo, f"photo {i + 1}")
     pipeline_class()  # this comes first, since it switches off log lines that third parties write when imported
     import torch
 
