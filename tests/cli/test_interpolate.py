@@ -288,6 +288,16 @@ def test_bad_input_as_a_process(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("photos", [PHOTOS[:1], PHOTOS], ids=["pair", "sequence"])
+def test_a_missing_photo_is_named_without_torch_whose_import_takes_seconds(tmp_path, photos):
+    code = "import sys; from dreammover_pipeline.cli.main import main; code = main(sys.argv[1:])"
+    code += "; assert 'torch' not in sys.modules; sys.exit(code)"
+    command = ["interpolate", *photos, str(tmp_path / "missing.png"), "-o", str(tmp_path / "out.mp4")]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "missing.png) is no existing file" in error_line(done.stderr)
+
+
 def test_a_hub_out_of_reach_is_one_helpful_line(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     command = ["interpolate", *PHOTOS, "-o", str(tmp_path / "out.mp4")]
