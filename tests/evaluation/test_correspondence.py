@@ -16,8 +16,8 @@ from dreammover_pipeline.evaluation.correspondence import (
     METRICS,
     PASSES,
     PENALTIES,
+    PairTruth,
     Variant,
-    _measured,
     check_places,
     study,
     table,
@@ -61,7 +61,7 @@ def test_a_variant_is_the_pipelines_own_flow(suites, rows):
     settings = {"inversion_steps": 3, "feature_step": 2, "feature_block": 1, "lora_steps": 0}
     settings |= {"flow_fit": "mean", "flow_smoothing": 3, "rest_tolerance": 0, "photo_tolerance": 0}
     case = EvaluationCase(half_size(), pair, 0, settings)
-    expected = pytest.approx(_measured(case, case.prepared().flow))
+    expected = pytest.approx(PairTruth(case).measured(case.prepared().flow))
     alike = [row for row in rows if row["pair"] == pair.name and row["metrics"] == expected]
     variant = Variant(features="up1", step=2, grid="latent", penalty=0.1, passes=3)
     assert [Variant(*(row[name] for name in Variant.__dataclass_fields__)) for row in alike] == [variant]
@@ -75,10 +75,11 @@ def test_true_flow_has_no_error(tiny_pipe, suites):
     motion = case.pair.motion
     exact = BidirectionalFlow(*(flow_at_cell_centres(motion.flow(*way), size) for way in ((0, 1), (1, 0))))
     still = BidirectionalFlow(*torch.zeros(2, 1, 2, *size))
-    assert _measured(case, exact)["epe"] < 4 < _measured(case, still)["epe"]  # pixels; within a cell the flow varies
-    assert _measured(case, exact)["pck10"] > 0.95
-    assert _measured(case, still)["epe_rest"] == 0
-    assert _measured(case, exact)["splat"] > _measured(case, still)["splat"]
+    exact, still = map(PairTruth(case).measured, (exact, still))
+    assert exact["epe"] < 4 < still["epe"]  # pixels; within a cell the flow varies
+    assert exact["pck10"] > 0.95
+    assert still["epe_rest"] == 0
+    assert exact["splat"] > still["splat"]
 
 
 def test_the_table_puts_the_best_first(rows):

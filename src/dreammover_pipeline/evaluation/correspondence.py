@@ -70,8 +70,9 @@ def study(pipe: DreamMoverPipeline, suites: Sequence[Suite], steps: Sequence[int
         if case.pair.motion is None:
             continue
         prepared = case.prepared()
+        truth = PairTruth(case)
         for variant, flow in _flows(pipe, prepared.inversion, prepared.prompt_embeds, steps):
-            rows.append({"suite": suite.name, "pair": name, **vars(variant), "metrics": _measured(case, flow)})
+            rows.append({"suite": suite.name, "pair": name, **vars(variant), "metrics": truth.measured(flow)})
     return rows
 
 
@@ -147,22 +148,37 @@ def _patches(latents: torch.Tensor) -> torch.Tensor:
     return F.unfold(latents, PATCH, padding=PATCH // 2).unflatten(2, latents.shape[-2:])
 
 
-@torch.no_grad()
-def _measured(case: EvaluationCase, flow: BidirectionalFlow) -> dict[str, float]:
-    """The value of each of `METRICS` for a flow between the images of a pair."""
-    motion, side = case.pair.motion, max(case.canvas.output_height, case.canvas.output_width)
-    sprites, rest = [], []
-    for field, (source, target) in zip(pixel_flow(flow, case.canvas), ((0, 1), (1, 0)), strict=True):
-        field, seen, sprite = field.cpu(), motion.visible(source, target)[0], motion.foreground(source)[0]
-        sprites.append(endpoint_errors(field, motion.flow(source, target), seen & sprite))
-        rest.append(endpoint_errors(field, motion.flow(source, target), seen & ~sprite))
-    errors = torch.cat(sprites)
-    latents = case.pipe.preview(replace(case.prepared(), flow=flow), torch.tensor([0.5]))
-    middle = unfit(case.pipe.decode_latents(latents).cpu(), case.canvas)[0]
-    return {
-        "pck05": float((errors <= 0.05 * side).float().mean()),
-        "pck10": float((errors <= 0.1 * side).float().mean()),
-        "epe": float(errors.mean()),
-        "epe_rest": float(torch.cat(rest).mean()),
-        "splat": psnr(middle, motion.frame(0.5)[0]),
-    }
+class PairTruth:
+    """The true motion of a pair, found out once, which any number of flows are measured against.
+
+    Args:
+        case: the pair, whose motion is known, and the pipeline that decodes its middle frames.
+    """
+
+    def __init__(self, case: EvaluationCase):
+        motion = case.pair.motion
+        self._case = case
+        # For the first and for the last image: the true flow, where that is visible, and where the foreground is.
+        self._ways = [
+            (motion.flow(*way), motion.visible(*way)[0], motion.foreground(way[0])[0]) for way in ((0, 1), (1, 0))
+        ]
+        self._middle = motion.frame(0.5)[0]
+
+    @torch.no_grad()
+    def measured(self, flow: BidirectionalFlow) -> dict[str, float]:
+        """The value of each of `METRICS` for a flow between the images."""
+        case = self._case
+        sprites, rest = [], []
+        for field, (true, seen, sprite) in zip(pixel_flow(flow, case.canvas), self._ways, strict=True):
+            sprites.append(endpoint_errors(field.cpu(), true, seen & sprite))
+            rest.append(endpoint_errors(field.cpu(), true, seen & ~sprite))
+        errors, side = torch.cat(sprites), max(case.canvas.output_height, case.canvas.output_width)
+        latents = case.pipe.preview(replace(case.prepared(), flow=flow), torch.tensor([0.5]))
+        middle = unfit(case.pipe.decode_latents(latents).cpu(), case.canvas)[0]
+        return {
+            "pck05": float((errors <= 0.05 * side).float().mean()),
+            "pck10": float((errors <= 0.1 * side).float().mean()),
+            "epe": float(errors.mean()),
+            "epe_rest": float(torch.cat(rest).mean()),
+            "splat": psnr(middle, self._middle),
+        }
