@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from diffusers import ControlNetModel
+from support.conditioning import POSES, person, random_controlnet
 from support.snapshot import snapshot
 
 from dreammover_pipeline import DreamMoverPipeline
@@ -18,26 +19,9 @@ SHORT = {"num_inference_steps": 6, "inversion_steps": 4, "feature_step": 2, "lor
 LATENTS = {"n_frames": 3, "output_type": "latent"}
 
 
-def person(x, y):
-    """An upright person (18, 3) whose neck is at a place."""
-    points = torch.zeros(18, 3)
-    points[:5] = torch.tensor([[0, -9, 1], [0, 0, 1], [-5, 0, 1], [-9, 4, 1], [-9, 12, 1]])
-    points[:5, :2] += torch.tensor([x, y])
-    return points.tolist()
-
-
-POSES = (person(20, 24), person(44, 30))
-
-
 @pytest.fixture
 def controlnet(pipe):
-    """One whose additions are not zero, as they are before any training."""
-    net = ControlNetModel.from_unet(pipe.unet)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for block in [*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out]:
-            block.weight.copy_(0.2 * torch.randn(block.weight.shape, generator=generator))
-    return net.eval()
+    return random_controlnet(pipe.unet)
 
 
 @pytest.fixture

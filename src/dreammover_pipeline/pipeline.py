@@ -828,14 +828,17 @@ class DreamMoverPipeline(
     def check_inputs(self, **arguments) -> None:
         """Raise TypeError or ValueError unless these arguments of `__call__` are what they may be.
 
-        What is left out has its default. Photos, points, masks and the form of texts are looked at where they are
-        used; what is no argument of the method is left alone.
+        What is left out has its default. Photos, points, masks, poses and the form of texts are looked at where they
+        are used; what is no argument of the method is left alone.
         """
         for group in (Content, NegativeContent):
             group.of(arguments)  # which checks them
         rendering = RenderSettings.of(arguments)
         self._check_model_fits(PrepareSettings.of(arguments), rendering, Delivery.of(arguments))
         self._check_candidates(rendering)
+        for name in ("poses", "control_images"):
+            if arguments.get(name) is not None:
+                self._require_controlnet(name)
 
     def canvas(self, image: torch.Tensor, height: int | None = None, width: int | None = None) -> Canvas:
         """Working size and output size for a first image (C, H, W), and for the size asked for, if any."""
@@ -955,7 +958,7 @@ class DreamMoverPipeline(
         if self.controlnet is None:
             raise ValueError(
                 f"`{argument}` needs a ControlNet, which this pipeline lacks; load it with "
-                "`controlnet=ControlNetModel.from_pretrained(...)`"
+                "`controlnet=ControlNetModel.from_pretrained(...)`, on the command line by --controlnet"
             )
         check_controlnet(self.controlnet, self.unet)
 

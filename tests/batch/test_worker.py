@@ -39,7 +39,7 @@ def test_a_video_its_sidecar_and_nothing_else(pipe, album):
     assert [photo["sha256"] for photo in record["inputs"]] == [digest(album / "a0.png"), digest(album / "a1.png")]
     assert set(record["settings"]) == {*PARAMETERS, "seed", "fps"}
     assert record["settings"]["prompt"] == ["one", "other"]
-    assert record["model"] == {"name": "random", "clip": None, "fingerprint": pipe.fingerprint()}
+    assert record["model"] == {"name": "random", "fingerprint": pipe.fingerprint()}
     assert set(record["seconds"]) == {"prepare", "render", "write"}
     assert record["stack"] == stack_of(pipe)
     assert record["lora"] is None

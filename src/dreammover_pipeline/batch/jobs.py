@@ -5,15 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
-from ..inputs import file_fault
+from ..inputs import check_image_file, file_fault
 
-# The arguments of the pipeline that act only on frames with poses, of which a batch has none.
-OF_POSES = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
 PHOTOS = ("img0", "img1")  # what error messages call the two photos
 
 
@@ -24,7 +22,8 @@ class Job:
     `origin` is where the video was asked for, such as "pairs.jsonl, line 4"; `photos` are two files, or one folder
     that holds them; `output` is the path of the video; `name` is the same path relative to the folder of all outputs;
     `settings` has a value for every setting that a manifest can decide; `recorded` is the sidecar of the video that is
-    to be made once more, None for a new video.
+    to be made once more, None for a new video; `files` are the paths of masks and poses, by the names of the
+    pipeline's arguments.
     """
 
     origin: str
@@ -33,6 +32,7 @@ class Job:
     name: str
     settings: Mapping[str, object]
     recorded: Mapping | None = None
+    files: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
 
 
 def find_photos(job: Job) -> tuple[Path, Path]:
@@ -44,10 +44,17 @@ def find_photos(job: Job) -> tuple[Path, Path]:
     """
     photos = job.photos if len(job.photos) == 2 else _photos_in(*job.photos)
     for name, photo in zip(PHOTOS, photos, strict=True):
-        fault = file_fault(photo)
-        if fault is not None:
-            raise ValueError(f"{name} ({photo}) is {fault}; an image file is needed")
+        check_image_file(photo, name)
     return photos
+
+
+def check_files(job: Job) -> None:
+    """Raise ValueError unless all masks and poses of a job are regular files."""
+    for name, paths in job.files.items():
+        for path in paths:
+            fault = file_fault(path)
+            if fault is not None:
+                raise ValueError(f"`{name}` ({path}) is {fault}; a file is needed")
 
 
 def _photos_in(folder: Path) -> tuple[Path, Path]:

@@ -13,7 +13,7 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
-from ..arguments import Numbers, arguments_of
+from ..arguments import Numbers, Pictures, Poses, arguments_of
 from ..inputs import check_choice, check_integer, check_number, file_fault
 from ..media.files import check_fps, check_name_length, check_video_path, make_folder
 from ..media.texts import read_json, read_text
@@ -22,7 +22,7 @@ from ..prompts import pair_negatives, pair_prompts
 from ..settings import FLOWS, PREPARING, NegativeContent, RenderSettings
 from ..steering import point_pairs
 from .claims import put_back
-from .jobs import OF_POSES, Job, refusing_together
+from .jobs import Job, refusing_together
 from .sidecar import PRIVATE, check_places_of_records, failure_path, is_sidecar, read_sidecar
 
 PLACES = ("img0", "img1", "folder", "output")
@@ -32,15 +32,21 @@ GROUPS = (*PREPARING, NegativeContent, RenderSettings)
 # The arguments of the pipeline that a line of text can hold.
 PARAMETERS = {name: declared for name, declared in arguments_of(*GROUPS).items() if declared.values.in_files}
 SETTINGS = (*PARAMETERS, "seed", "fps")
-KEYS = (*PLACES, *(name for name in SETTINGS if name not in OF_POSES))  # that a row of a manifest may have
+# The arguments whose values are in files, and how many files each may have.
+FILES = {
+    name: {Pictures: (1, 2), Poses: (2,)}[type(declared.values)]
+    for name, declared in arguments_of(*GROUPS).items()
+    if isinstance(declared.values, Pictures | Poses)
+}
+KEYS = (*PLACES, *FILES, *SETTINGS)  # that a row of a manifest may have
 
 
 def read_manifest(path: str | os.PathLike, folder: Path, defaults: Mapping[str, object]) -> list[Job]:
     """The jobs of a manifest: a `.jsonl` file with an object in each line, or a `.csv` file with the keys in line 1.
 
-    A row names two photos, `img0` and `img1`, or a `folder` that holds them as `0.*` and `1.*`; these paths are
-    relative to the manifest. A row may name its `output`, relative to the folder of all outputs, and may decide the
-    settings among `KEYS`. The outputs are checked, and their folders made.
+    A row names two photos, `img0` and `img1`, or a `folder` that holds them as `0.*` and `1.*`, and may name files of
+    a mask and of poses; these paths are relative to the manifest. A row may name its `output`, relative to the folder
+    of all outputs, and may decide the settings among `KEYS`. The outputs are checked, and their folders made.
 
     Args:
         path: The manifest.
@@ -109,12 +115,19 @@ def _job_of_sidecar(path: Path, folder: Path) -> Job:
     if recorded is None:
         raise ValueError("it is no sidecar of dreammover batch")
     photos = tuple(path.parent / photo["path"] for photo in recorded["inputs"])
+    files = {
+        key: tuple(path.parent / file["path"] for file in read) for key, read in recorded.get("files", {}).items()
+    }
+    unknown = [key for key in files if key not in FILES]
+    if unknown:
+        raise ValueError(f"it records files for the unknown argument {unknown[0]!r}")
     name = recorded["output"]["name"]
-    return Job(str(path), photos, _output(folder, name), name, settings_of({}, recorded["settings"]), recorded)
+    settings = settings_of({}, recorded["settings"])
+    return Job(str(path), photos, _output(folder, name), name, settings, recorded, files)
 
 
 def check_job_outputs(jobs: Sequence[Job]) -> None:
-    """Refuse outputs that cannot be written, or that would replace a photo, another output or a foreign file.
+    """Refuse outputs that cannot be written, or that would replace an input, another output or a foreign file.
 
     The folders of the outputs are made, and a folder of frames that a killed process was about to replace is put back.
 
@@ -133,7 +146,10 @@ def check_job_outputs(jobs: Sequence[Job]) -> None:
                         f"the output '{job.name}' is already the one of {owner.origin}; choose another output"
                     )
         for job in jobs:
-            kept = [(f"photo '{photo}'", [_real(photo), *_real(photo).parents]) for photo in job.photos]
+            read = [("photo", job.photos), *job.files.items()]
+            kept = [
+                (f"{kind} '{path}'", [_real(path), *_real(path).parents]) for kind, paths in read for path in paths
+            ]
             kept.append((f"output '{job.output}'", _real(job.output).parents))
             for name, places in kept:  # an output may be a folder of frames
                 owner = next((owners[place] for place in places if place in owners), None)
@@ -167,13 +183,15 @@ def check_values(pipe: DreamMoverPipeline, fingerprint: str, jobs: Sequence[Job]
     with refusing_together() as refusing:
         for job in jobs:
             with refusing(job.origin):
-                pipe.check_inputs(**job.settings)
+                pipe.check_inputs(**job.settings, **job.files)
                 if job.recorded and job.recorded["model"]["fingerprint"] != fingerprint:
-                    name, clip = job.recorded["model"]["name"], job.recorded["model"].get("clip")
-                    names, options = f"'{name}'", "--model"
-                    if clip is not None or pipe.clip is not None:
-                        names += " without a CLIP" if clip is None else f" with the CLIP '{clip}'"
-                        options = "--model and --clip"
+                    model = job.recorded["model"]
+                    names, options = f"'{model['name']}'", "--model"
+                    for component, kind in (("controlnet", "ControlNet"), ("clip", "CLIP")):
+                        named = model.get(component)
+                        if named is not None or getattr(pipe, component) is not None:
+                            names += f" without a {kind}" if named is None else f" with the {kind} '{named}'"
+                            options += f" and --{component}"
                     raise ValueError(
                         f"its video was made with another checkpoint, which was named {names} and has other weights "
                         f"than the one that was loaded; give the right one by {options}"
@@ -251,8 +269,10 @@ def _check_keys(keys: Collection[str]) -> None:
 def _cell(key: str, text: str) -> object:
     """The value of a cell: its text where a path or a text is wanted; elsewhere what it is as JSON, if it is JSON.
 
-    Where several texts are allowed too, a list of texts in JSON is that list.
+    Where several paths or texts are allowed too, a list of texts in JSON is that list.
     """
+    if key in FILES:
+        return _texts(text)
     annotation = "str" if key in PLACES else PARAMETERS[key].annotation if key in PARAMETERS else ""
     if annotation.startswith("str"):
         return _texts(text) if "Sequence[str]" in annotation else text
@@ -279,7 +299,7 @@ def _job(row: Mapping[str, object], origin: str, base: Path, folder: Path, defau
     Args:
         row: The values by their keys.
         origin: What error messages call the row, such as "pairs.jsonl, line 4".
-        base: The folder that the paths of photos are relative to.
+        base: The folder that the paths of photos, masks and poses are relative to.
         folder: The folder of all outputs.
         defaults: Values of settings, to use instead of the pipeline's defaults where the row does not decide them.
 
@@ -300,8 +320,32 @@ def _job(row: Mapping[str, object], origin: str, base: Path, folder: Path, defau
         photos = (base / places["img0"], base / places["img1"])
         name = f"{photos[0].stem}-{photos[1].stem}.mp4"
     name = places.get("output", name)
-    given = {key: value for key, value in row.items() if key not in PLACES}
-    return Job(origin, photos, _output(folder, name), name, settings_of(defaults, given))
+    given = {key: value for key, value in row.items() if key not in {*PLACES, *FILES}}
+    files = {key: _files(key, row[key], base) for key in FILES if row.get(key) is not None}
+    return Job(origin, photos, _output(folder, name), name, settings_of(defaults, given), files=files)
+
+
+def _files(key: str, value: object, base: Path) -> tuple[Path, ...]:
+    """The files that a row names for an argument, by one path or by a list of them.
+
+    Args:
+        key: The name of the argument.
+        value: What the row has.
+        base: The folder that paths are relative to.
+
+    Raises:
+        ValueError: The value is no path and no list of as many paths as `FILES` says.
+    """
+    paths = [value] if isinstance(value, str) else value
+    counts = FILES[key]
+    if not isinstance(paths, list) or len(paths) not in counts or not all(isinstance(path, str) for path in paths):
+        form = "a path, or a list of two paths" if 1 in counts else "a list of two paths"
+        raise ValueError(f"`{key}` must be {form}, one for each photo, not {value!r}")
+    for path in paths:
+        if not path:
+            raise ValueError(f"`{key}` must be a path, not {path!r}")
+        _check_path(key, path)
+    return tuple(base / path for path in paths)
 
 
 def _check_path(key: str, text: str) -> None:

@@ -67,9 +67,18 @@ def read_sidecar(path: Path) -> dict | None:
     record = _content(path)
     if not _has_shape(record, SIDECAR_SHAPE) or record.get(SIDECAR_MARK) != FORMAT:
         return None
-    # Earlier versions did not scale videos and took no CLIP, and recorded neither the size of the frames nor a CLIP.
+    # Earlier versions did not scale videos, and took neither models beside the checkpoint nor masks nor poses.
     sized = _has_shape(record["output"].get("frame_size", [0, 0]), [int, int])
-    return record if sized and _has_shape(record["model"].get("clip"), (str, type(None))) else None
+    named = all(isinstance(name, str | None) for name in record["model"].values())
+    return record if sized and named and _are_files(record.get("files", {})) else None
+
+
+def _are_files(value: object) -> bool:
+    """Whether a value is what a sidecar says of masks and poses."""
+    files = SIDECAR_SHAPE["inputs"][0]
+    return isinstance(value, dict) and all(
+        isinstance(paths, list) and all(_has_shape(path, files) for path in paths) for paths in value.values()
+    )
 
 
 def read_failures(jobs: Iterable[Job]) -> dict[str, dict]:
@@ -174,18 +183,22 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def request_of(job: Job, inputs: Sequence[str], fingerprint: str, dtype: str) -> str:
+def request_of(
+    job: Job, inputs: Sequence[str], files: Mapping[str, Sequence[str]], fingerprint: str, dtype: str
+) -> str:
     """A digest of everything that decides a video.
 
     Args:
         job: The job, whose settings and whose output's kind of file count.
         inputs: The digests of the photos' bytes.
+        files: The digests of the bytes of masks and poses, by the names of the arguments.
         fingerprint: The fingerprint of the checkpoint.
         dtype: The precision of the UNet.
     """
     declared = arguments()
     settings = {name: value for name, value in job.settings.items() if name not in declared or declared[name].decides}
-    return digest_of([list(inputs), settings, fingerprint, dtype, job.output.suffix.lower()])
+    decisive = [list(inputs), settings, fingerprint, dtype, job.output.suffix.lower()]
+    return digest_of([*decisive, files] if files else decisive)  # as earlier versions did, which took no such files
 
 
 def stack_of(pipe: DreamMoverPipeline) -> dict[str, object]:

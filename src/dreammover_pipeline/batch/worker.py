@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -22,7 +23,7 @@ from ..pipeline import DreamMoverPipeline
 from ..records import PreparedPair
 from ..scratch import move_over
 from ..settings import PREPARING, RENDERING
-from .jobs import PHOTOS, Job, find_photos
+from .jobs import PHOTOS, Job, check_files, find_photos
 from .journal import Journal
 from .lora_cache import LoraCache, cache_key
 from .sidecar import (
@@ -51,7 +52,7 @@ class Worker:
         model: The name that the pipeline was loaded by.
         folder: The folder of all outputs, in which the journal is kept too.
         lora_cache: The folder of the fitted LoRAs; by default it is a folder inside `folder`.
-        clip: The name that a CLIP beside the model was loaded by; None without one.
+        components: The names that models beside it were loaded by, by the pipeline's components.
     """
 
     def __init__(
@@ -60,30 +61,37 @@ class Worker:
         model: str,
         folder: Path,
         lora_cache: Path | None = None,
-        clip: str | None = None,
+        components: Mapping[str, str | None] = MappingProxyType({}),
     ):
         self.pipe = pipe
-        self.model = {"name": model, "clip": clip, "fingerprint": pipe.fingerprint()}
-        self.of_pairs = self.model["fingerprint"] if pipe.clip is None else pipe.pair_fingerprint()
+        self.model = {"name": model, **components, "fingerprint": pipe.fingerprint()}
+        alone = pipe.clip is None and pipe.controlnet is None
+        self.of_pairs = self.model["fingerprint"] if alone else pipe.pair_fingerprint()
         self.stack = stack_of(pipe)
         self.process = {"run": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
         self.cache = LoraCache(lora_cache or folder / PRIVATE / "lora")
         self.journal = Journal(folder / PRIVATE / "journal.jsonl")
 
-    def request(self, job: Job) -> tuple[str, list[dict]]:
-        """The digest of everything that decides a job's video, and the photos as a sidecar records them.
+    def request(self, job: Job) -> tuple[str, dict]:
+        """The digest of everything that decides a job's video, and what its sidecar records of the files read for it.
 
         Raises:
-            OSError, ValueError: A photo does not exist or cannot be read.
+            OSError, ValueError: A photo, a mask or a pose does not exist or cannot be read.
         """
         photos = find_photos(job)
-        digests = [digest(photo) for photo in photos]
+        check_files(job)
+
+        def recorded(paths: Sequence[Path]) -> list[dict[str, str]]:
+            return [{"path": _relative(path, job.output.parent), "sha256": digest(path)} for path in paths]
+
+        read = {"inputs": recorded(photos), "files": {name: recorded(paths) for name, paths in job.files.items()}}
+
+        def digests(files: Sequence[Mapping[str, str]]) -> list[str]:
+            return [file["sha256"] for file in files]
+
+        steering = {name: digests(files) for name, files in read["files"].items()}
         fingerprint, dtype = self.model["fingerprint"], self.stack["dtype"]
-        inputs = [
-            {"path": _relative(photo, job.output.parent), "sha256": sha256}
-            for photo, sha256 in zip(photos, digests, strict=True)
-        ]
-        return request_of(job, digests, fingerprint, dtype), inputs
+        return request_of(job, digests(read["inputs"]), steering, fingerprint, dtype), read
 
     def finished_record(self, job: Job) -> dict | None:
         """The sidecar of a job that is done; None if the job is not done, or if its photos cannot be read."""
@@ -110,9 +118,9 @@ class Worker:
         """
         started = datetime.now(UTC)
         clock = _Clock(self.pipe.device)
-        request, inputs = self.request(job)
+        request, read = self.request(job)
         if job.recorded:
-            _require_recorded(job, inputs)
+            _require_recorded(job, read)
         pair, lora = self._prepare(job)
         clock.stop("prepare")
         generator = torch.Generator("cpu").manual_seed(job.settings["seed"])
@@ -125,7 +133,7 @@ class Worker:
             SIDECAR_MARK: FORMAT,
             "request": request,
             "output": _recorded_output(job, video, output),
-            "inputs": inputs,
+            **read,
             "settings": dict(job.settings),
             "model": self.model,
             "lora": lora,
@@ -143,7 +151,9 @@ class Worker:
         """The prepared pair, and whether its LoRA was "fitted" now or "cached" before; None if it has no LoRA."""
         pipe, settings = self.pipe, job.settings
         first, last = (decode_images(photo, name)[0] for photo, name in zip(find_photos(job), PHOTOS, strict=True))
-        arguments = taken(settings, *PREPARING)
+        # One path is for both photos.
+        files = {name: paths if len(paths) == 2 else paths[0] for name, paths in job.files.items()}
+        arguments = taken(settings, *PREPARING) | files
         generator = torch.Generator("cpu").manual_seed(settings["seed"])
         if not settings["lora_steps"]:
             return pipe.prepare(first, last, **arguments, generator=generator), None
@@ -169,6 +179,7 @@ class Worker:
             "where": job.origin,
             "error": error_record(error),
             "photos": [str(photo) for photo in job.photos],
+            "files": {name: [str(path) for path in paths] for name, paths in job.files.items()},
             "settings": dict(job.settings),
             "model": self.model,
             "stack": self.stack,
@@ -179,11 +190,15 @@ class Worker:
             os.replace(write_record(record, work), place)
 
 
-def _require_recorded(job: Job, inputs: Sequence[Mapping]) -> None:
-    """Raise ValueError unless the photos have the bytes that the sidecar of the job records."""
-    for now, then in zip(inputs, job.recorded["inputs"], strict=True):
-        if now["sha256"] != then["sha256"]:
-            raise ValueError(f"the photo '{now['path']}' is not the one of {job.origin}: its bytes have changed")
+def _require_recorded(job: Job, read: Mapping) -> None:
+    """Raise ValueError unless all files that are read have the bytes that the sidecar of the job records."""
+    recorded = job.recorded.get("files", {})
+    parts = [("the photo", read["inputs"], job.recorded["inputs"])]
+    parts += [(f"`{name}`:", files, recorded[name]) for name, files in read["files"].items()]
+    for kind, files, before in parts:
+        for now, then in zip(files, before, strict=True):
+            if now["sha256"] != then["sha256"]:
+                raise ValueError(f"{kind} '{now['path']}' is not the one of {job.origin}: its bytes have changed")
 
 
 def _recorded_output(job: Job, video: Path, output: DreamMoverPipelineOutput) -> dict[str, object]:

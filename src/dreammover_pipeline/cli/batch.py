@@ -10,13 +10,14 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..batch.jobs import OF_POSES, Job
+from ..batch.jobs import Job
 from ..media.files import make_folder
 from .loading import (
+    COMPONENTS,
     add_component_options,
     add_device_options,
     add_model_options,
@@ -27,8 +28,7 @@ from .loading import (
 )
 from .options import add_method_options, call_arguments, seed, size
 
-# The arguments that a batch has no option for: those of one pair of photos, and those that its frames have no use for.
-WITHOUT = ("points", "mask", "poses", *OF_POSES)
+WITHOUT = ("points", "mask", "poses")  # the arguments of one pair of photos, which a batch has in its rows
 
 
 def add_batch(commands: argparse._SubParsersAction) -> None:
@@ -67,7 +67,7 @@ def add_batch(commands: argparse._SubParsersAction) -> None:
     )
     _add_common(parser)
     add_model_options(parser, default="sd15")
-    add_component_options(parser, ["clip"])
+    add_component_options(parser)
     add_method_options(parser, without=WITHOUT)
 
     text = "Make the videos of sidecars once more, from the photos and with the settings and the model they record."
@@ -76,7 +76,8 @@ def add_batch(commands: argparse._SubParsersAction) -> None:
     add = parser.add_argument
     add("sidecars", nargs="+", metavar="SIDECAR", help="The .json file beside a video that dreammover batch made.")
     add("--model", metavar="NAME", help="The model to load instead of the one that the sidecars name.")
-    add("--clip", metavar="NAME", help="The CLIP to load instead of the one that the sidecars name.")
+    for name, kind in (("controlnet", "ControlNet"), ("clip", "CLIP")):
+        add(f"--{name}", metavar="NAME", help=f"The {kind} to load instead of the one that the sidecars name.")
     add_device_options(add)
     _add_common(parser)
 
@@ -108,40 +109,47 @@ def _batch(args: argparse.Namespace) -> None:
     from ..batch.manifest import read_manifest
 
     jobs = read_manifest(args.manifest, args.output, {**call_arguments(args), "seed": args.seed, "fps": args.fps})
-    _work(jobs, args, args.model, args.clip, args.dtype)
+    _work(jobs, args, args.model, {name: getattr(args, name) for name in COMPONENTS}, args.dtype)
 
 
 def _again(args: argparse.Namespace) -> None:
     """Make the videos of sidecars once more.
 
     Raises:
-        ValueError: The sidecars record several models, CLIPs or precisions.
+        ValueError: The sidecars record several models, ControlNets, CLIPs or precisions.
     """
     pipeline_class()
     from ..batch.manifest import read_sidecars
 
     jobs = read_sidecars(args.sidecars, args.output)
     recorded = [(job.recorded["model"], job.recorded["stack"]["dtype"]) for job in jobs]
-    models = {(model["name"], model.get("clip"), dtype) for model, dtype in recorded}
+    models = {(model["name"], *map(model.get, COMPONENTS), dtype) for model, dtype in recorded}
     if len(models) > 1:
         raise ValueError(
-            f"the sidecars record several models, CLIPs or dtypes, {sorted(models, key=str)}; give one command for "
-            "each of them"
+            f"the sidecars record several models, ControlNets, CLIPs or dtypes, {sorted(models, key=str)}; give one "
+            "command for each of them"
         )
-    ((model, clip, dtype),) = models
+    ((model, *names, dtype),) = models
     model = args.model or model
     check_model(model, args.allow_pickle)
-    _work(jobs, args, model, args.clip or clip, dtype)
+    components = {name: getattr(args, name) or before for name, before in zip(COMPONENTS, names, strict=True)}
+    _work(jobs, args, model, components, dtype)
 
 
-def _work(jobs: Sequence[Job], args: argparse.Namespace, model: str, clip: str | None, dtype: str | None) -> None:
+def _work(
+    jobs: Sequence[Job],
+    args: argparse.Namespace,
+    model: str,
+    components: Mapping[str, str | None],
+    dtype: str | None,
+) -> None:
     """Load the model once and do this process's part of the jobs. The main process prints how all jobs ended.
 
     Args:
         jobs: All jobs of the batch.
         args: The options that both commands have.
         model: The name of the model.
-        clip: The name of a CLIP beside the model; None without one.
+        components: The names of models beside it, as those of `COMPONENTS`; None without one.
         dtype: The precision of the model; by default it depends on the device.
 
     Raises:
@@ -164,9 +172,9 @@ def _work(jobs: Sequence[Job], args: argparse.Namespace, model: str, clip: str |
         state = PartialState(cpu=device.startswith("cpu"))
         if state.num_processes > 1:
             device = state.device.type if state.device.type == "cpu" else str(state.device)
-        pipe = load_pipeline(model, dtype, device, args.allow_pickle, clip=clip)
+        pipe = load_pipeline(model, dtype, device, args.allow_pickle, **components)
         pipe.set_progress_bar_config(disable=True)
-        worker = Worker(pipe, model, args.output, args.lora_cache, clip)
+        worker = Worker(pipe, model, args.output, args.lora_cache, components)
         check_values(pipe, worker.model["fingerprint"], jobs)
         outcomes = run(worker, jobs, failures, state.process_index, state.num_processes, args.quiet)
     if not state.is_main_process:
