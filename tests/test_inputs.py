@@ -61,6 +61,14 @@ def test_numbers_of_many_digits_are_refused_by_name(value):
     refuses(ValueError, "times", frame_times, 1, [10**5000])
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("number", [np.float16(0.5), np.float32(0.5), np.float64(0.5), np.longdouble(0.5)])
+def test_numbers_of_numpy_are_checked_without_a_warning(number):
+    check_number("x", number, 0)
+    with pytest.raises(ValueError, match=r"`x` must be at most 0.25, not 0.5"):
+        check_number("x", number, 0, maximum=0.25)
+
+
 def test_check_number_may_leave_its_minimum_out():
     check_number("x", 0, 0)
     check_number("x", 1e-9, 0, inclusive=False)

@@ -37,7 +37,11 @@ def check_number(name: str, value, minimum: float, inclusive: bool = True, maxim
         bound = "at least" if inclusive else "above"
         raise ValueError(f"`{name}` must be finite and {bound} {minimum}, not {_shown(value)}")
     largest = min(maximum, sys.float_info.max)
-    if value > largest:
+    try:
+        number = float(value)  # since numpy warns where a float32 is compared with so large a number
+    except OverflowError:
+        number = math.inf
+    if number > largest:
         raise ValueError(f"`{name}` must be at most {largest:g}, not {_shown(value)}")
 
 
