@@ -190,17 +190,15 @@ def test_an_error_that_a_tenth_of_the_pair_exceeds_is_assumed_everywhere():
         assert assumed[:, 0, 0].min() > 0.1
 
 
-def test_light_is_that_of_the_frame_and_not_what_the_vae_does_to_colours():
+def test_light_is_that_of_the_frame_unless_the_vae_tints():
     canvas = canvas_of(48, 48)
     photo = picture(192, 192) * 0.8
-    trusted, tinted, both, doubted = (
-        plan_detail(pair_of(photo, photo, canvas, still(12, 12), error=error), fit(photo, canvas) + tint, 0.5)
-        for error, tint in ((0.0, 0.025), (0.03, 0.03), (0.03, 0.055), (0.3, 0.025))
+    tinted = fit(photo, canvas) + 0.025
+    trusted, doubted = (
+        plan_detail(pair_of(photo, photo, canvas, still(12, 12), error=error), tinted, 0.5) for error in (0.0, 0.1)
     )
     assert trusted.added.mean() > 0.01
     assert trusted.taken.mean() > 0.99  # what is light is no difference of content, which would make it 0.97
-    assert tinted.added.abs().max() < 0.001
-    assert both.added.mean() > 0.007
     assert doubted.added.abs().max() < 0.001
 
 

@@ -8,11 +8,10 @@ size:
 
     frame = (1 − M) · B↑ + M · (Σ w (a⁰ g⁰ I⁰(z⁰) + a¹ g¹ I¹(z¹)) + ΔI)
 
-B↑ is the frame of diffusion, enlarged; z⁰ and z¹ are where a candidate of weight w comes from in the photos I⁰ and I¹;
-a⁰ + a¹ = 1 are their shares; g brings each photo to the frame's light; ΔI is what light is left between the frame and
-the photos as the VAE brings them back; M is how far the photos are taken. No model runs. Everything but the lookups in
-the photos is decided on a grid of `SAMPLES` places a cell along each side, and the lookups are made in strips, so
-memory hardly grows with the photos.
+B↑ is the frame of diffusion, enlarged; z⁰ and z¹ are where a candidate of weight w comes from in the photos I⁰ and
+I¹; a⁰ + a¹ = 1 are their shares; g brings each photo to the frame's light; ΔI is what light is left; M is how far the
+photos are taken. No model runs. Everything but the lookups in the photos is decided on a grid of `SAMPLES` places a
+cell along each side, and the lookups are made in strips, so memory hardly grows with the photos.
 
 Places z are (x, y) in cells of the latent grid, as in `fields.py`. Source: ours; M, I and ΔI play the parts that masks
 and residuals have in learned frame interpolation.
@@ -62,7 +61,7 @@ ALIKE = 0.05  # difference in colour between the photos at which they count as s
 # show a thing whose way was not found.
 DRAWN_UPON = 0.4
 LIGHT_BLUR = 2.0  # sigma, in places, of the Gaussian mean that is the light of a difference
-LIGHT_TRUSTED_ERROR = 0.03  # mean error of the VAE, in colours of 1, at which its light is trusted half as much
+LIGHT_TRUSTED_ERROR = 0.01  # mean error of the VAE, in colours of 1, at which its light is trusted half as much
 LIGHT_OUTLIER = 0.04  # difference in colour that is more likely one of content than of light
 FAINT = 1e-4  # share of a photo that is not meant to be seen, so that a place is never without any
 # Cells, on a CPU and elsewhere, for which candidates are looked for together, so that the workspace stays bounded.
@@ -75,9 +74,8 @@ STRIP_PIXELS = 2**19  # pixels of a frame that are made together
 class PairDetail:
     """What the frames of a pair take their detail from.
 
-    `photos` are the two at the output size, (3, H, W) in [0, 1] each. `small` (2, 7, h', w') are they on the grid of
-    places, with the VAE's mean error as a fourth channel and their copies, which the VAE has encoded and decoded, as
-    the last three; `gains` (2, 3, 3) bring each to the light of the other.
+    `photos` are the two at the output size, (3, H, W) in [0, 1] each. `small` (2, 4, h', w') are they on the grid of
+    places, with the VAE's mean error as a fourth channel; `gains` (2, 3, 3) bring each to the light of the other.
     `canvas` is where both sit, `paths` are the ways of the cells and `sure` (2, 1, h, w) is how far the flow agrees
     both ways. `moved` says whether diffusion began the frames from what had moved along these ways; then what both
     photos show alike on the way is meant to be in the frame, also where diffusion has drawn something faint upon it.
@@ -109,7 +107,7 @@ class PairDetail:
             photos: The two photos at the output size, (3, H, W) each, float32 in [0, 1].
             working: The two photos on the canvas, (2, 3, canvas.height, canvas.width) in [0, 1].
             reconstructed: The two photos on the canvas, encoded and decoded by the VAE, which shows how far it can be
-                trusted, place by place, and how it changes colours.
+                trusted, place by place.
             canvas: Where the photos sit.
             flow: The flow between the two photos, in cells.
             paths: The ways of the cells through time.
@@ -124,8 +122,7 @@ class PairDetail:
         error = error.clamp(min=error.quantile(STRANGE_SHARE))
         photos = tuple(photo.to(flow.forward) for photo in photos)
         gains = light_gains(colours, flow).to(flow.forward)
-        small = torch.cat([colours, error, copies], 1)
-        return cls(photos, small, gains, canvas, flow, paths, agreement(flow), moved)
+        return cls(photos, torch.cat([colours, error], 1), gains, canvas, flow, paths, agreement(flow), moved)
 
     @cached_property
     def taps(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -414,14 +411,13 @@ def plan_detail(pair: PairDetail, frame: torch.Tensor, time: Time) -> FrameDetai
     frame = F.interpolate(frame[None].to(pair.small), size, mode="area")[0]
     gains = gain_maps(pair.gains, size, pair.small)
     gains = torch.stack([gains[0] ** time, gains[1] ** (1 - time)])
-    photos, error, copies = pair.small.split([3, 1, 3], 1)
-    lit = torch.cat([photos * gains, error, copies * gains], 1)
+    lit = torch.cat([pair.small[:, :3] * gains, pair.small[:, 3:]], 1)
     candidates = Candidates.at(pair, time)
-    sources = choose_sources(pair, candidates, lit[:, :4], frame, time)
+    sources = choose_sources(pair, candidates, lit, frame, time)
     z = candidates.sources(sources.index, places(frame))
     (one, on_one), (other, on_other) = (_small_at(pair, lit[image], z[image]) for image in (0, 1))
     first, second = (share * on for share, on in zip(sources.shares(time), (on_one, on_other), strict=True))
-    mixed = (first * one + second * other) / (first + second).clamp(min=FAINT)
+    mixed = (first * one[:3] + second * other[:3]) / (first + second).clamp(min=FAINT)
     mixed = (sources.weight * mixed).sum(1)
     apart = (one[:3] - other[:3]).abs().mean(0).where(on_one & on_other, COST_CLIP)
     apart = (sources.weight * apart).sum(0)
@@ -429,11 +425,11 @@ def plan_detail(pair: PairDetail, frame: torch.Tensor, time: Time) -> FrameDetai
     light = torch.stack([_small_at(pair, gains[image], z[image][:, 0])[0] for image in (0, 1)])
     # What pads the canvas is like nothing in the photos, which must not make the picture's edge any less like them.
     row, column = pair.nearest_on_picture
-    on_picture = frame - mixed[:3], frame - mixed[4:], error, apart, on_one[0] | on_other[0]
-    rest, from_copies, error, apart, seen = (part[..., row[:, None], column] for part in on_picture)
-    # The frame has been through the VAE, too. What the VAE does to colours is not light.
-    added = from_copies / (1 + (blurred(from_copies.abs().mean(0), 1.0) / LIGHT_OUTLIER).square())
-    added = blurred(added, LIGHT_BLUR) / (1 + (error / LIGHT_TRUSTED_ERROR).square())
+    rest, error, apart, seen = (
+        part[..., row[:, None], column] for part in (frame - mixed, error, apart, on_one[0] | on_other[0])
+    )
+    added = blurred(rest / (1 + (blurred(rest.abs().mean(0), 1.0) / LIGHT_OUTLIER).square()), LIGHT_BLUR)
+    added = added / (1 + (error / LIGHT_TRUSTED_ERROR).square())
     off = blurred((rest - added).abs().mean(0), SECOND_BLUR)
     agreed = (-(off / (TAKEN + TAKEN_FOR_ERROR * error)).square()).exp()
     alike = (-(blurred(apart, SECOND_BLUR) / ALIKE).square() - (off / DRAWN_UPON) ** 4).exp()
