@@ -9,10 +9,10 @@ import torch
 from support.sequences import three_photos
 
 from dreammover_pipeline.fields import cell_grid
-from dreammover_pipeline.flow import neighbourhood_mean
+from dreammover_pipeline.flow import agreement, neighbourhood_mean
 from dreammover_pipeline.framing import fit_points, unfit_points
-from dreammover_pipeline.given_flow import LONGEST_WAY, called_flow, given_flow, smoothed_flow
-from dreammover_pipeline.records import Canvas
+from dreammover_pipeline.given_flow import LONGEST_WAY, GivenFlow, called_flow, given_flow, smoothed_flow
+from dreammover_pipeline.records import BidirectionalFlow, Canvas
 from dreammover_pipeline.rigid import similarity_flow
 from dreammover_pipeline.steering import Steering
 
@@ -89,10 +89,19 @@ def test_a_similarity_between_photos_of_two_sizes_arrives_as_it_is():
 @pytest.mark.parametrize("dtype", [np.float32, np.dtype(">f8"), np.float16])
 def test_arrays_and_tensors_of_any_kind_are_the_same_flow(dtype):
     pair = arrays()
-    as_arrays = tuple(field.numpy().astype(dtype)[:, ::-1][:, ::-1] for field in pair)
+    as_arrays = tuple(field.numpy().astype(dtype)[:, ::-1].copy()[:, ::-1] for field in pair)  # rows from the last on
     assert same(stacked(as_arrays), stacked(pair), 0.1 if dtype is np.float16 else 1e-4)
     whole = [torch.full((2, *size), 4) for size in SIZES]
-    assert torch.equal(stacked(whole), stacked([field.double().requires_grad_() for field in whole]))
+    flow = stacked([field.double().requires_grad_() for field in whole])
+    assert not flow.requires_grad
+    assert torch.equal(stacked(whole), flow)
+    for integer in (np.uint8, np.int16):
+        assert torch.equal(stacked([field.numpy().astype(integer) for field in whole]), flow)
+
+
+def test_it_goes_to_another_device_with_what_is_known_of_it():
+    moved = given_flow(GOOD, SIZES, CANVAS, CELL).to(torch.device("meta"))
+    assert {tensor.device.type for tensor in (moved.flow.forward, moved.flow.backward, moved.known)} == {"meta"}
 
 
 def test_rest_on_the_canvas_is_rest():
@@ -103,6 +112,18 @@ def test_rest_on_the_canvas_is_rest():
         ends = unfit_points(fit_points(places, own, CANVAS), other, CANVAS)
         pair.append((ends - places).T.unflatten(1, own))
     assert same(stacked(pair), torch.zeros(2, 2, *GRID), 1e-4)
+
+
+def test_cells_beyond_the_middles_of_a_photos_outer_pixels_move_like_these():
+    """A photo of 2×3 pixels whose pixels lead to those of the same number in a photo of 4×6."""
+    size = (CANVAS.height, CANVAS.width)
+    sizes = (2, 3), (4, 6)  # a pixel is 4 cells wide in one and 2 in the other
+    still = [torch.zeros(2, *photo) for photo in sizes]
+    flow = given_flow(still, sizes, Canvas(*size, *size, *size), CELL).flow
+    column = ((torch.arange(12) + 0.5) / 4 - 0.5).clamp(0, 2)
+    row = ((torch.arange(8) + 0.5) / 4 - 0.5).clamp(0, 1)
+    expected = torch.stack([(-2 * (column + 0.5)).expand(8, 12), (-2 * (row + 0.5))[:, None].expand(8, 12)])
+    assert same(flow.forward[0], expected)
 
 
 def test_a_function_gives_what_its_arrays_give():
@@ -151,6 +172,26 @@ def test_a_single_track_in_a_cell_is_its_flow():
     assert same(shown(given.flow.stacked()), shown(expected()), 0.25)  # a pixel of a cell moves nearly as its centre
 
 
+def test_one_pixel_in_the_first_and_one_in_the_last_cell_are_known_there():
+    size = (CANVAS.height, CANVAS.width)
+    field = torch.full((2, *size), torch.nan)
+    field[:, 0, 0], field[:, -1, -1] = 4.0, -4.0
+    given = given_flow([field, field], (size, size), Canvas(*size, *size, *size), CELL)
+    assert given.known.nonzero().tolist() == [[way, 0, *cell] for way in (0, 1) for cell in ((0, 0), (7, 11))]
+    for way in (given.flow.forward, given.flow.backward):
+        assert same(way[0, :, 0, 0], torch.full((2,), 0.5))
+        assert same(way[0, :, -1, -1], torch.full((2,), -0.5))
+
+
+def test_what_is_filled_in_lies_between_the_middles_of_blocks():
+    """Columns 0 and 1 rest, column 3 moves by 8 cells: the middles of their blocks lie at columns 0.5 and 2.5."""
+    field = torch.zeros(2, 16, 32)
+    field[0, :, 16:24], field[0, :, 24:] = torch.nan, 64.0
+    given = given_flow([field, field], ((16, 32), (16, 32)), Canvas(16, 32, 16, 32, 16, 32), CELL)
+    expected = torch.tensor([0.0, 0, 6, 8]).expand(2, 4)
+    assert same(given.flow.stacked(), torch.stack([expected, torch.zeros(2, 4)]).expand(2, 2, 2, 4))
+
+
 def test_a_component_that_is_unknown_makes_the_other_one_unknown():
     pair = arrays()
     pair[1][1, :, 40:] = torch.nan
@@ -191,6 +232,16 @@ def test_smoothing_keeps_a_similarity_and_outvotes_what_is_filled_in():
     assert same(shown(after), shown(expected()), 0.1)
 
 
+def test_what_is_filled_in_has_the_least_weight_and_the_rest_that_of_its_agreement():
+    generator = torch.Generator().manual_seed(0)
+    flow = BidirectionalFlow.of(torch.randn(2, 2, *GRID, generator=generator))
+    known = torch.rand(2, 1, *GRID, generator=generator) < 0.5
+    expected = neighbourhood_mean(flow.stacked(), torch.where(known, agreement(flow), 1e-3))
+    for steering in (None, Steering(torch.zeros(0, 2, 2), torch.ones(2, 1, *GRID, dtype=torch.bool))):
+        found = smoothed_flow(GivenFlow(flow, known), 1, neighbourhood_mean, steering).stacked()
+        assert same(found, expected, 1e-5)
+
+
 def test_points_and_mask_hold_in_a_flow_of_the_users_own():
     moves = torch.ones(2, 1, *GRID, dtype=torch.bool)
     moves[:, :, :, 8:] = False
@@ -221,11 +272,15 @@ GOOD = zeros(SIZES[0]), zeros(SIZES[1])
         (GOOD[::-1], ValueError, r"the forward part of `flow` must be \(2, 120, 180\), .* not \(2, 200, 100\)"),
         ((GOOD[0], np.moveaxis(GOOD[1], 0, -1)), ValueError, r"the backward part .* not \(200, 100, 2\)"),
         ((GOOD[0], GOOD[1][None]), ValueError, r"the backward part .* not \(1, 2, 200, 100\)"),
+        ((GOOD[0], GOOD[1][..., None]), ValueError, r"the backward part .* not \(2, 200, 100, 1\)"),
         ((GOOD[0], GOOD[1].tolist()), TypeError, "the backward part .* a numpy array or a torch tensor, not a list"),
         ((zeros(SIZES[0], complex), GOOD[1]), TypeError, "the forward part .* must hold real numbers, not complex128"),
         ((zeros(SIZES[0], bool), GOOD[1]), TypeError, "must hold real numbers, not bool"),
         ((zeros(SIZES[0], object), GOOD[1]), TypeError, "must hold real numbers, not object"),
         ((torch.zeros(2, *SIZES[0]) * 1j, GOOD[1]), TypeError, "must hold real numbers, not torch.complex64"),
+        ((torch.zeros(2, *SIZES[0]) > 0, GOOD[1]), TypeError, r"must hold real numbers, not torch\.bool"),
+        ((torch.zeros(2, *SIZES[0]).to_sparse(), GOOD[1]), TypeError, r"must be dense, not torch\.sparse_coo"),
+        ((np.stack([GOOD[0][0] + math.nan, GOOD[0][1] - math.inf]), GOOD[1]), ValueError, r"at most .*, not inf"),
         ((GOOD[0] + math.inf, GOOD[1]), ValueError, f"at most {LONGEST_WAY} pixels, and NaN where .*, not inf"),
         ((GOOD[0].astype(float) - 1e300, GOOD[1]), ValueError, f"at most {LONGEST_WAY} pixels"),
         ((GOOD[0] + 2e6, GOOD[1]), ValueError, f"at most {LONGEST_WAY} pixels, .* not 2e\\+06"),
@@ -237,11 +292,23 @@ def test_what_is_no_flow_is_refused(pair, error, fault):
         given_flow(pair, SIZES, CANVAS, CELL)
 
 
+def test_a_displacement_of_a_million_pixels_is_the_longest():
+    for way in (1_000_000, -1_000_000):
+        assert given_flow((GOOD[0] + way, GOOD[1]), SIZES, CANVAS, CELL).known.all()
+        with pytest.raises(ValueError, match=r"at most 1000000 pixels"):
+            given_flow((GOOD[0] + way * 1.00001, GOOD[1]), SIZES, CANVAS, CELL)
+
+
 def test_a_flow_that_is_known_only_where_the_photo_is_cropped_is_refused():
-    field = zeros(SIZES[1])
-    field[:, 60:] = math.nan  # of 200 rows the middle 66 are shown
-    with pytest.raises(ValueError, match="the backward part of `flow` must be known somewhere"):
-        given_flow((GOOD[0], field), SIZES, CANVAS, CELL)
+    for size in (SIZES[1], (100, 400)):  # of 200 rows the middle 66 are shown, of 400 columns the middle 150
+        for known in (slice(60), slice(-60, None)):
+            field = np.full((2, *size), math.nan)
+            if size == SIZES[1]:
+                field[:, known] = 0
+            else:
+                field[:, :, known] = 0
+            with pytest.raises(ValueError, match=r"the backward part of `flow` must be known somewhere"):
+                given_flow((GOOD[0], field), (SIZES[0], size), CANVAS, CELL)
 
 
 # ── The pipeline ───────────────────────────────────────────────────────────────────────────────────────────────────

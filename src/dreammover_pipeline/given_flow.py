@@ -121,7 +121,9 @@ def _checked_field(value: object, size: Size, name: str) -> torch.Tensor:
             f"{name} must be {expected}, the dx and the dy of every pixel of its photo, not {tuple(value.shape)}"
         )
     if isinstance(value, torch.Tensor):
-        real = value.layout == torch.strided and not value.is_complex() and value.dtype != torch.bool
+        if value.layout != torch.strided:
+            raise TypeError(f"{name} must be dense, not {value.layout}")
+        real = not value.is_complex() and value.dtype != torch.bool
     else:
         real = value.dtype.kind in "fiu"
     if not real:
