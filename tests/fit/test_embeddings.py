@@ -3,7 +3,8 @@
 
 import pytest
 import torch
-from support.fitting import FIT
+from support.errors import refuses
+from support.fitting import FIT, add_user_lora
 from support.snapshot import snapshot
 
 from dreammover_pipeline.embeddings import EmbeddingFit, fit_embeddings
@@ -49,10 +50,76 @@ def test_the_seed_decides_it_and_without_a_negative_one_none_is_fitted(unet, pai
     assert fit_embeddings(unet, clean, texts, None, alphas_cumprod, fit, seed=0)[1] is None
 
 
+@pytest.mark.parametrize(
+    ("steps", "learning_rate", "name"),
+    [(0, 1e-3, "steps"), (1.5, 1e-3, "steps"), (1, 0, "learning_rate"), (1, float("nan"), "learning_rate")],
+)
+def test_numbers_that_are_none_are_refused(steps, learning_rate, name):
+    refuses((TypeError, ValueError), f"{name}`", EmbeddingFit, steps, learning_rate)
+
+
+def test_a_step_is_one_of_the_model_as_it_is_used_and_leaves_what_came_alone(unet, pair, negative, alphas_cumprod):
+    clean, texts = pair
+    given = [tensor.clone() for tensor in (clean, texts, negative)]
+    add_user_lora(unet)
+    told, checkpointed = [], []
+    handle = unet.register_forward_pre_hook(lambda module, _: checkpointed.append(module.is_gradient_checkpointing))
+
+    def fitted(**more):
+        fit = EmbeddingFit(1, 1e-2)
+        return fit_embeddings(
+            unet, clean, texts, negative, alphas_cumprod, fit, 0, **more, on_step=lambda: told.append(1)
+        )
+
+    plain, scaled = fitted(), fitted(cross_attention_kwargs={"scale": 0.0})
+    assert len(told) == 2
+    assert checkpointed
+    assert not any(checkpointed)
+    assert not any(tensor.requires_grad for tensor in plain)
+    velocity = fitted(prediction_type="v_prediction", gradient_checkpointing=True)
+    assert checkpointed[-1]
+    handle.remove()
+    assert not torch.allclose(plain[0], scaled[0], atol=1e-3)
+    assert not torch.allclose(plain[0], velocity[0], atol=1e-3)
+    assert all(torch.equal(*both) for both in zip((clean, texts, negative), given, strict=True))
+
+
+def test_in_half_precision_steps_add_up_that_are_too_small_for_it(unet, pair, alphas_cumprod):
+    clean, texts = pair
+    start = texts.sign().bfloat16()
+    steps = EmbeddingFit(3, 1.5e-3)  # next to 1, numbers in bfloat16 are at least 0.0039 apart
+    fitted = fit_embeddings(unet.bfloat16(), clean, start, start[:1], alphas_cumprod, steps, seed=0)
+    for embeds, before in zip(fitted, (start, start[:1]), strict=True):
+        assert embeds.dtype == torch.bfloat16
+        assert (embeds != before).any()
+
+
+@pytest.mark.parametrize("diverging", [0, 1])
+def test_a_fit_that_diverges_is_an_error_that_names_its_learning_rate(unet, pair, negative, alphas_cumprod, diverging):
+    starts = [pair[1].clone(), negative.clone()]
+    starts[diverging][0, 0, 0] = torch.nan
+    with pytest.raises(
+        RuntimeError, match=r"^the fit of the text embeddings diverged .*; lower `embedding_learning_rate`"
+    ):
+        fit_embeddings(unet, pair[0], *starts, alphas_cumprod, EmbeddingFit(1, 1e-2), seed=0)
+
+
+def test_what_one_image_shows_does_not_change_the_text_of_the_other(unet, pair, alphas_cumprod):
+    clean, texts = pair
+    one, other = (
+        fit_embeddings(unet, images, texts, None, alphas_cumprod, EmbeddingFit(1, 2e-2), seed=0)[0]
+        for images in (clean, torch.stack([clean[0], -clean[1]]))
+    )
+    torch.testing.assert_close(one[0], other[0])
+    assert not torch.allclose(one[1], other[1], atol=1e-3)
+    assert 0.018 < (one - texts).abs().median() < 0.022  # the first step of AdamW is as long as the learning rate
+
+
 def test_of_many_images_each_is_fitted_with_its_own_text(unet, alphas_cumprod):
     generator = torch.Generator().manual_seed(0)
     clean, texts = torch.randn(3, 4, 16, 16, generator=generator), torch.randn(3, 24, 32, generator=generator)
-    fitted, _ = fit_embeddings(unet, clean, texts, None, alphas_cumprod, EmbeddingFit(3, 1e-2), seed=0)
+    fitted, away = fit_embeddings(unet, clean, texts, texts[:1], alphas_cumprod, EmbeddingFit(3, 1e-2), seed=0)
+    assert away.shape == (1, 24, 32)
     assert ((fitted - texts).abs().amax((1, 2)) > 5e-3).all()  # AdamW's decay alone would change them by 1e-3
     lora = [
         fit_pair_lora(unet, clean, embeds, alphas_cumprod, FIT, seed=0)
