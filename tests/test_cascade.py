@@ -5,6 +5,7 @@ import copy
 import re
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from support.pages import ROOT
 from benchmarks.counting import cascade_samples
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.cascade import (
+    TILES_APART,
     Level,
     PairCascade,
     Spans,
+    Tiles,
     cascade_steps,
     level_sizes,
     tile_size,
@@ -82,7 +85,7 @@ def counted(unet):
 
 
 @pytest.mark.parametrize("parts", [1, 8])
-@pytest.mark.parametrize(("count", "longest"), [(8, 8), (5, 8), (9, 8), (61, 8), (64, 64), (200, 64), (3, 1)])
+@pytest.mark.parametrize(("count", "longest"), [(8, 8), (5, 8), (9, 8), (61, 8), (64, 64), (200, 64), (3, 1), (23, 5)])
 def test_tiles_cover_every_place_once_in_all(count, longest, parts):
     spans = Spans.of(count, longest, parts)
     total = torch.zeros(count * parts)
@@ -92,6 +95,39 @@ def test_tiles_cover_every_place_once_in_all(count, longest, parts):
     torch.testing.assert_close(total, torch.ones(count * parts))
     assert spans.length == parts * min(count, longest)
     assert all(start % parts == 0 for start in spans.starts)
+    distances = [later - start for start, later in pairwise(spans.starts)]
+    assert all(0 < distance <= max(parts, TILES_APART * spans.length) for distance in distances)
+
+
+def test_tiles_may_be_wider_than_high():
+    tiles = Tiles.of((20, 30), (8, 12), 2)
+    assert (tiles.rows.length, tiles.columns.length) == (16, 24)
+    assert tiles.corner(len(tiles) - 1) == (2 * (20 - 8), 2 * (30 - 12))
+    picture, total = torch.rand(1, 40, 60), torch.zeros(1, 40, 60)
+    for tile in range(len(tiles)):
+        tiles.add(total, tile, tiles.cut(picture, tile))
+    torch.testing.assert_close(total, picture)
+
+
+def test_what_is_free_lies_in_the_picture_where_it_lies_on_the_canvas(parts):
+    """The picture fills the left half of the canvas, and its left half, 3 of 12 cells, is not taken from photos."""
+    *_, plan = parts
+    taken = torch.zeros(1, 8, 12)
+    taken[..., 3:] = 1
+    level = Level.of((128, 96), Canvas(64, 96, 64, 48, 128, 96), CELL, (8, 8))
+    for tile in range(len(level.pixels)):
+        top, left = level.pixels.corner(tile)
+        free = level.free(replace(plan, taken=taken), tile)
+        assert free.shape == (1, min(64, 128 - top), min(64, 96 - left))
+        columns = left + torch.arange(free.shape[-1])
+        assert torch.equal(free[0] > 0.5, (columns < 48).expand(free.shape[1:]))
+
+
+def test_the_size_of_a_tile_is_the_height_and_the_width_of_the_unet(session_components):
+    unet = copy.deepcopy(session_components["unet"])
+    assert tile_size(unet) == (8, 8)
+    unet.register_to_config(sample_size=[16, 24])
+    assert tile_size(unet) == (16, 24)
 
 
 def test_the_mean_of_some_tiles_is_theirs_wherever_they_are():
@@ -127,6 +163,13 @@ def test_the_noise_is_about_the_same_in_every_schedule():
     fine = Schedule(tuple(range(1, 41)), tuple(alpha_bars))
     coarse = Schedule(tuple(range(2, 41, 2)), tuple(alpha_bars[::2]))
     assert abs(cascade_steps(fine) - 2 * cascade_steps(coarse)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("alpha_bars", "steps"), [((1, 0.99, 0.95, 0.9), 2), ((0.98, 0.85), 1), ((1, 0.99, 0.96, 0.95), 3)]
+)
+def test_a_level_takes_at_least_one_step_and_at_most_all(alpha_bars, steps):
+    assert cascade_steps(Schedule(tuple(range(1, len(alpha_bars))), alpha_bars)) == steps
 
 
 def test_where_the_output_is_no_larger_the_frame_stays(parts):
