@@ -69,6 +69,7 @@ def test_without_a_checker_and_candidates_none_are_told_of():
     parts = [output(torch.zeros(1, 1, 3, 2, 2), number) for number in (0, 1)]
     whole = joined(parts)
     assert joined(parts[:1]) is parts[0]
+    assert DreamMoverPipelineOutput([], [], None, []).candidates is None
     assert whole.nsfw_content_detected is None
     assert whole.candidates is None
     assert whole.blacked_out == 0
