@@ -148,12 +148,12 @@ def photos() -> tuple[Image.Image, Image.Image]:
 
 @pytest.fixture
 def fast() -> dict:
-    """Arguments that keep a call short, and its frames those of diffusion: 3 of them, 4 of 6 steps, no LoRA."""
+    """Arguments that keep a call short, and its frames those of diffusion: 3 of them, 3 of 5 steps, no LoRA."""
     return {
         "prompt": "a fish",
         "n_frames": 3,
-        "num_inference_steps": 6,
-        "inversion_steps": 4,
+        "num_inference_steps": 5,
+        "inversion_steps": 3,
         "feature_step": 2,
         "lora_steps": 0,
         "detail": "upsampled",

@@ -30,7 +30,7 @@ def whole(stage, total):
     return [(stage, done, total) for done in range(total + 1)]
 
 
-FITTING, INVERTING, DENOISING = whole("Fitting LoRA", 2), whole("Inverting", 5), whole("Denoising", 4)
+FITTING, INVERTING, DENOISING = whole("Fitting LoRA", 2), whole("Inverting", 4), whole("Denoising", 3)
 
 
 def preparing(fast):

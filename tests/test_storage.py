@@ -51,7 +51,7 @@ def prepared(session_components, photos, tmp_path_factory):
     """A pair with a LoRA, and the bytes of its file; prepared once, by models equal to those of `pipe`."""
     pipe = DreamMoverPipeline(**copy.deepcopy(session_components), requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    steps = {"num_inference_steps": 6, "inversion_steps": 4, "feature_step": 2}
+    steps = {"num_inference_steps": 5, "inversion_steps": 3, "feature_step": 2}
     pair = pipe.prepare(*photos, prompt="a fish", **steps, **LORA, generator=torch.Generator().manual_seed(0))
     path = tmp_path_factory.mktemp("prepared") / "pair.safetensors"
     pipe.save_pair(pair, path)
