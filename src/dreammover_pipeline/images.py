@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from .inputs import check_image_file
+from .inputs import check_input_file
 
 Photo = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
 Size = tuple[int, int]
@@ -173,7 +173,7 @@ def check_mask_sizes(masks: list[torch.Tensor], sizes: Sequence[Size], name: str
 
 def _decode_image(source: Photo, name: str) -> torch.Tensor:
     if isinstance(source, str | os.PathLike):
-        return _from_file(source, name)
+        return _from_file(source, f"{name} ({os.fspath(source)})")
     if isinstance(source, Image.Image):
         return _from_pil(source, name)
     if isinstance(source, np.ndarray | torch.Tensor):
@@ -183,8 +183,7 @@ def _decode_image(source: Photo, name: str) -> torch.Tensor:
 
 
 def _from_file(path: str | os.PathLike, name: str) -> torch.Tensor:
-    check_image_file(path, name)
-    name = f"{name} ({os.fspath(path)})"
+    check_input_file(path, name, "an image file")
     with ExitStack() as stack:
         with _pillow_errors(name):
             file = stack.enter_context(Path(path).open("rb"))

@@ -80,11 +80,17 @@ def file_fault(path: str | os.PathLike) -> str | None:
     return "a pipe, a socket or a device" if os.path.exists(path) else "no existing file"
 
 
-def check_image_file(path: str | os.PathLike, name: str) -> None:
-    """Raise ValueError if there is no regular file at the path of an image, whose name in the message is `name`."""
+def check_input_file(path: str | os.PathLike, name: str, needed: str) -> None:
+    """Raise ValueError unless there is a regular file at a path that is to be read.
+
+    Args:
+        path: The path.
+        name: What the message calls it, such as "photo A (a.png)".
+        needed: What the message says is needed, such as "an image file".
+    """
     fault = file_fault(path)
     if fault is not None:
-        raise ValueError(f"{name} ({os.fspath(path)}) is {fault}; an image file is needed")
+        raise ValueError(f"{name} is {fault}; {needed} is needed")
 
 
 def check_file_place(path: str | os.PathLike) -> None:

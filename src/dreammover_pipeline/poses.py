@@ -19,7 +19,7 @@ import torch
 
 from .framing import fit_points
 from .images import Size
-from .inputs import file_fault
+from .inputs import check_input_file
 from .records import POSE_POINTS, Canvas, PosePair
 
 # Where each of the 18 points is among the 25 of OpenPose's BODY_25, which has the hips' middle and the feet, too.
@@ -187,9 +187,7 @@ def _people_in_file(path: str | os.PathLike, part: str) -> list[list[list[float]
     Raises:
         ValueError: There is no regular file, it is no JSON, or it does not hold poses of 18 or 25 points.
     """
-    fault = file_fault(path)
-    if fault is not None:
-        raise ValueError(f"{part} is {fault}; an OpenPose JSON file is needed")
+    check_input_file(path, part, "an OpenPose JSON file")
     try:
         content = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:

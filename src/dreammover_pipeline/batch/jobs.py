@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..inputs import check_image_file, file_fault
+from ..inputs import check_input_file
 
 PHOTOS = ("img0", "img1")  # what error messages call the two photos
 
@@ -44,7 +44,7 @@ def find_photos(job: Job) -> tuple[Path, Path]:
     """
     photos = job.photos if len(job.photos) == 2 else _photos_in(*job.photos)
     for name, photo in zip(PHOTOS, photos, strict=True):
-        check_image_file(photo, name)
+        check_input_file(photo, f"{name} ({photo})", "an image file")
     return photos
 
 
@@ -52,9 +52,7 @@ def check_files(job: Job) -> None:
     """Raise ValueError unless all masks and poses of a job are regular files."""
     for name, paths in job.files.items():
         for path in paths:
-            fault = file_fault(path)
-            if fault is not None:
-                raise ValueError(f"`{name}` ({path}) is {fault}; a file is needed")
+            check_input_file(path, f"`{name}` ({path})", "a file")
 
 
 def _photos_in(folder: Path) -> tuple[Path, Path]:

@@ -14,7 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from ..arguments import Numbers, Pictures, Poses, arguments_of
-from ..inputs import check_choice, check_integer, check_number, file_fault
+from ..inputs import check_choice, check_input_file, check_integer, check_number
 from ..media.files import check_fps, check_name_length, check_video_path, make_folder
 from ..media.texts import read_json, read_text
 from ..pipeline import DreamMoverPipeline
@@ -103,9 +103,7 @@ def read_sidecars(paths: Sequence[str | os.PathLike], folder: Path) -> list[Job]
 
 def _job_of_sidecar(path: Path, folder: Path) -> Job:
     """The job that makes the video of a sidecar once more, in a folder of outputs."""
-    fault = file_fault(path)
-    if fault is not None:
-        raise ValueError(f"it is {fault}; the sidecar of a video is needed")
+    check_input_file(path, "it", "the sidecar of a video")
     recorded = read_sidecar(path)
     if recorded is None and is_sidecar(path):
         raise ValueError(
@@ -308,8 +306,6 @@ def _job(row: Mapping[str, object], origin: str, base: Path, folder: Path, defau
     """
     places = {key: row[key] for key in PLACES if key in row}
     for key, value in places.items():
-        if not isinstance(value, str) or not value:
-            raise ValueError(f"`{key}` must be a path, not {value!r}")
         _check_path(key, value)
     if set(places) - {"output"} not in ({"img0", "img1"}, {"folder"}):
         raise ValueError(f"it must name `img0` and `img1`, or `folder`; it has {', '.join(row) or 'nothing'}")
@@ -342,14 +338,14 @@ def _files(key: str, value: object, base: Path) -> tuple[Path, ...]:
         form = "a path, or a list of two paths" if 1 in counts else "a list of two paths"
         raise ValueError(f"`{key}` must be {form}, one for each photo, not {value!r}")
     for path in paths:
-        if not path:
-            raise ValueError(f"`{key}` must be a path, not {path!r}")
         _check_path(key, path)
     return tuple(base / path for path in paths)
 
 
-def _check_path(key: str, text: str) -> None:
-    """Raise ValueError unless a text can be a path on this system."""
+def _check_path(key: str, text: object) -> None:
+    """Raise ValueError unless a value is a text that can be a path on this system."""
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"`{key}` must be a path, not {text!r}")
     try:
         os.fsencode(text)
     except UnicodeEncodeError as error:

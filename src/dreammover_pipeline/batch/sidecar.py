@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -183,21 +183,23 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def request_of(
-    job: Job, inputs: Sequence[str], files: Mapping[str, Sequence[str]], fingerprint: str, dtype: str
-) -> str:
+def request_of(job: Job, read: Mapping, fingerprint: str, dtype: str) -> str:
     """A digest of everything that decides a video.
 
     Args:
         job: The job, whose settings and whose output's kind of file count.
-        inputs: The digests of the photos' bytes.
-        files: The digests of the bytes of masks and poses, by the names of the arguments.
+        read: What the sidecar will record of the files that are read, their digests among it.
         fingerprint: The fingerprint of the checkpoint.
         dtype: The precision of the UNet.
     """
     declared = arguments()
     settings = {name: value for name, value in job.settings.items() if name not in declared or declared[name].decides}
-    decisive = [list(inputs), settings, fingerprint, dtype, job.output.suffix.lower()]
+
+    def digests(files: Iterable[Mapping[str, str]]) -> list[str]:
+        return [file["sha256"] for file in files]
+
+    decisive = [digests(read["inputs"]), settings, fingerprint, dtype, job.output.suffix.lower()]
+    files = {name: digests(paths) for name, paths in read["files"].items()}
     return digest_of([*decisive, files] if files else decisive)  # as earlier versions did, which took no such files
 
 

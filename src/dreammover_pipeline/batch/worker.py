@@ -86,12 +86,7 @@ class Worker:
 
         read = {"inputs": recorded(photos), "files": {name: recorded(paths) for name, paths in job.files.items()}}
 
-        def digests(files: Sequence[Mapping[str, str]]) -> list[str]:
-            return [file["sha256"] for file in files]
-
-        steering = {name: digests(files) for name, files in read["files"].items()}
-        fingerprint, dtype = self.model["fingerprint"], self.stack["dtype"]
-        return request_of(job, digests(read["inputs"]), steering, fingerprint, dtype), read
+        return request_of(job, read, self.model["fingerprint"], self.stack["dtype"]), read
 
     def finished_record(self, job: Job) -> dict | None:
         """The sidecar of a job that is done; None if the job is not done, or if its photos cannot be read."""

@@ -23,6 +23,7 @@ from .loading import (
     add_model_options,
     check_model,
     choose_device,
+    chosen_components,
     load_pipeline,
     pipeline_class,
 )
@@ -76,8 +77,7 @@ def add_batch(commands: argparse._SubParsersAction) -> None:
     add = parser.add_argument
     add("sidecars", nargs="+", metavar="SIDECAR", help="The .json file beside a video that dreammover batch made.")
     add("--model", metavar="NAME", help="The model to load instead of the one that the sidecars name.")
-    for name, kind in (("controlnet", "ControlNet"), ("clip", "CLIP")):
-        add(f"--{name}", metavar="NAME", help=f"The {kind} to load instead of the one that the sidecars name.")
+    add_component_options(parser, otherwise=" By default it is the one that the sidecars name.")
     add_device_options(add)
     _add_common(parser)
 
@@ -109,7 +109,7 @@ def _batch(args: argparse.Namespace) -> None:
     from ..batch.manifest import read_manifest
 
     jobs = read_manifest(args.manifest, args.output, {**call_arguments(args), "seed": args.seed, "fps": args.fps})
-    _work(jobs, args, args.model, {name: getattr(args, name) for name in COMPONENTS}, args.dtype)
+    _work(jobs, args, args.model, chosen_components(args), args.dtype)
 
 
 def _again(args: argparse.Namespace) -> None:
@@ -132,7 +132,8 @@ def _again(args: argparse.Namespace) -> None:
     ((model, *names, dtype),) = models
     model = args.model or model
     check_model(model, args.allow_pickle)
-    components = {name: getattr(args, name) or before for name, before in zip(COMPONENTS, names, strict=True)}
+    typed = chosen_components(args)
+    components = {name: typed[name] or before for name, before in zip(COMPONENTS, names, strict=True)}
     _work(jobs, args, model, components, dtype)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..arguments import taken
-from ..inputs import check_image_file, file_fault
+from ..inputs import check_input_file, file_fault
 from ..media.files import check_file_path, check_name_length
 from ..media.pictures import crossfade, picture_of
 from ..media.playback import check_duration
@@ -114,7 +114,7 @@ def _make_pair(args: argparse.Namespace) -> None:
         check_file_path(path, [".safetensors"])
     check_model(args.model, args.allow_pickle)
     for name, path in (("photo A", args.img0), ("photo B", args.img1)):
-        check_image_file(path, name)  # which needs no torch, whose import takes seconds
+        check_input_file(path, f"{name} ({path})", "an image file")  # before torch, whose import takes seconds
     photos, call = _decoded(args)
     check_sources(args, call)
 
@@ -174,7 +174,7 @@ def _make_sequence(args: argparse.Namespace, photos: Sequence[str]) -> None:
     counts = _frames_of_gaps(args, len(photos) - 1)
     check_model(args.model, args.allow_pickle)
     for i, photo in enumerate(photos):
-        check_image_file(photo, f"photo {i + 1}")
+        check_input_file(photo, f"photo {i + 1} ({photo})", "an image file")
     pipeline_class()  # this comes first, since it switches off log lines that third parties write when imported
     import torch
 

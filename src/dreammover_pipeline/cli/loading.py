@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -49,15 +49,20 @@ def add_model_options(parser: argparse.ArgumentParser, default: str) -> None:
     add_device_options(add)
 
 
-def add_component_options(parser: argparse.ArgumentParser, names: Iterable[str] = COMPONENTS) -> None:
+def add_component_options(parser: argparse.ArgumentParser, otherwise: str = "") -> None:
     """Add the options that name optional models, which are loaded with the model of a command.
 
     Args:
         parser: The parser of a command.
-        names: Those of `COMPONENTS` that the command has a use for.
+        otherwise: What the help says of an option that is not typed.
     """
-    for name in names:
-        parser.add_argument(f"--{name}", metavar="NAME", help=COMPONENTS[name])
+    for name, text in COMPONENTS.items():
+        parser.add_argument(f"--{name}", metavar="NAME", help=text + otherwise)
+
+
+def chosen_components(args: argparse.Namespace) -> dict[str, str | None]:
+    """The names that were typed for the options of `add_component_options`; None where the command has them not."""
+    return {name: getattr(args, name, None) for name in COMPONENTS}
 
 
 def add_device_options(add: Callable[..., object]) -> None:
@@ -203,8 +208,8 @@ def load_chosen(args: argparse.Namespace) -> DreamMoverPipeline:
 
     The models of `add_component_options` are loaded with it where the command has those options.
     """
-    others = {name: getattr(args, name, None) for name in COMPONENTS}
-    return load_pipeline(args.model, args.dtype, choose_device(args.device), args.allow_pickle, **others)
+    device = choose_device(args.device)
+    return load_pipeline(args.model, args.dtype, device, args.allow_pickle, **chosen_components(args))
 
 
 def _components(controlnet: str | None, clip: str | None, dtype: torch.dtype, safe: bool | None) -> dict[str, object]:

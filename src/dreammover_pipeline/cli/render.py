@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ..inputs import file_fault
+from ..inputs import check_input_file
 from .loading import add_component_options, add_model_options, check_model, pipeline_class
 from .options import add_method_options, call_arguments, seed
 from .writing import add_output_options, check_output_paths, check_sources, make_video, say_if_scaled, settle_length
@@ -51,9 +51,7 @@ def _render(args: argparse.Namespace) -> None:
     check_output_paths(args, [args.pair])
     settle_length(args)
     check_model(args.model, args.allow_pickle)
-    fault = file_fault(args.pair)
-    if fault is not None:
-        raise ValueError(f"'{args.pair}' is {fault}; the file of a prepared pair is needed")
+    check_input_file(args.pair, f"'{args.pair}'", "the file of a prepared pair")
     pipeline_class()  # this comes first, since it switches off log lines that third parties write when imported
     import torch
 

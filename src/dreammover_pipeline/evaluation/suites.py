@@ -14,7 +14,7 @@ import torch
 from PIL import ExifTags, Image
 
 from ..images import load_images
-from ..inputs import file_fault, frame_times
+from ..inputs import check_input_file, frame_times
 from ..media.texts import read_text
 from ..tiny.world import DIFFICULTIES, World
 
@@ -180,9 +180,7 @@ def _check_pair(folder: Path) -> None:
 
 def _size(path: Path) -> tuple[int, int]:
     """Width and height of a picture as it is to be seen, in pixels."""
-    fault = file_fault(path)
-    if fault is not None:
-        raise ValueError(f"'{path}' is {fault}; a picture is needed")
+    check_input_file(path, f"'{path}'", "a picture")
     try:
         with Image.open(path) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..inputs import file_fault
+from ..inputs import check_input_file
 from ..scratch import replacing
 
 UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -27,9 +27,7 @@ def read_text(path: str | os.PathLike) -> str:
         ValueError: The path is not that of a regular file, or the file is in another encoding.
         OSError: The file cannot be read.
     """
-    fault = file_fault(path)
-    if fault is not None:
-        raise ValueError(f"it is {fault}; a text file is needed")
+    check_input_file(path, "it", "a text file")
     content = Path(path).read_bytes()
     try:
         text = content.decode(_encoding(content))
