@@ -95,6 +95,18 @@ def session_components() -> dict:
     return build_components()
 
 
+@pytest.fixture(scope="session")
+def new_pipe(session_components):
+    """A function that makes quiet pipelines, for fixtures of whole modules, of models equal to those of `pipe`."""
+
+    def new_pipe() -> DreamMoverPipeline:
+        pipe = DreamMoverPipeline(**copy.deepcopy(session_components), requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return new_pipe
+
+
 @pytest.fixture
 def components(session_components) -> dict:
     """Components of this test's own."""

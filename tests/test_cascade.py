@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from support.pages import ROOT
 
 from benchmarks.counting import cascade_samples
-from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.cascade import (
     TILES_APART,
     Level,
@@ -37,10 +36,9 @@ CELL, STEPS, TIME = 8, 2, 0.4
 
 
 @pytest.fixture(scope="module")
-def prepared(session_components, photos):
+def prepared(new_pipe, photos):
     """The models, and a pair that sits on 64×64 pixels and is returned at 133×133, for which there are two levels."""
-    pipe = DreamMoverPipeline(**copy.deepcopy(session_components), requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = new_pipe()
     steps = {"num_inference_steps": 6, "inversion_steps": 1, "feature_step": 1}
     fit = {"lora_steps": 1, "lora_rank": 1, "lora_learning_rate": 0.1, "lora_scale": 0.5}
     pair = pipe.prepare(*photos, ("a fish", "a robot"), **steps, **fit)

@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Offloading, slices and tiles, alone and together, on the CPU: the hooks are the same as with a GPU."""
 
-import copy
-
 import pytest
 import torch
 from support.snapshot import snapshot
-
-from dreammover_pipeline import DreamMoverPipeline
 
 CPU = torch.device("cpu")
 
@@ -41,10 +37,9 @@ def rendered(pipe, pair, frame_batch_size=None):
 
 
 @pytest.fixture(scope="module")
-def expected(session_components, photos):
+def expected(new_pipe, photos):
     """The frames without offloading: in batches of 2; all at once and of tiles; in batches of 3 and of tiles."""
-    pipe = DreamMoverPipeline(**copy.deepcopy(session_components), requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = new_pipe()
     pair = prepared(pipe, photos)
     whole = rendered(pipe, pair, 2)
     pipe.vae.enable_tiling()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import weakref
 
@@ -11,8 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.snapshot import snapshot
-
-from dreammover_pipeline import DreamMoverPipeline
 
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -45,10 +42,9 @@ def more_than(images):
 
 
 @pytest.fixture(scope="module")
-def unbothered(session_components, photos):
+def unbothered(new_pipe, photos):
     """A pair, and its frames in batches of 2, made by models equal to those of `pipe`, which have all the memory."""
-    pipe = DreamMoverPipeline(**copy.deepcopy(session_components), requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = new_pipe()
     pair = pipe.prepare(*photos, num_inference_steps=6, inversion_steps=STEPS, feature_step=2, lora_steps=0)
     return pair, latents(pipe, pair, frame_batch_size=2)
 

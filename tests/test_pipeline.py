@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pipeline as its users call it; what diffusers' own suites demand of a pipeline is among it."""
 
-import copy
 import gc
 import inspect
 import pickle
@@ -30,11 +29,10 @@ def usual():
 
 
 @pytest.fixture
-def usual_frames(session_components, photos, fast, usual):
+def usual_frames(new_pipe, photos, fast, usual):
     """The frames of the short call; never to be changed."""
     if "short" not in usual:
-        pipe = DreamMoverPipeline(**copy.deepcopy(session_components), requires_safety_checker=False)
-        pipe.set_progress_bar_config(disable=True)
+        pipe = new_pipe()
         usual["short"] = pipe(*photos, **fast).frames
     return usual["short"]
 

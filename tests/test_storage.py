@@ -47,10 +47,9 @@ def preparing(fast):
 
 
 @pytest.fixture(scope="module")
-def prepared(session_components, photos, tmp_path_factory):
+def prepared(new_pipe, photos, tmp_path_factory):
     """A pair with a LoRA, and the bytes of its file; prepared once, by models equal to those of `pipe`."""
-    pipe = DreamMoverPipeline(**copy.deepcopy(session_components), requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = new_pipe()
     steps = {"num_inference_steps": 5, "inversion_steps": 3, "feature_step": 2}
     pair = pipe.prepare(*photos, prompt="a fish", **steps, **LORA, generator=torch.Generator().manual_seed(0))
     path = tmp_path_factory.mktemp("prepared") / "pair.safetensors"

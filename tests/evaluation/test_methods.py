@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The suites and the methods, on real pipelines."""
 
-import copy
 import shutil
 
 import pytest
@@ -11,7 +10,6 @@ from PIL import ExifTags, Image
 pytest.importorskip("skimage")
 pytest.importorskip("cv2")
 
-from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.evaluation.case import EvaluationCase
 from dreammover_pipeline.evaluation.methods import METHODS, _looked_up
 from dreammover_pipeline.evaluation.networks import Tools, dis_flow
@@ -49,10 +47,9 @@ def case(pipe):
 
 
 @pytest.fixture(scope="module")
-def made(session_components, few_steps_of_embeddings):
+def made(new_pipe, few_steps_of_embeddings):
     """A case, and the frames and the flow that every method made of it."""
-    pipe = DreamMoverPipeline(**copy.deepcopy(session_components), requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = new_pipe()
     case = EvaluationCase(pipe, world_pair(), 0, SHORT)
     return case, {name: method(case) for name, method in OWN.items()}
 
