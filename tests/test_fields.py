@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from dreammover_pipeline.fields import (
     lattice,
     looked_up,
     pixel_flow,
+    quantile,
     sampled,
     sampled_around,
     upsampled_flow,
@@ -143,6 +145,13 @@ def test_blurred_is_the_gaussian_mean_up_to_three_deviations_away(shape, sigma):
             row, column = (torch.arange(n).add(by).clamp(0, n - 1) for n, by in ((h, down), (w, right)))
             expected, total = expected + weight * x[..., row[:, None], column], total + weight
     torch.testing.assert_close(blurred(x, sigma), expected / total, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("shape", [(1,), (2, 3), (5, 7, 11)])
+def test_a_quantile_is_that_of_numpy(shape, share):
+    x = randn(*shape)
+    assert float(quantile(x, share)) == pytest.approx(np.quantile(x.numpy(), share), abs=1e-12)
 
 
 @pytest.mark.parametrize("steps", [[(0, 0)], [(2, -1)], [(-3, 1)], [(-9, 9), (0, 1), (1, 0)]])

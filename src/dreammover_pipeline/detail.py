@@ -28,7 +28,7 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 
-from .fields import at_once, blurred, cell_grid, distances, looked_up, sampled, values_beside
+from .fields import at_once, blurred, cell_grid, distances, looked_up, quantile, sampled, values_beside
 from .flow import agreement
 from .framing import fit
 from .light import gain_maps, light_gains
@@ -119,7 +119,7 @@ class PairDetail:
         )
         error = blurred(blurred(colours - copies, SECOND_BLUR).abs().mean(1, keepdim=True), SECOND_BLUR)
         # A checkpoint that does not know what is in a tenth of the photos may draw anything into the rest.
-        error = error.clamp(min=error.quantile(STRANGE_SHARE))
+        error = error.clamp(min=quantile(error, STRANGE_SHARE))
         photos = tuple(photo.to(flow.forward) for photo in photos)
         gains = light_gains(colours, flow).to(flow.forward)
         return cls(photos, torch.cat([colours, error], 1), gains, canvas, flow, paths, agreement(flow), moved)

@@ -170,6 +170,25 @@ def blurred(x: torch.Tensor, sigma: float) -> torch.Tensor:
     return means.reshape(x.shape)
 
 
+def quantile(x: torch.Tensor, share: float) -> torch.Tensor:
+    """The value that a share of all values of a tensor does not exceed, interpolated between two of them.
+
+    This is `torch.quantile`, which since torch 2.14 asks for float64, also on devices that have none.
+
+    Args:
+        x: The values, of any shape.
+        share: The share, in [0, 1].
+
+    Returns:
+        A single number, ().
+    """
+    ordered = x.flatten().sort().values
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
 def upsampled_flow(flow: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Flow on a coarse grid as flow on a finer grid, interpolated bilinearly.
 

@@ -168,7 +168,7 @@ def test_every_row_runs_and_what_is_written_is_strict_json(tmp_path, capsys):
     result = json.loads(written.read_text(encoding="utf-8"), parse_constant=refuse)
     assert {table["row"] for table in result["tables"]} == set(SMOKE.rows) == set(ROWS) - {"compile"}
     assert all(table["rows"] for table in result["tables"])
-    assert result["machine"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(result["machine"]["torch"])  # which a build may follow, such as +cu130
     printed = capsys.readouterr().out
     assert all(f"### {table['title']} ({table['basis']})" in printed for table in result["tables"])
     assert plot.stat().st_size > 1000
