@@ -121,7 +121,7 @@ EXAMPLE_DOC_STRING = """
         >>> from dreammover_pipeline import DreamMoverPipeline
 
         >>> pipe = DreamMoverPipeline.from_pretrained(
-        ...     "stable-diffusion-v1-5/stable-diffusion-v1-5", dtype=torch.float16
+        ...     "stable-diffusion-v1-5/stable-diffusion-v1-5", dtype=torch.float16, variant="fp16"
         ... ).to("cuda")
         >>> img0, img1 = load_image("lion_0.png"), load_image("lion_1.png")
         >>> frames = pipe(img0, img1, prompt="a photo of a lion", n_frames=32, include_inputs=True).frames[0]

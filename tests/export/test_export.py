@@ -300,6 +300,7 @@ def test_both_are_loaded_by_diffusers_as_their_own_pages_say(shared, pipe, tmp_p
             ("stable-diffusion-v1-5/stable-diffusion-v1-5", str(model)),
             ('"cuda"', '"cpu"'),
             ("torch.float16", "torch.float32"),
+            ('variant="fp16"', "variant=None"),  # which the embedded checkpoint does not have
             ("n_frames=32, include_inputs=True", "include_inputs=True, generator=generator, **short"),
         ):
             assert old in code

@@ -21,13 +21,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import forked
-from support.hub_stand_in import folder_repository, serve
+from support.hub_stand_in import Repository, folder_repository, serve
 from support.offline import Refuse, stay_on_loopback
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "dreammover_pipeline"
 CODE_ID = "user/dreammover"  # on the Hub: the code alone
 MODEL_ID = "user/tiny"  # and a checkpoint alone
+BOTH_ID = "user/both"  # a checkpoint whose weights are there as they are, and once more as the variant "fp16"
+HALF_ID = "user/half"  # a checkpoint with this variant alone
 MODELS = ("unet", "vae", "text_encoder")
 UNEXPECTED = "not expected"  # of what diffusers logs where an __init__ does not take what the checkpoint lists
 
@@ -61,6 +63,14 @@ def check_frames(pipe, expected: str) -> None:
     canvas = pipe.canvas(torch.zeros(3, 300, 300))
     assert (canvas.height, canvas.width) == (128, 128)  # the checkpoint's own size has come along
     np.testing.assert_allclose(frames_of(pipe), np.load(expected), atol=1e-4)
+
+
+def halved(weights: bytes) -> bytes:
+    """Weights of a safetensors file, for one in float16."""
+    import safetensors.torch
+
+    tensors = {name: tensor.half() for name, tensor in safetensors.torch.load(weights).items()}
+    return safetensors.torch.save(tensors, {"format": "pt", "variant": "fp16"})
 
 
 def dtypes_of(pipe) -> set:
@@ -162,6 +172,19 @@ def by_installed_class(checkpoint: str, guarded: str, files_missing: str, keys_m
 
     check_optional_parts(DreamMoverPipeline.from_pretrained, guarded, files_missing, keys_missing)
     check_scheduler_honoured(DreamMoverPipeline.from_pretrained, checkpoint)
+
+
+def by_commands() -> None:
+    """As commands load models from the Hub, twice each: the second time, nothing need be downloaded."""
+    import torch
+
+    from dreammover_pipeline.cli.loading import load_pipeline
+
+    for model, dtype in ((BOTH_ID, "float16"), (HALF_ID, "float32"), (MODEL_ID, "float32"), (MODEL_ID, "float16")):
+        for _ in range(2):
+            pipe = load_pipeline(model, dtype, "cpu")
+            assert dtypes_of(pipe) == {getattr(torch, dtype)}
+    output_of(load_pipeline(BOTH_ID, "float32", "cpu"))
 
 
 def by_wheel(folder: str, expected: str) -> None:
@@ -547,6 +570,20 @@ def test_the_installed_class(checkpoint, with_parts, expected, tmp_path):
     assert UNEXPECTED not in log
     assert f"{MODEL_ID}/unet/diffusion_pytorch_model.safetensors" in hub.downloads
     assert not [file for file in hub.downloads if "/safety_checker/" in file]  # declined
+
+
+def test_commands_download_half_as_much_in_float16(checkpoint, tmp_path):
+    plain = folder_repository(MODEL_ID, checkpoint)
+    weights = {path: content for path, content in plain.files.items() if path.endswith(".safetensors")}
+    half = {path.replace(".safetensors", ".fp16.safetensors"): halved(content) for path, content in weights.items()}
+    rest = {path: content for path, content in plain.files.items() if path not in weights}
+    with serve(plain, Repository(BOTH_ID, plain.files | half), Repository(HALF_ID, rest | half)) as hub:
+        in_fresh_process(by_commands, home=tmp_path, hub=hub.endpoint)
+    downloads = [file for file in hub.downloads if file.endswith(".safetensors")]
+    assert len(downloads) == 4 * len(weights)  # each only once
+    stages = [set(downloads[start : start + len(weights)]) for start in range(0, len(downloads), len(weights))]
+    expected = ((BOTH_ID, half), (HALF_ID, half), (MODEL_ID, weights), (BOTH_ID, weights))
+    assert stages == [{f"{model}/{path}" for path in files} for model, files in expected]
 
 
 def test_a_folder_of_code_needs_no_installation(hub_folder, checkpoint, expected, tmp_path):

@@ -10,12 +10,12 @@ import argparse
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..inputs import file_fault
 from ..tiny import CHECKPOINT
+from .variants import choose_variant
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 MODELS = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5", "tiny": str(CHECKPOINT)}
 MODEL_FILES = (".safetensors", ".ckpt")
-PLAIN_FILE = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.(safetensors|bin)")
-VARIANT_FILE = re.compile(r"diffusion_pytorch_model\.([a-zA-Z]\w*)(-\d+-of-\d+)?\.(?:safetensors|bin)")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # The optional models that options name, by the names of the options and of the pipeline's components.
 COMPONENTS = {
@@ -189,15 +187,15 @@ def load_pipeline(
 
     pipeline = pipeline_class()
     source = MODELS.get(model, model)
-    if Path(source).is_file():
-        load = pipeline.from_single_file
-    else:
-        safe = None if allow_pickle else True
-        load = partial(pipeline.from_pretrained, use_safetensors=safe, variant=_variant(Path(source)))
     settings = {"dtype": getattr(torch, dtype or ("float16" if device.startswith("cuda") else "float32"))}
-    settings |= _components(controlnet, clip, settings["dtype"], None if allow_pickle else True)
+    safe = None if allow_pickle else True
+    settings |= _components(controlnet, clip, settings["dtype"], safe)
     try:
-        pipe = load(source, **settings)
+        if Path(source).is_file():
+            pipe = pipeline.from_single_file(source, **settings)
+        else:
+            variant = choose_variant(source, "unet", settings["dtype"], not allow_pickle)
+            pipe = pipeline.from_pretrained(source, use_safetensors=safe, variant=variant, **settings)
     except Exception as error:  # diffusers raises errors of many classes if it cannot download or read a checkpoint
         raise RuntimeError(_loading_failed(source, error)) from error
     return pipe.to(device)
@@ -213,7 +211,7 @@ def load_chosen(args: argparse.Namespace) -> DreamMoverPipeline:
 
 
 def _components(controlnet: str | None, clip: str | None, dtype: torch.dtype, safe: bool | None) -> dict[str, object]:
-    """The optional components of the pipeline that are named, from safetensors only if `safe`.
+    """The optional components of the pipeline that are named, from safetensors only if `safe` is True.
 
     Raises:
         RuntimeError: One of them cannot be downloaded or read.
@@ -224,7 +222,10 @@ def _components(controlnet: str | None, clip: str | None, dtype: torch.dtype, sa
     found = {}
     if controlnet is not None:
         with _blaming("--controlnet", controlnet):
-            found["controlnet"] = ControlNetModel.from_pretrained(controlnet, torch_dtype=dtype, use_safetensors=safe)
+            variant = choose_variant(controlnet, "", dtype, safe is True)
+            found["controlnet"] = ControlNetModel.from_pretrained(
+                controlnet, torch_dtype=dtype, use_safetensors=safe, variant=variant
+            )
     if clip is not None:
         with _blaming("--clip", clip):
             found["clip"] = CLIPModel.from_pretrained(clip, dtype=dtype, use_safetensors=safe)
@@ -239,14 +240,6 @@ def _blaming(option: str, model: str) -> Iterator[None]:
         yield
     except Exception as error:  # diffusers and transformers raise errors of many classes
         raise RuntimeError(f"{option}: cannot load the model '{model}' ({_in_short(error)})") from error
-
-
-def _variant(folder: Path) -> str | None:
-    """The variant, such as "fp16", of a folder whose UNet has weights in this variant only; None for any other."""
-    names = [path.name for path in (folder / "unet").glob("diffusion_pytorch_model.*")]
-    variants = {match[1] for name in names if (match := VARIANT_FILE.fullmatch(name))}
-    has_plain = any(PLAIN_FILE.fullmatch(name) for name in names)
-    return min(variants, default=None) if not has_plain else None
 
 
 def _loading_failed(source: str, error: Exception) -> str:

@@ -77,7 +77,10 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import export_to_video
 
 pipe = DiffusionPipeline.from_pretrained(
-    "stable-diffusion-v1-5/stable-diffusion-v1-5", custom_pipeline="{name}", dtype=torch.float16
+    "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    custom_pipeline="{name}",
+    dtype=torch.float16,
+    variant="fp16",
 ).to("cuda")
 frames = pipe("lion_0.png", "lion_1.png", prompt="a photo of a lion", n_frames=32, include_inputs=True).frames[0]
 export_to_video(frames, "lion.mp4", fps=16)
