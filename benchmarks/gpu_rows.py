@@ -17,6 +17,7 @@ import torch
 from dreammover_pipeline import denoiser, finishing, noise_training
 from dreammover_pipeline.lora import LoraFit, fit_pair_lora
 from dreammover_pipeline.memory import free_cache
+from dreammover_pipeline.records import PreparedPair
 
 from .overhead import RANK, RATE
 from .profiles import PROMPT, Bench
@@ -35,7 +36,7 @@ def job(bench: Bench) -> list[Table]:
     fitted = bench.prepare(1)
     settings = {"inversion_steps": profile.steps, "feature_step": min(14, profile.steps), "prompt": PROMPT}
     arms = {
-        f"LoRA fit, {profile.job_lora_steps} steps": lambda: _fit(bench, pair, profile.job_lora_steps),
+        f"LoRA fit, {profile.job_lora_steps} steps": lambda: fit(bench, pair, profile.job_lora_steps),
         "prepare, without the fit": bench.prepare,
         f"render {profile.frames} frames": lambda: pipe.render(fitted, n_frames=profile.frames),
         "the whole job": lambda: pipe(
@@ -58,10 +59,10 @@ def recording(bench: Bench) -> list[Table]:
     """Tables of the fit, `prepare` and the pictures with and without records, and of the bits of a second fit."""
     profile, pair, unit = bench.profile, bench.prepare(steps=1), clock_name(bench.device)
     fits = {
-        "recorded": lambda: _fit(bench, pair, profile.lora_steps),
-        "step by step": lambda: _without_records(lambda: _fit(bench, pair, profile.lora_steps)),
+        "recorded": lambda: fit(bench, pair, profile.lora_steps),
+        "step by step": lambda: _without_records(lambda: fit(bench, pair, profile.lora_steps)),
         "recorded, with the fused attention's gradients": lambda: _with_fused_gradients(
-            lambda: _fit(bench, pair, profile.lora_steps)
+            lambda: fit(bench, pair, profile.lora_steps)
         ),
     }
 
@@ -104,7 +105,7 @@ def recording(bench: Bench) -> list[Table]:
     ]
 
 
-def _fit(bench: Bench, pair, steps: int) -> dict[str, torch.Tensor]:
+def fit(bench: Bench, pair: PreparedPair, steps: int) -> dict[str, torch.Tensor]:
     """Fit the LoRA of a prepared pair anew."""
     clean, alphas = pair.inversion.path[0], bench.pipe.scheduler.alphas_cumprod
     return fit_pair_lora(bench.pipe.unet, clean, pair.prompt_embeds, alphas, LoraFit(steps, RANK, RATE), seed=0)

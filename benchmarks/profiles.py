@@ -59,6 +59,7 @@ ROWS = (
     "job",
     "overhead",
     "recording",
+    "kernels",
     "stages",
     "released",
     "matching",
@@ -70,8 +71,16 @@ ROWS = (
     "photos",
     "compile",
 )
-ON_CPU = tuple(name for name in ROWS if name not in ("job", "recording", "stages", "precision", "cards"))
-ON_GPU = ("job", "recording", "cards", "overhead", "memory", "compile")  # others by name; these take eight minutes
+ON_CPU = tuple(name for name in ROWS if name not in ("job", "recording", "kernels", "stages", "precision", "cards"))
+ON_GPU = (
+    "job",
+    "recording",
+    "kernels",
+    "cards",
+    "overhead",
+    "memory",
+    "compile",
+)  # others by name; these take eight minutes
 
 PROFILES = {
     "cpu": Profile(

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import run
 from benchmarks.counting import BareCalls, PeakBytes, Workload, count_flops, count_units
+from benchmarks.kernel_kinds import OTHER, kind_of
 from benchmarks.matching import match_by_loop
 from benchmarks.models import add_lora, fake_models
 from benchmarks.profiles import PROFILES, ROWS, Bench
@@ -156,6 +157,24 @@ def test_spreads_and_lines():
     table = Table("t", "counted", ("a", "b"), [(1, 0.123456), ("x", values)], "note")
     assert table.markdown().splitlines()[1:5] == ["| a | b |", "|---|---|", "| 1 | 0.1235 |", "| x | 3 (1.4–4.6) |"]
     assert table.as_json()["rows"][1] == {"a": "x", "b": {"median": 3.0, "p10": 1.4, "p90": 4.6, "rounds": 5}}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("fmha_cutlassF_f16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::…)", "attention"),
+        ("sm90_xmma_fprop_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc", "convolution"),
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", "matrix product"),
+        ("void at::native::(anonymous namespace)::RowwiseMomentsCUDAKernel<c10::Half>", "normalisation"),
+        ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(…)>", "copy"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::Half>>", "elementwise"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<…FusedAdamMathFunctor…>", "optimizer"),
+        ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, …sum…>>", "sum or sort"),
+        ("void at::native::upsample_bilinear2d_out_frame<float>", OTHER),
+    ],
+)
+def test_kernels_are_told_apart_by_their_names(kernel, kind):
+    assert kind_of(kernel) == kind
 
 
 def test_every_row_runs_and_what_is_written_is_strict_json(tmp_path, capsys):
