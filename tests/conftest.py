@@ -19,6 +19,7 @@ import transformers.utils.logging as transformers_logging
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
+from support.copies import copied_model
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -95,12 +96,20 @@ def session_components() -> dict:
     return build_components()
 
 
+def copied(components: dict) -> dict:
+    """Components equal to these, which share nothing with them."""
+    return {
+        name: copied_model(part) if isinstance(part, torch.nn.Module) else copy.deepcopy(part)
+        for name, part in components.items()
+    }
+
+
 @pytest.fixture(scope="session")
 def new_pipe(session_components):
     """A function that makes quiet pipelines, for fixtures of whole modules, of models equal to those of `pipe`."""
 
     def new_pipe() -> DreamMoverPipeline:
-        pipe = DreamMoverPipeline(**copy.deepcopy(session_components), requires_safety_checker=False)
+        pipe = DreamMoverPipeline(**copied(session_components), requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -110,7 +119,7 @@ def new_pipe(session_components):
 @pytest.fixture
 def components(session_components) -> dict:
     """Components of this test's own."""
-    return copy.deepcopy(session_components)
+    return copied(session_components)
 
 
 @pytest.fixture

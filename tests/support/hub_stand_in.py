@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -34,7 +35,7 @@ class Repository:
     name: str
     files: Mapping[str, bytes]
 
-    @property
+    @cached_property
     def commit(self) -> str:
         return _sha("".join(path + _sha(content) for path, content in sorted(self.files.items())).encode())
 
