@@ -41,11 +41,17 @@ def tables(bench: Bench) -> list[Table]:
         "prepare, without the fit": bench.prepare,
         f"render {setup.frames} frames in one step": lambda: pipe.render(pair, n_frames=setup.frames),
     }
-    return [_profiled(bench, name, part) for name, part in parts.items()]
+    return [profiled(bench, name, part) for name, part in parts.items()]
 
 
-def _profiled(bench: Bench, name: str, part: Callable[[], object]) -> Table:
-    """A table of what one part of a job, done for the second time, keeps the device busy with."""
+def profiled(bench: Bench, name: str, part: Callable[[], object]) -> Table:
+    """A table of what some work keeps the device busy with, when it is done for the third time.
+
+    Args:
+        bench: The profile, which says what the device is.
+        name: What the work is called in the title.
+        part: The work.
+    """
     on_cpu, now = bench.device.type == "cpu", clock(bench.device)
     part()
     start = now()

@@ -33,8 +33,8 @@ def album(photos):
 
 @pytest.fixture
 def fast(fast, tmp_path):
-    """Short arguments with a LoRA of one step, and with a folder for the gaps."""
-    return {**fast, **FEW_STEPS, "n_frames": 1, "lora_steps": 1, "keep": tmp_path / "kept"}
+    """Short arguments with a LoRA of one step and the features' flow, and with a folder for the gaps."""
+    return {**fast, **FEW_STEPS, "n_frames": 1, "lora_steps": 1, "flow": "features", "keep": tmp_path / "kept"}
 
 
 def watched(pipe, album, fast, **arguments):

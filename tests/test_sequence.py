@@ -21,7 +21,7 @@ def album(photos):
 
 @pytest.fixture
 def fast(fast):
-    return {**fast, **FEW_STEPS}
+    return {**fast, **FEW_STEPS, "flow": "features"}
 
 
 @pytest.mark.parametrize("lora", ["gap", "shared"])

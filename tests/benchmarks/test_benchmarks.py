@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import run
 from benchmarks.counting import BareCalls, PeakBytes, Workload, count_flops, count_units
-from benchmarks.kernel_kinds import OTHER, kind_of
+from benchmarks.kernel_kinds import OTHER, kind_of, profiled
 from benchmarks.matching import match_by_loop
 from benchmarks.models import add_lora, fake_models
 from benchmarks.profiles import PROFILES, ROWS, Bench
@@ -177,6 +177,20 @@ def test_kernels_are_told_apart_by_their_names(kernel, kind):
     assert kind_of(kernel) == kind
 
 
+def test_what_a_device_is_busy_with_is_added_up_by_kinds(bench):
+    first, second = torch.randn(64, 64), torch.randn(64, 64)
+
+    def work():
+        for _ in range(3):
+            torch.mm(first, second)
+
+    table = profiled(bench, "three products", work)
+    (total, product), rest = table.rows[:2], table.rows[2:]
+    assert (total[0], product[:2], product[4]) == ("all", ("matrix product", 3), "aten::mm")
+    assert total[1] == 3 + sum(row[1] for row in rest)
+    assert total[2] == pytest.approx(product[2] + sum(row[2] for row in rest))
+
+
 def test_every_row_runs_and_what_is_written_is_strict_json(tmp_path, capsys):
     written, plot = tmp_path / "smoke.json", tmp_path / "scaling.png"
     run.main(["--profile", "smoke", "-o", str(written), "--plot", str(plot)])
@@ -185,7 +199,7 @@ def test_every_row_runs_and_what_is_written_is_strict_json(tmp_path, capsys):
         raise ValueError(constant)
 
     result = json.loads(written.read_text(encoding="utf-8"), parse_constant=refuse)
-    assert {table["row"] for table in result["tables"]} == set(SMOKE.rows) == set(ROWS) - {"compile"}
+    assert {table["row"] for table in result["tables"]} == set(SMOKE.rows) == set(ROWS) - {"compile", "kernels"}
     assert all(table["rows"] for table in result["tables"])
     assert torch.__version__.startswith(result["machine"]["torch"])  # which a build may follow, such as +cu130
     printed = capsys.readouterr().out
