@@ -36,22 +36,30 @@ def exact_matmul(device_type: str) -> Iterator[None]:
     The caller's autocast, TF32 or bf16 setting would lower their precision; in bf16, 45 % of the matches change. Other
     threads that ask for the same wait, since the one that leaves last would put back what it found on entering.
     """
-    with _precision_lock:
-        if hasattr(torch.backends.mkldnn, "matmul"):  # since torch 2.9 every backend has a setting of its own
-            backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-            attribute, exact = "fp32_precision", "ieee"
-            settings = [backend.fp32_precision for backend in backends]
-        else:
-            backends, attribute, exact = [torch.backends.cuda.matmul], "allow_tf32", False
-            settings = [torch.backends.cuda.matmul.allow_tf32]
+    with _precision_lock, _full_float32(), torch.autocast(device_type, enabled=False):
+        yield
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Have no backend multiply matrices in less than float32 while the context lasts."""
+    if hasattr(torch.backends.mkldnn, "matmul"):  # since torch 2.9 every backend has a setting of its own
+        backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+        settings = [backend.fp32_precision for backend in backends]
         try:
             for backend in backends:
-                setattr(backend, attribute, exact)
-            with torch.autocast(device_type, enabled=False):
-                yield
+                backend.fp32_precision = "ieee"
+            yield
         finally:
             for backend, setting in zip(backends, settings, strict=True):
-                setattr(backend, attribute, setting)
+                backend.fp32_precision = setting
+    else:
+        precision = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
 
 
 def unit_features(features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

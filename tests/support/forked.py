@@ -50,8 +50,8 @@ class Forked:
         out, errors = (log.read_text() if log.exists() else "" for log in self._logs)
         return out, errors
 
-    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Wait for its end; what it has printed, and its errors."""
+    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+        """Wait for its end, for so many seconds at most; what it has printed, and its errors."""
         self._process.join(timeout)
         if self.returncode is None:
             self.kill()
