@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 
 from dreammover_pipeline.batch.manifest import PARAMETERS
+from dreammover_pipeline.media.texts import LONGEST_NUMBER
 
 from .bench import SHORT, Bench, Case
 from .commands import TEXTS, command
@@ -32,7 +33,8 @@ def _rows(bench: Bench, rng: Random) -> Case:
     ending = rng.choice([".jsonl", ".csv"])
     data = (_jsonl if ending == ".jsonl" else _csv)(rows, rng)
     text = f"{ending} {', '.join(f'{key}={value}' for key, value in texts.items())}"[:300]
-    names = (*changed, *(str(rows[-1][key])[:80] for key in changed if len(str(rows[-1][key])) > 2))
+    told = [str(rows[-1][key]) for key in changed]
+    names = (*changed, *(text[:length] for text in told if len(text) > 2 for length in (LONGEST_NUMBER, 80)))
     return _batch(bench, "rows", text, f"pairs{ending}", data, (*names, "the steps must nest", "NUL"))
 
 

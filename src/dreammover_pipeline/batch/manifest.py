@@ -58,11 +58,11 @@ def read_manifest(path: str | os.PathLike, folder: Path, defaults: Mapping[str, 
             that cannot be written; the reasons are those of all rows.
         ValueError: The manifest cannot be read.
     """
-    path = Path(path)
+    given, path = path, Path(path)
     readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise ValueError(f"the manifest '{path}' ends in '{path.suffix}'; allowed are {' and '.join(readers)}")
+        raise ValueError(f"the manifest '{given}' ends in '{path.suffix}'; allowed are {' and '.join(readers)}")
     try:
         text = read_text(path)
     except (OSError, ValueError) as error:
@@ -93,7 +93,7 @@ def read_sidecars(paths: Sequence[str | os.PathLike], folder: Path) -> list[Job]
     """
     jobs: list[Job] = []
     with refusing_together() as refusing:
-        for path in map(Path, paths):
+        for path in paths:
             with refusing(f"'{path}'"):
                 jobs.append(_job_of_sidecar(path, folder))
         with refusing("the sidecars", every=True):
@@ -101,9 +101,10 @@ def read_sidecars(paths: Sequence[str | os.PathLike], folder: Path) -> list[Job]
     return jobs
 
 
-def _job_of_sidecar(path: Path, folder: Path) -> Job:
+def _job_of_sidecar(path: str | os.PathLike, folder: Path) -> Job:
     """The job that makes the video of a sidecar once more, in a folder of outputs."""
     check_input_file(path, "it", "the sidecar of a video")
+    path = Path(path)
     recorded = read_sidecar(path)
     if recorded is None and is_sidecar(path):
         raise ValueError(

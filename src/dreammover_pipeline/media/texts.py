@@ -89,8 +89,8 @@ def _finite(text: str) -> float:
     """The number that a text is."""
     number = float(text)
     if not math.isfinite(number):
-        shown = f"the number {text}" if len(text) <= LONGEST_NUMBER else "a number in it"
-        raise ValueError(f"{shown} is not finite or too large")
+        shown = text if len(text) <= LONGEST_NUMBER else f"{text[:LONGEST_NUMBER]}… of {len(text)} characters"
+        raise ValueError(f"the number {shown} is not finite or too large")
     return number
 
 
