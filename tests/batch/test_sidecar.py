@@ -48,5 +48,5 @@ def test_a_sidecar_says_when_it_cannot_be_repeated(pipe, album):
     with pytest.raises(ValueError, match=r"(?s)is no sidecar .*is no sidecar .*is no existing file") as refusal:
         read_sidecars([*others, album / "missing.json"], album.parent)
     assert len(refusal.value.reasons) == 3
-    with pytest.raises(ValueError, match="^'': it is no existing file"):
+    with pytest.raises(ValueError, match=r"^'': it is no existing file"):
         read_sidecars([""], album.parent)
