@@ -20,8 +20,9 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 def self_attention_names(unet: torch.nn.Module, block: int) -> list[str]:
     """Names, as in `unet.attn_processors`, of the self-attentions (`attn1`) of `unet.up_blocks[block]`."""
-    prefix = f"up_blocks.{block}."
-    return [name for name in unet.attn_processors if name.startswith(prefix) and name.endswith("attn1.processor")]
+    # `unet.attn_processors` would go through all blocks to name those of one.
+    names = [name for name, module in unet.up_blocks[block].named_modules() if hasattr(module, "get_processor")]
+    return [f"up_blocks.{block}.{name}.processor" for name in names if name.endswith("attn1")]
 
 
 class References:
