@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from .gpu_rows import fit
 from .profiles import Bench
 from .report import Table
-from .timing import clock
+from .timing import alternate, clock
 
 # Kinds of kernels, by what is in their names; the first that fits counts. What cuDNN computes as a matrix product has
 # the name of one.
@@ -53,10 +53,7 @@ def profiled(bench: Bench, name: str, part: Callable[[], object]) -> Table:
         part: The work.
     """
     on_cpu, now = bench.device.type == "cpu", clock(bench.device)
-    part()
-    start = now()
-    part()
-    seconds = now() - start
+    ((seconds,),) = alternate({name: part}, 1, bench.device).values()
     with profile(activities=[ProfilerActivity.CPU if on_cpu else ProfilerActivity.CUDA]) as profiler:
         part()
         now()

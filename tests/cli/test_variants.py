@@ -65,6 +65,14 @@ def test_a_folder_is_read_as_it_is_in_any_precision(tmp_path, names, half, full)
         assert choose_variant(str(tmp_path), "unet", dtype, safe=True) == full
 
 
+@pytest.mark.parametrize(
+    ("names", "dtype"), [([PLAIN], torch.float32), ([PLAIN, HALF], torch.float16), ([HALF], torch.float16)]
+)
+def test_the_hub_is_not_asked_where_what_is_wanted_was_downloaded_before(cached, monkeypatch, names, dtype):
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: pytest.fail("the Hub was asked"))
+    choose_variant(cached("unet", *names), "unet", dtype, safe=True)
+
+
 def test_pickles_count_where_they_may_be_loaded(cached):
     source = cached("unet", PICKLE, HALF)
     assert choose_variant(source, "unet", torch.float16, safe=False) is None

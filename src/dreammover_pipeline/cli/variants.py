@@ -45,10 +45,10 @@ def choose_variant(source: str, subfolder: str, dtype: torch.dtype, safe: bool) 
     if Path(source).is_dir():
         return _needed(_variants((path.name for path in Path(source, subfolder).glob("*")), safe))
     cached = _variants(_cached_names(source, subfolder), safe)
-    half = dtype == torch.float16
-    if half and None in cached:
+    if None in cached:
         return None
-    found = _variants(_hub_names(source, subfolder), safe) or cached
+    half = dtype == torch.float16
+    found = cached if half and "fp16" in cached else _variants(_hub_names(source, subfolder), safe) or cached
     return "fp16" if half and "fp16" in found else _needed(found)
 
 
