@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from ..batch.jobs import Job
 from ..media.files import make_folder
@@ -27,7 +26,7 @@ from .loading import (
     load_pipeline,
     pipeline_class,
 )
-from .options import add_method_options, call_arguments, seed, size
+from .options import add_method_options, call_arguments, folder_path, seed, size
 
 WITHOUT = ("points", "mask", "poses")  # the arguments of one pair of photos, which a batch has in its rows
 
@@ -88,14 +87,14 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add(
         "-o",
         "--output",
-        type=Path,
+        type=folder_path,
         metavar="FOLDER",
         required=True,
         help="The folder for the videos, each with a sidecar beside it.",
     )
     add(
         "--lora-cache",
-        type=Path,
+        type=folder_path,
         metavar="FOLDER",
         help="The folder for fitted LoRAs. By default it is inside the output folder.",
     )

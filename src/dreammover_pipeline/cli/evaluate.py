@@ -21,6 +21,7 @@ from ..media.texts import write_text
 from ..settings import PrepareSettings, RenderSettings, VideoSettings
 from .claims import claimed
 from .loading import add_component_options, add_model_options, check_model, load_chosen, pipeline_class
+from .options import folder_path
 
 FULL = {"pairs": 32, "frames": 7}  # sizes of a suite without --quick
 # Sizes of a suite with --quick, which takes about six minutes on two cores with the embedded checkpoint.
@@ -50,7 +51,14 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("evaluate", help="measure the method, its parts and its rivals", description=text)
     parser.set_defaults(run=_evaluate)
     add = parser.add_argument
-    add("-o", "--output", metavar="FOLDER", required=True, help="for run.jsonl, report.md, sheets and frames")
+    add(
+        "-o",
+        "--output",
+        type=folder_path,
+        metavar="FOLDER",
+        required=True,
+        help="for run.jsonl, report.md, sheets and frames",
+    )
     add(
         "--quick",
         action="store_true",
@@ -89,9 +97,12 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     text = "Print how a method of one evaluation differs from a method of another, pair by pair, with intervals."
     parser = commands.add_parser("compare", help="compare two evaluations", description=text)
     parser.set_defaults(run=_compare)
-    parser.add_argument("first", metavar="FOLDER", help="the output folder of an evaluation")
+    parser.add_argument("first", type=folder_path, metavar="FOLDER", help="the output folder of an evaluation")
     parser.add_argument(
-        "second", metavar="OTHER", help="the output folder of the evaluation that is subtracted; it may be the same"
+        "second",
+        type=folder_path,
+        metavar="OTHER",
+        help="the output folder of the evaluation that is subtracted; it may be the same",
     )
     parser.add_argument("--method", default="ours", metavar="NAME", help="the method of FOLDER (default: %(default)s)")
     parser.add_argument("--other-method", metavar="NAME", help="the method of OTHER; default: the value of --method")
@@ -102,7 +113,14 @@ def _add_correspondence(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("correspondence", help="measure the flow of all features", description=text)
     parser.set_defaults(run=_correspondence)
     add = parser.add_argument
-    add("-o", "--output", metavar="FOLDER", required=True, help="for correspondence.jsonl and correspondence.md")
+    add(
+        "-o",
+        "--output",
+        type=folder_path,
+        metavar="FOLDER",
+        required=True,
+        help="for correspondence.jsonl and correspondence.md",
+    )
     add(
         "--suites",
         nargs="+",
@@ -158,13 +176,13 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     names = args.suites or DIFFICULTIES
     find_suites(names, pairs, frames, 64)  # only to refuse bad names before a model is loaded
-    _check_apart(Path(args.output), names)
+    _check_apart(args.output, names)
     for group in (PrepareSettings, RenderSettings):
         group.of(settings)  # the same for values that no model takes
-    is_new = not Path(args.output).exists()
+    is_new = not args.output.exists()
     make_folder(args.output, "--output: the folder")
-    check_report_place(Path(args.output))
-    with claimed(Path(args.output), "evaluating", temporary=is_new):
+    check_report_place(args.output)
+    with claimed(args.output, "evaluating", temporary=is_new):
         tools = find_tools(args.flow)
         pipe = load_chosen(args)
         pipe.set_progress_bar_config(disable=True)
@@ -207,9 +225,8 @@ def _correspondence(args: argparse.Namespace) -> None:
     from ..evaluation.correspondence import check_places, study, table
     from ..evaluation.suites import find_suites
 
-    folder = Path(args.output)
-    rows_file, report = folder / "correspondence.jsonl", folder / "correspondence.md"
-    make_folder(folder, "--output: the folder")
+    rows_file, report = (args.output / f"correspondence.{ending}" for ending in ("jsonl", "md"))
+    make_folder(args.output, "--output: the folder")
     check_places(rows_file, report)
     pipe = load_chosen(args)
     pipe.set_progress_bar_config(disable=True)

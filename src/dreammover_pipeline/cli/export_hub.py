@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from ..export.hub import REPOSITORY, write_hub_folder, write_single_file
+from .options import folder_path
 
 
 def add_export(commands: argparse._SubParsersAction) -> None:
@@ -17,6 +18,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     add = parser.add_argument
     add(
         "folder",
+        type=folder_path,
         metavar="DIR",
         nargs="?",
         help="A new folder for the Hub repository: the code in one file and the model card, no weights.",
@@ -43,5 +45,5 @@ def _export(args: argparse.Namespace) -> None:
         section = write_single_file(Path(args.single_file))
         print(f"{args.single_file}: the pipeline in one file; {section}: its README section")
         return
-    files = write_hub_folder(Path(args.folder), args.repo)
+    files = write_hub_folder(args.folder, args.repo)
     print(f"{args.folder}: {len(files)} files")

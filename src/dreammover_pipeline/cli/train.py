@@ -17,6 +17,7 @@ from ..media.files import make_folder
 from ..tiny import CHECKPOINT
 from .claims import claimed
 from .loading import choose_device, pipeline_class
+from .options import folder_path
 
 if TYPE_CHECKING:
     import torch
@@ -30,23 +31,28 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("train", help="train the embedded checkpoint", description=text)
     parser.set_defaults(run=_train)
     add = parser.add_argument
-    add("--out", type=Path, metavar="FOLDER", required=True, help="states, logs and samples are kept there")
+    add("--out", type=folder_path, metavar="FOLDER", required=True, help="states, logs and samples are kept there")
     add("--preset", default="cpu", metavar="NAME", help="sizes and budgets: quick, cpu or gpu (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="decides weights, images and noise (default: %(default)s)")
     add("--minutes", type=float, default=float("inf"), metavar="N", help="save and stop after so long; default: never")
     add("--vae-steps", type=int, metavar="N", help="training steps of the autoencoder; default: the preset's")
     add("--unet-steps", type=int, metavar="N", help="training steps of the UNet; default: the preset's")
     _add_machine(parser)
-    add("--export", type=Path, metavar="FOLDER", help="at the end, write the best models so far in diffusers' layout")
+    add(
+        "--export",
+        type=folder_path,
+        metavar="FOLDER",
+        help="at the end, write the best models so far in diffusers' layout",
+    )
 
     text = "Train a ControlNet on drawn poses; the same command again goes on where the last one stopped."
     parser = commands.add_parser("train-controlnet", help="train a ControlNet on drawn poses", description=text)
     parser.set_defaults(run=_train_controlnet)
     add = parser.add_argument
-    add("--out", type=Path, metavar="FOLDER", required=True, help="states, logs and sheets are kept there")
+    add("--out", type=folder_path, metavar="FOLDER", required=True, help="states, logs and sheets are kept there")
     add(
         "--model",
-        type=Path,
+        type=folder_path,
         default=CHECKPOINT,
         metavar="FOLDER",
         help="checkpoint that the ControlNet is for; default: the one that comes with the program",
@@ -56,7 +62,12 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     add("--steps", type=int, metavar="N", help="training steps; default: the preset's")
     add("--minutes", type=float, default=float("inf"), metavar="N", help="save and stop after so long; default: never")
     _add_machine(parser)
-    add("--export", type=Path, metavar="FOLDER", help="at the end, write the best ControlNet so far for diffusers")
+    add(
+        "--export",
+        type=folder_path,
+        metavar="FOLDER",
+        help="at the end, write the best ControlNet so far for diffusers",
+    )
 
     text = (
         "Write the example pairs of the repository's folder examples: drawn ones with their true in-between frames, "
@@ -64,7 +75,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     )
     parser = commands.add_parser("draw-examples", help="write the example pairs", description=text)
     parser.set_defaults(run=_draw_examples)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="each pair becomes a folder in it")
+    parser.add_argument("folder", type=folder_path, metavar="FOLDER", help="each pair becomes a folder in it")
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
