@@ -21,10 +21,11 @@ from .timing import alternate, clock
 # Kinds of kernels, by what is in their names; the first that fits counts. What cuDNN computes as a matrix product has
 # the name of one.
 KINDS = {
+    "change of layout": r"nchwto|nhwcto",
     "attention": r"attention|fmha|flash|attn|softmax",
     "convolution": r"conv|fprop|dgrad|wgrad|winograd|implicit",
     "matrix product": r"gemm|nvjet|cutlass|cublas|splitk|addmm|\bmm\b|bmm|\blinear\b",
-    "normalisation": r"norm|moments|welford|fusedparams",
+    "normalisation": r"norm|moments|welford|fusedparams|internalgradients",
     "optimizer": r"adam|multi_tensor|foreach",
     "sum or sort": r"reduce|sum|mean|sort|scan|radix",
     "copy": r"memcpy|memset|copy|cat|index|gather|scatter|fill|clone|contiguous",
