@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmark rows "job", "recording" and "cards": what is of interest on a GPU, though the first two run anywhere.
+"""Benchmark rows "job", "recording", "channels_last" and "cards", which are of interest on a GPU, but run anywhere.
 
 "job" is a job as the defaults make it; "recording" is what is gained by recording kernels as CUDA graphs, and what it
-costs that the bits of a fit repeat; "cards" is whether smaller cards suffice.
+costs that the bits of a fit repeat; "channels_last" is what is gained by the memory layout of that name, in which
+cuDNN computes, and in which a user can put the models; "cards" is whether smaller cards suffice.
 """
 
 from __future__ import annotations
@@ -103,6 +104,46 @@ def recording(bench: Bench) -> list[Table]:
             "One call of the UNet for every batch of frames, decoding, and the photos' detail.",
         ),
     ]
+
+
+def channels_last(bench: Bench) -> list[Table]:
+    """A table of the seconds of the parts of a job with the models' weights in either memory layout."""
+    profile, unit = bench.profile, clock_name(bench.device)
+
+    def in_layout(layout: torch.memory_format, work: Callable[[], object]) -> None:
+        try:
+            for model in (bench.pipe.unet, bench.pipe.vae):
+                model.to(memory_format=layout)
+            work()
+        finally:
+            for model in (bench.pipe.unet, bench.pipe.vae):
+                model.to(memory_format=torch.contiguous_format)
+
+    rows = []
+    for name, work in parts_of_a_job(bench).items():
+        layouts = torch.contiguous_format, torch.channels_last
+        arms = {str(layout): lambda layout=layout, work=work: in_layout(layout, work) for layout in layouts}
+        as_it_is, other = alternate(arms, profile.few, bench.device).values()
+        rows.append((name, spread(as_it_is), spread(other), ratio(as_it_is, other)))
+    return [
+        Table(
+            f"Memory layout of the models, model {profile.model}, {profile.dtype}, {profile.few} rounds",
+            "measured",
+            ("part", f"contiguous, {unit}", f"channels last, {unit}", "first / second"),
+            rows,
+            "Putting the models into a layout is part of the time.",
+        )
+    ]
+
+
+def parts_of_a_job(bench: Bench) -> dict[str, Callable[[], object]]:
+    """What does each part of a job by itself, by the names of the parts."""
+    setup, pair = bench.profile, bench.prepare(steps=1)
+    return {
+        f"LoRA fit, {setup.lora_steps} steps": lambda: fit(bench, pair, setup.lora_steps),
+        "prepare, without the fit": bench.prepare,
+        f"render {setup.frames} frames in one step": lambda: bench.pipe.render(pair, n_frames=setup.frames),
+    }
 
 
 def fit(bench: Bench, pair: PreparedPair, steps: int) -> dict[str, torch.Tensor]:

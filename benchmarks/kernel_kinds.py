@@ -13,7 +13,7 @@ from collections.abc import Callable
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from .gpu_rows import fit
+from .gpu_rows import parts_of_a_job
 from .profiles import Bench
 from .report import Table
 from .timing import alternate, clock
@@ -36,13 +36,7 @@ OTHER = "other"
 
 def tables(bench: Bench) -> list[Table]:
     """A table for each part of a job as the defaults make it, of kinds of kernels, their number and their seconds."""
-    setup, pair, pipe = bench.profile, bench.prepare(steps=1), bench.pipe
-    parts = {
-        f"LoRA fit, {setup.lora_steps} steps": lambda: fit(bench, pair, setup.lora_steps),
-        "prepare, without the fit": bench.prepare,
-        f"render {setup.frames} frames in one step": lambda: pipe.render(pair, n_frames=setup.frames),
-    }
-    return [profiled(bench, name, part) for name, part in parts.items()]
+    return [profiled(bench, name, part) for name, part in parts_of_a_job(bench).items()]
 
 
 def profiled(bench: Bench, name: str, part: Callable[[], object]) -> Table:

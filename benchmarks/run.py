@@ -36,6 +36,7 @@ SECTIONS = {
     "overhead": overhead.tables,
     "recording": gpu_rows.recording,
     "kernels": kernel_kinds.tables,
+    "channels_last": gpu_rows.channels_last,
     "stages": stages.tables,
     "released": released.tables,
     "matching": matching.tables,

@@ -788,6 +788,25 @@ def test_diffusers_switches_work(pipe, photos, fast, feature):
         assert snapshot(pipe.unet) == before
 
 
+def test_models_may_have_their_channels_last(pipe, photos):
+    def prepare():
+        generator = torch.Generator().manual_seed(0)
+        steps = {"num_inference_steps": 6, "inversion_steps": 4, "feature_step": 2, "lora_steps": 2}
+        return pipe.prepare(*photos, **steps, generator=generator)
+
+    prepared = prepare()
+    expected = pipe.render(prepared, n_frames=3, output_type="pt").frames
+    for model in (pipe.unet, pipe.vae):
+        model.to(memory_format=torch.channels_last)
+    assert close(pipe.render(prepared, n_frames=3, output_type="pt").frames, expected)
+    again = prepare()
+    assert pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert close(again.inversion.path[-1], prepared.inversion.path[-1])
+    # AdamW's first steps are as long for a gradient next to nothing as for any other, so rounding may turn some round.
+    apart = [(again.lora[name] - value).norm() / value.norm() for name, value in prepared.lora.items()]
+    assert max(apart) < 0.05
+
+
 def test_large_frames_go_through_a_tiled_vae(pipe, photos, fast):
     arguments = fast | {"height": 96, "width": 128, "n_frames": 1}
     expected = pipe(*photos, **arguments).frames
