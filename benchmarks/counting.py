@@ -32,7 +32,7 @@ CPU_ATTENTION = {
 
 @dataclass(frozen=True)
 class Workload:
-    """How much a run of the pipeline has to do, and the number of UNet calls that this takes by docs/method.md §7."""
+    """How much a run of the pipeline has to do, and the number of UNet calls that this takes by docs/method.md §8."""
 
     frames: int  # F, in-between frames
     steps: int  # T, inversion steps

@@ -60,7 +60,7 @@ def schedule_counted(profile: Profile) -> Table:
     workload = dataclasses.replace(DEFAULT, chunk=DEFAULT.frames // BATCHES)
     vae = 2 * units.encode + workload.frames * units.decode + units.text
     schedules = {
-        "ours": (2 * workload.pair_calls, workload.frames * workload.steps),
+        "ours": (workload.pair_samples, workload.frames * workload.steps),
         "released": released_samples(workload, FEATURE_STEP, False),
         "released, if every batch holds the inputs": released_samples(workload, FEATURE_STEP, True),
     }
@@ -84,10 +84,7 @@ def schedule_timed(bench: Bench) -> Table:
     arms = {"ours": lambda: bench.render(bench.prepare()), "released": lambda: released_schedule(bench, pair)}
     seconds = alternate(arms, profile.few, bench.device)
     workload = Workload(profile.frames, profile.steps, -(-profile.frames // BATCHES))
-    ours, released = (
-        2 * workload.pair_calls + workload.frames * workload.steps,
-        released_samples(workload, _feature_step(profile), False),
-    )
+    ours, released = workload.unet_samples, released_samples(workload, _feature_step(profile), False)
     return Table(
         f"Schedule, {profile.frames} frames, model {profile.model}, {profile.few} rounds",
         "measured",

@@ -160,20 +160,17 @@ def fuse_direct(
     return fuse_high_level(latents, paths, metric, times)
 
 
-def select_unwarped(
-    latents: torch.Tensor, clean: torch.Tensor, flow: BidirectionalFlow, times: torch.Tensor
-) -> torch.Tensor:
+def select_unwarped(latents: torch.Tensor, flow: BidirectionalFlow, times: torch.Tensor) -> torch.Tensor:
     """Mix the noisy latents as the released code does: each cell is that of one of the two *unwarped* z_T.
 
-    The image of larger weight wins, the first in a draw. A weight is clip(0.3 − error, 0.001, 1), with the error of
-    `photometric_error`, times 1−δ for the first image and δ for the second. The UNet then predicts the noise for
-    Eq. (8) from this mix.
+    The image of larger weight wins, the first in a draw. A weight is clip(0.3 − error, 0.001, 1), with the
+    `photometric_error` of the noisy latents, times 1−δ for the first image and δ for the second. The UNet then
+    predicts the noise for Eq. (8) from this mix.
 
     Source: DreamMover §3.3, as its released code has it, to compare with `fuse_low_level`.
 
     Args:
         latents: The noisy latents z_T of the two images, (2, C, h, w).
-        clean: The predicted clean latents z_{T→0} of the two images, (2, C, h, w).
         flow: The flow between the two images, in both directions.
         times: The time δ of each frame, (F,).
 
@@ -181,7 +178,7 @@ def select_unwarped(
         The mixed latents of each frame, (F, C, h, w).
     """
     delta = times.to(latents.device, working_dtype(latents)).reshape(-1, 1, 1, 1)
-    weight = (0.3 - photometric_error(clean, flow)).clamp(0.001, 1)
+    weight = (0.3 - photometric_error(latents, flow)).clamp(0.001, 1)
     return torch.where((1 - delta) * weight[0] >= delta * weight[1], latents[0], latents[1])
 
 

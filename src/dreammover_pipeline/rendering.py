@@ -341,7 +341,7 @@ def fuse_pair(
     if fusion == "two_level":
         (eps,) = piecewise(lambda t: (fuse_low_level(inversion.eps, paths, metric, t),), times)
     else:
-        (mixed,) = piecewise(lambda t: (select_unwarped(noisy, clean, flow, t),), times)
+        (mixed,) = piecewise(lambda t: (select_unwarped(noisy, flow, t),), times)
         eps = predict_noise(mixed, inversion.schedule.timestep(inversion.steps))
     return FusedFrames(recompose(layout, eps, alpha_bar), layout, eps, coverage, times)
 

@@ -10,12 +10,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import run
 from benchmarks.counting import BareCalls, PeakBytes, Workload, count_flops, count_units
+from benchmarks.counts import DEFAULT
 from benchmarks.kernel_kinds import OTHER, kind_of, profiled
 from benchmarks.matching import match_by_loop
 from benchmarks.models import add_lora, fake_models
 from benchmarks.profiles import PROFILES, ROWS, Bench
 from benchmarks.record import recorded, replay
-from benchmarks.released import released_samples, released_schedule
+from benchmarks.released import released_samples, released_schedule, schedule_counted
 from benchmarks.report import Table, ratio, spread
 from benchmarks.timing import fit_line
 from dreammover_pipeline.flow import match_features
@@ -137,6 +138,14 @@ def test_the_released_schedule_makes_the_calls_it_is_said_to_make(bench):
     workload = Workload(SMOKE.frames, SMOKE.steps, SMOKE.chunk)
     assert sum(sizes) == sum(released_samples(workload, SMOKE.steps, inputs_per_batch=False))
     assert frames.shape == (SMOKE.frames, 3, 64, 64)
+
+
+def test_schedules_are_compared_with_what_ours_takes():
+    (ours, released, again) = schedule_counted(SMOKE).rows
+    assert ours[0] == "ours"
+    assert ours[3] == DEFAULT.unet_samples - 2 * DEFAULT.lora_steps
+    assert ours[5] == pytest.approx(1, rel=1e-6)
+    assert 1 < released[5] < again[5]
 
 
 def test_the_loop_over_cells_finds_what_one_product_finds():

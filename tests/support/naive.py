@@ -155,9 +155,9 @@ def low_level(eps, forward, backward, metric, delta: float) -> torch.Tensor:
     return frame
 
 
-def select_unwarped(latents, clean, forward, backward, delta: float) -> torch.Tensor:
+def select_unwarped(latents, forward, backward, delta: float) -> torch.Tensor:
     """The released code's mix, for one frame: clip(0.3 − error, 0.001, 1) · time decides cell by cell."""
-    weight = (0.3 - photometric_error(clean, forward, backward)).clip(0.001, 1)
+    weight = (0.3 - photometric_error(latents, forward, backward)).clip(0.001, 1)
     frame = torch.zeros_like(latents[0], dtype=torch.float64)
     for row, column in product(*map(range, frame.shape[-2:])):
         wins = (1 - delta) * weight[0, 0, row, column] >= delta * weight[1, 0, row, column]
