@@ -327,9 +327,9 @@ class DreamMoverPipeline(
             candidates: How often every frame is made, with other noise, where `method` is "noise"; the best is kept,
                 and the frames beside it are made of it. More find better frames and take as many times as long. With
                 "flow", where nothing is random, it must be 1.
-            rank_by: What decides which of the `candidates` is the best: two texts, of which CLIP (the components
-                `clip` and `clip_processor`) is to find a frame more like the first than like the second; or a function
-                that gives a larger number for a better image.
+            rank_by: What decides which of the `candidates` is the best: two texts, a good one and a bad one, by which
+                CLIP (the components `clip` and `clip_processor`) takes the frame that is more like the first than like
+                the second by most; or a function that gives a larger number for a better image.
             choices: Which of the `candidates`, from 0, is kept at some δ, whatever `rank_by` says: a dictionary from δ
                 to number. The candidates of a call are in its output's `candidates`; with the same generator, only
                 frames that are made of the chosen ones become others.
@@ -340,20 +340,20 @@ class DreamMoverPipeline(
             feature_block: The UNet's up block whose features are matched, or several whose similarities are averaged,
                 where a block named twice counts twice. The paper matches 1 alone, by meaning; a later block matches
                 more finely and less by meaning.
-            distance_penalty: Cosine similarity that a match loses for each shorter side of the image it lies away, so
-                that of places that look alike the nearer one is matched. Too much holds back what moves far; 0 is the
-                paper's.
-            rest_tolerance: By how much in cosine similarity a doubtful match may be better than the same place in the
-                other photo for that place to be taken to rest. More holds more of the background still; 0, the
-                paper's, none of it.
+            distance_penalty: How much cosine similarity a match loses that lies as far away as the image's shorter
+                side is long, and half as much at half of that, so that of places that look alike the nearer one is
+                matched. Too much holds back what moves far; 0 is the paper's.
+            rest_tolerance: A place whose match is doubtful is taken to rest, unless the match is more similar than the
+                same place in the other photo by more than this much cosine similarity. More holds more of the
+                background still; 0, the paper's, none of it.
             flow_smoothing: Passes that carry the flow from cells whose match agrees both ways to their neighbours.
                 More make the flow smoother and lose finer motion; 0 is the paper's bare argmax.
             flow_fit: What a pass of smoothing fits to the flow around every cell: "similarity", a shift, a turn and a
                 scaling, or "mean", the weighted mean, which is right only for what is shifted.
             photo_tolerance: The flow is refined on the photos themselves, to fractions of a cell, wherever their
-                colours then differ by no more than this mean difference, of 1, once both are in one light. More
-                refines more places, and wrongly where the photos show different things; 0 is the paper's flow, of
-                features alone. It acts only where `flow` is "features+photos".
+                colours then differ by no more than this on average, where 1 is from black to white, once both are in
+                one light. More refines more places, and wrongly where the photos show different things; 0 is the
+                paper's flow, of features alone. It acts only where `flow` is "features+photos".
             flow: What decides the flow: "features+photos", the UNet's features and then a refinement on the photos;
                 "features", without the refinement; a function, called with the two photos as they are worked on, (3,
                 H, W) float32 in [0, 1] on the CPU, that returns the flow forward and backward, (2, H, W) each, dx and

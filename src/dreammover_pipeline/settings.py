@@ -202,15 +202,17 @@ class PrepareSettings(FitSettings):
     distance_penalty: float = argument(
         0.1,
         Numbers(0),
-        "Cosine similarity that a match loses for each shorter side of the image it lies away, so that of places that "
-        "look alike the nearer one is matched. Too much holds back what moves far; 0 is the paper's.",
+        "How much cosine similarity a match loses that lies as far away as the image's shorter side is long, and half "
+        "as much at half of that, so that of places that look alike the nearer one is matched. Too much holds back "
+        "what moves far; 0 is the paper's.",
         paper=0,
     )
     rest_tolerance: float = argument(
         0.15,
         Numbers(0),
-        "By how much in cosine similarity a doubtful match may be better than the same place in the other photo for "
-        "that place to be taken to rest. More holds more of the background still; 0, the paper's, none of it.",
+        "A place whose match is doubtful is taken to rest, unless the match is more similar than the same place in "
+        "the other photo by more than this much cosine similarity. More holds more of the background still; 0, the "
+        "paper's, none of it.",
         paper=0,
     )
     flow_smoothing: int = argument(
@@ -230,9 +232,9 @@ class PrepareSettings(FitSettings):
         0.1,
         Numbers(0),
         "The flow is refined on the photos themselves, to fractions of a cell, wherever their colours then differ by "
-        "no more than this mean difference, of 1, once both are in one light. More refines more places, and wrongly "
-        "where the photos show different things; 0 is the paper's flow, of features alone. It acts only where `flow` "
-        'is "features+photos".',
+        "no more than this on average, where 1 is from black to white, once both are in one light. More refines more "
+        "places, and wrongly where the photos show different things; 0 is the paper's flow, of features alone. It "
+        'acts only where `flow` is "features+photos".',
         paper=0,
     )
     lora_scale: float = argument(
@@ -353,9 +355,9 @@ class RenderSettings(VideoSettings):
     rank_by: Sequence[str] | Callable = argument(
         ("high quality, detailed", "blurry, distorted"),
         Ranking(),
-        "What decides which of the `candidates` is the best: two texts, of which CLIP (the components `clip` and "
-        "`clip_processor`) is to find a frame more like the first than like the second; or a function that gives a "
-        "larger number for a better image.",
+        "What decides which of the `candidates` is the best: two texts, a good one and a bad one, by which CLIP (the "
+        "components `clip` and `clip_processor`) takes the frame that is more like the first than like the second by "
+        "most; or a function that gives a larger number for a better image.",
     )
     choices: Mapping[float, int] | None = argument(
         None,

@@ -109,7 +109,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_correspondence(commands: argparse._SubParsersAction) -> None:
-    text = "Measure the flow that features give: of every up block but the first, at several noise steps, matched and smoothed."
+    text = "Measure the flow of features of all up blocks but the first, at several noise steps, smoothed or not."
     parser = commands.add_parser("correspondence", help="measure the flow of all features", description=text)
     parser.set_defaults(run=_correspondence)
     add = parser.add_argument

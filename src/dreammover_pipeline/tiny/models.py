@@ -60,7 +60,8 @@ def build_vae(sizes: Sizes, pixels: int) -> AutoencoderKL:
 def build_unet(sizes: Sizes, pixels: int) -> UNet2DConditionModel:
     """An untrained UNet with Stable Diffusion 1.5's block types.
 
-    It has attention at the latent grid, at half and at a quarter of its resolution, for images of `pixels` a side.
+    It has attention at the latent grid, at half and at a quarter of its resolution, and in the middle block at an
+    eighth, for images of `pixels` a side.
     """
     return UNet2DConditionModel(
         sample_size=pixels // 2 ** (len(sizes.vae_channels) - 1),
