@@ -106,7 +106,7 @@ def cascade_samples(canvas: Canvas, cell: int, largest: Size, steps: int, plan: 
         plan: What `plan_detail` decided for the frame; None for a frame that takes nothing from the photos, whose
             number no other exceeds.
     """
-    levels = [Level.of(size, canvas, cell, largest) for size in level_sizes(canvas)]
+    levels = [Level.of(size, canvas, cell, largest, torch.device("cpu")) for size in level_sizes(canvas)]
     return steps * sum(len(level.cells if plan is None else level.needed(plan)) for level in levels)
 
 

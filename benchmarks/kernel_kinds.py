@@ -24,10 +24,11 @@ KINDS = {
     "change of layout": r"nchwto|nhwcto",
     "attention": r"attention|fmha|flash|attn|softmax",
     "convolution": r"conv|fprop|dgrad|wgrad|winograd|implicit",
-    "matrix product": r"gemm|nvjet|cutlass|cublas|splitk|addmm|\bmm\b|bmm|\blinear\b",
+    "matrix product": r"gemm|gemv|nvjet|cutlass|cublas|splitk|addmm|\bmm\b|bmm|\blinear\b",
     "normalisation": r"norm|moments|welford|fusedparams|internalgradients",
     "optimizer": r"adam|multi_tensor|foreach",
-    "sum or sort": r"reduce|sum|mean|sort|scan|radix",
+    "sum or sort": r"topk|reduce|sum|mean|sort|scan|radix",
+    "lookup or resizing": r"grid_sampler|upsample|interpolate|_pad",
     "copy": r"memcpy|memset|copy|cat|index|gather|scatter|fill|clone|contiguous",
     "elementwise": r"elementwise|vectorized|unrolled|aten::(add|mul|sub|div|silu|gelu)",
 }

@@ -112,7 +112,7 @@ def test_what_is_free_lies_in_the_picture_where_it_lies_on_the_canvas(parts):
     *_, plan = parts
     taken = torch.zeros(1, 8, 12)
     taken[..., 3:] = 1
-    level = Level.of((128, 96), Canvas(64, 96, 64, 48, 128, 96), CELL, (8, 8))
+    level = Level.of((128, 96), Canvas(64, 96, 64, 48, 128, 96), CELL, (8, 8), torch.device("cpu"))
     for tile in range(len(level.pixels)):
         top, left = level.pixels.corner(tile)
         free = level.free(replace(plan, taken=taken), tile)
@@ -129,7 +129,7 @@ def test_the_size_of_a_tile_is_the_height_and_the_width_of_the_unet(session_comp
 
 
 def test_the_mean_of_some_tiles_is_theirs_wherever_they_are():
-    level = Level.of((160, 96), Canvas(80, 48, 80, 48, 320, 192), CELL, (8, 8))
+    level = Level.of((160, 96), Canvas(80, 48, 80, 48, 320, 192), CELL, (8, 8), torch.device("cpu"))
     assert (level.canvas.output_height, level.canvas.output_width) == (160, 96)
     chosen = [0, 3]
     mean = level.mean(chosen, torch.full((2, 1, 8, 8), 3.0).split(1))

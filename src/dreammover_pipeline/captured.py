@@ -31,6 +31,9 @@ REPLAY_TOLERANCE = 0.05  # how far what is replayed may be from what was recorde
 # Devices and precisions for which a training step of this process was compared with its replay. That takes as long as
 # two steps, so later fits there are not compared.
 _trusted: set[tuple[torch.device, torch.dtype]] = set()
+# Devices on which recording broke off. Torch may keep memory of such a record and some of its state for as long as the
+# process lasts, so nothing is recorded there any more.
+_broken: set[torch.device] = set()
 # A lock that is held while the stream for records is in use, since a record takes in all that is done on its stream.
 _recording = Lock()
 
@@ -89,6 +92,8 @@ def replayed(step: TrainingStep, dtype: torch.dtype) -> Callable[[], None]:
         dtype: The dtype of the model that is trained, which decides the kernels.
     """
     device = step.parameters[0].device
+    if device in _broken:
+        return step
     try:
         replay = _recorded_step(step, device)
         if (device, dtype) not in _trusted:
@@ -101,7 +106,7 @@ def replayed(step: TrainingStep, dtype: torch.dtype) -> Callable[[], None]:
             logger.warning(f"The steps of a fit are not recorded as a CUDA graph, and take longer: {error}")
     # After the `except` block the error is gone, and with it the tensors that it held.
     step.optimizer.zero_grad()
-    free_cache(device)
+    _free_what_was_recorded(device)
     step.reset()
     return step
 
@@ -134,11 +139,27 @@ def _warm_up(work: Callable[[], object], device: torch.device) -> object:
 
 def _recorded(work: Callable[[], object], device: torch.device) -> tuple[Callable[[], None], object]:
     """The replay of some work on a GPU, and its result, which every replay fills anew."""
-    graph = torch.cuda.CUDAGraph()
-    # By default a record forbids all threads, such as those of other pipelines, what only this one must not do.
-    with _recording, torch.cuda.graph(graph, stream=_aside(device), capture_error_mode="thread_local"):
-        result = work()
+    graph, aside = torch.cuda.CUDAGraph(), _aside(device)
+    try:
+        # A record that breaks off stays on its stream, so that stream is entered, and left, by a context of its own.
+        # By default a record forbids all threads, such as those of other pipelines, what only this one must not do.
+        with (
+            _recording,
+            torch.cuda.stream(aside),
+            torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"),
+        ):
+            result = work()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            _broken.add(device)
+        raise
     return graph.replay, result
+
+
+def _free_what_was_recorded(device: torch.device) -> None:
+    """Free the memory of a record that is not used; that of one that broke off cannot be freed."""
+    if device not in _broken:
+        free_cache(device)
 
 
 def repeats(step: TrainingStep, replay: Callable[[], None]) -> bool:
@@ -160,7 +181,8 @@ class RecordedCall:
     """A function of tensors that a GPU repeats by itself once it has recorded it.
 
     The call that is recorded computes the result first, and then the record, whose replay is compared with that
-    result. Where the two differ, or where recording fails, the function goes on being called.
+    result. Where the two differ, or where recording fails, the function goes on being called. Where recording broke
+    off, as it does where the function waits for the GPU, nothing is recorded on that device any more.
 
     Args:
         function: Function from tensors to one tensor, without gradients. It must do nothing but launch kernels, the
@@ -185,7 +207,7 @@ class RecordedCall:
                 place.copy_(value)
             self._replay()
             return self._output.clone()
-        elif not self._failed:
+        elif not self._failed and inputs[0].device not in _broken:
             return self._recorded_call(inputs)
         return self.function(*inputs)
 
@@ -203,7 +225,7 @@ class RecordedCall:
             if not is_out_of_memory(error):
                 logger.warning(f"{self.name} are not recorded as a CUDA graph, and take longer: {error}")
         self._failed, self._replay, self._output, self._inputs = True, None, None, []
-        free_cache(device)
+        _free_what_was_recorded(device)
         return result
 
 

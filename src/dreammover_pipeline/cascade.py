@@ -90,6 +90,10 @@ class Tiles:
         """Tiles of at most `largest` cells on a grid of `size` cells, in units of which a cell's side has `parts`."""
         return cls(*(Spans.of(count, longest, parts) for count, longest in zip(size, largest, strict=True)))
 
+    def on(self, device: torch.device) -> Tiles:
+        """The same tiles with their weights on a device, so that adding to pictures there waits for no copy."""
+        return Tiles(*(replace(spans, weights=spans.weights.to(device)) for spans in (self.rows, self.columns)))
+
     def __len__(self) -> int:
         return len(self.rows.starts) * len(self.columns.starts)
 
@@ -150,7 +154,7 @@ class Level:
     pixels: Tiles
 
     @classmethod
-    def of(cls, size: Size, canvas: Canvas, cell: int, largest: Size) -> Level:
+    def of(cls, size: Size, canvas: Canvas, cell: int, largest: Size, device: torch.device) -> Level:
         """The level of a size in pixels, for what sits on a canvas.
 
         Args:
@@ -158,10 +162,11 @@ class Level:
             canvas: Where the photos sit.
             cell: Pixels a side of a latent cell.
             largest: Size of a tile in latent cells.
+            device: Where the latents are; pictures are on the CPU.
         """
         grid = tuple(math.ceil(side / cell) for side in size)
         canvas = replace(canvas, output_height=size[0], output_width=size[1])
-        return cls(canvas, grid, Tiles.of(grid, largest), Tiles.of(grid, largest, cell))
+        return cls(canvas, grid, Tiles.of(grid, largest).on(device), Tiles.of(grid, largest, cell))
 
     def mean(self, chosen: Sequence[int], tiles: Iterable[torch.Tensor]) -> torch.Tensor:
         """The weighted mean (1, C, h, w) of the latents (1, C, th, tw) of some tiles; 0 where none of them is.
@@ -236,7 +241,7 @@ class PairCascade:
         largest, cell = tile_size(denoiser.unet), canvas.height // pair.flow.forward.shape[-2]
         levels = []
         for size in level_sizes(canvas):
-            level, there = Level.of(size, canvas, cell, largest), detail
+            level, there = Level.of(size, canvas, cell, largest, denoiser.device), detail
             if level.canvas != canvas:
                 photos = tuple(fit_to_output(photo, level.canvas) for photo in detail.photos)
                 there = replace(detail, canvas=level.canvas, photos=photos)

@@ -140,6 +140,8 @@ class TrainedLora:
         """Have the layers compute with W + scale · B A, as A and B are now; gradients pass through to A and B."""
         with exact_matmul(next(iter(self.weights.values())).device.type):
             for name, layer in self._layers.items():
+                # What the step before made goes first; else its gradients' graph would go on as a part of this step's.
+                vars(layer).pop("weight", None)
                 down, up = (self.weights[f"{name}.lora_{part}.weight"] for part in "AB")
                 # An attribute of this name is found before the layer's parameter, which stays what and where it is;
                 # and it stays for the backward pass, which may compute activations again.

@@ -186,7 +186,11 @@ def test_spreads_and_lines():
         ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::Half>>", "elementwise"),
         ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<…FusedAdamMathFunctor…>", "optimizer"),
         ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, …sum…>>", "sum or sort"),
-        ("void at::native::upsample_bilinear2d_out_frame<float>", OTHER),
+        ("void at::native::sbtopk::gatherTopK<float, unsigned int, 2, false>", "sum or sort"),
+        ("void gemv2T_kernel_val<int, int, __half, __half, __half, float, 128, 16, 4, 4, false, …>", "matrix product"),
+        ("void at::native::grid_sampler_2d_kernel<float, int>", "lookup or resizing"),
+        ("void at::native::upsample_bilinear2d_out_frame<float>", "lookup or resizing"),
+        ("void at::native::tril_indices_kernel<long>", OTHER),
     ],
 )
 def test_kernels_are_told_apart_by_their_names(kernel, kind):
