@@ -182,7 +182,9 @@ def test_models_are_as_they_were(controlled, photos):
 
 
 def test_a_compiled_controlnet_is_taken(controlled):
-    check_controlnet(torch.compile(controlled.controlnet, backend="eager"), controlled.unet)
+    check_controlnet(
+        torch.compile(controlled.controlnet, backend="eager"), controlled.unet, controlled.vae_scale_factor
+    )
 
 
 def test_it_is_saved_and_loaded_like_any_component(controlled, tmp_path):
@@ -231,6 +233,8 @@ def test_what_makes_no_sense_is_refused_before_a_model_runs(controlled, photos, 
         ({"addition_embed_type": "text_time"}, "SDXL"),
         ({"cross_attention_dim": 48}, "`cross_attention_dim` is 48"),
         ({"block_out_channels": (8, 8, 16, 16)}, "another UNet"),
+        ({"conditioning_channels": 1}, "of 3 channels, not of 1"),
+        ({"conditioning_embedding_out_channels": (8, 8, 8)}, "another VAE: its latent cells are 4 pixels wide"),
     ],
 )
 def test_a_controlnet_of_another_family_is_refused(controlled, photos, change, message):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, EulerDiscreteScheduler
+from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
 from support.pages import EXAMPLES
 from support.snapshot import snapshot
@@ -208,20 +209,20 @@ def test_a_pair_does_not_depend_on_its_batch(pipe, photos, fast):
     assert torch.equal(listed.frames[0], batch.frames[0])
 
 
-@pytest.mark.parametrize("output_type", ["pt", "pil"])
-def test_pairs_that_are_made_survive_one_that_fails_later(pipe, photos, fast, output_type):
+@pytest.mark.parametrize(("output_type", "error"), [("pt", RuntimeError), ("pil", KeyboardInterrupt)])
+def test_pairs_that_are_made_survive_one_that_fails_later(pipe, photos, fast, output_type, error):
     fast["output_type"] = output_type
 
     def fail(pipe, i, timestep, tensors):
         calls.append(i)
         if len(calls) > failing * fast["inversion_steps"]:
-            raise RuntimeError("a pair fails")
+            raise error("a pair fails")
         return {}
 
     firsts, lasts = [photos[0], photos[1], photos[0]], [photos[1], photos[0], photos[0]]
     whole = pipe(firsts, lasts, **fast)
     calls, failing = [], 2
-    with pytest.raises(RuntimeError, match="a pair fails") as caught:
+    with pytest.raises(error, match="a pair fails") as caught:
         pipe(firsts, lasts, **fast, callback_on_step_end=fail)
     made = caught.value.output
     assert made.times == whole.times[:2]
@@ -230,7 +231,7 @@ def test_pairs_that_are_made_survive_one_that_fails_later(pipe, photos, fast, ou
         for frame, other in zip(video, expected, strict=True):
             assert np.array_equal(np.asarray(frame), np.asarray(other))
     calls, failing = [], 0
-    with pytest.raises(RuntimeError, match="a pair fails") as caught:
+    with pytest.raises(error, match="a pair fails") as caught:
         pipe(firsts, lasts, **fast, callback_on_step_end=fail)
     assert not hasattr(caught.value, "output")
 
@@ -786,6 +787,64 @@ def test_diffusers_switches_work(pipe, photos, fast, feature):
     assert close(frames, expected) == (feature in ("fused_qkv", "attention_slicing", "vae_slicing"))
     if before:
         assert snapshot(pipe.unet) == before
+
+
+def test_inside_autocast_no_lora_acts_on_the_next_pair(tiny_pipe):
+    assert all(parameter.requires_grad for parameter in tiny_pipe.unet.parameters())  # autocast copies no others
+    settings = {"num_inference_steps": 4, "inversion_steps": 2, "feature_step": 1, "output_type": "latent"}
+    settings |= {"n_frames": 1, "lora_steps": 2, "lora_learning_rate": 0.05, "flow": "features"}
+    first, last = ([str(EXAMPLES / name / f"{i}.png") for i in (0, 1)] for name in ("robot", "cat"))
+
+    def made(pairs, seeds, **changes):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            photos = [list(side) for side in zip(*pairs, strict=True)]
+            return tiny_pipe(*photos, generator=generators, **settings | changes).frames
+
+    alone = made([last], [1])[0]
+    assert torch.equal(made([first, last], [0, 1])[1], alone)
+    assert not close(made([last], [1], lora_steps=0)[0], alone, 0.1)
+
+
+def test_a_vae_that_overflows_in_a_callers_autocast_is_run_again_in_float32(pipe, caplog):
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    pipe.vae.decoder.conv_in.weight.data *= 3e4
+    expected = pipe.decode_latents(latents)
+    for dtype in (torch.float32, torch.float16):
+        pipe.vae.to(dtype)
+        with torch.autocast("cpu", dtype=torch.float16):
+            decoded = pipe.decode_latents(latents)
+        assert close(decoded, expected, 0.02)
+        assert pipe.vae.dtype == dtype
+    assert "overflowed" in caplog.text
+
+
+def test_callbacks_of_diffusers_act_as_there(pipe, photos, fast):
+    callback = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    guided = {"guidance_scale": 5.0, "negative_prompt": "a cat"}
+    seen = []
+
+    class Watching(SDCFGCutoffCallback):
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            seen.append(sorted(callback_kwargs))
+            return super().callback_fn(pipeline, step_index, timestep, callback_kwargs)
+
+    def first_step_only(pipeline, i, timestep, tensors):
+        pipeline._guidance_scale = 1.0
+        return {}
+
+    expected = pipe(*photos, **fast | guided, callback_on_step_end=first_step_only).frames
+    for cut in (callback, Watching(cutoff_step_ratio=None, cutoff_step_index=0)):
+        assert close(pipe(*photos, **fast | guided, callback_on_step_end=cut).frames, expected)
+    assert seen == 3 * [["prompt_embeds"]]
+
+
+def test_sizes_may_be_numpys_and_the_pair_is_saved(pipe, photos, tmp_path):
+    sizes = {"height": np.int64(48), "width": np.int32(64)}
+    steps = {"num_inference_steps": 4, "inversion_steps": 2, "feature_step": 1, "lora_steps": 0}
+    pair = pipe.prepare(*photos, **sizes, **steps)
+    pipe.save_pair(pair, tmp_path / "pair.safetensors")
+    assert pipe.load_pair(tmp_path / "pair.safetensors").canvas == pair.canvas
 
 
 def test_models_may_have_their_channels_last(pipe, photos):

@@ -295,3 +295,18 @@ def test_points_beyond_the_picture_and_limbs_of_no_length_are_drawn():
     assert picture.isfinite().all()
     assert (picture[:, 30, 280] * 255).tolist() == pytest.approx([0.6 * 255, 0, 0], abs=1e-3)
     assert picture[:, 60].max() == 0
+
+
+def test_files_may_have_confidences_above_one_as_openpose_writes_them(tmp_path):
+    first, last = both(1)
+    first[0, 3, 2] = 1.40701
+    for name, person in (("0.json", first[0]), ("1.json", last[0])):
+        content = {"people": [{"pose_keypoints_2d": person.flatten().tolist()}]}
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"confidences in \[0, 1\]"):
+        pair_of((first, last))
+    first[0, 3, 2] = 1
+    read = pair_of([tmp_path / "0.json", tmp_path / "1.json"])
+    expected = pair_of((first, last))
+    assert torch.equal(read.places, expected.places)
+    assert torch.equal(read.confidence, expected.confidence)

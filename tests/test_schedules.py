@@ -120,14 +120,21 @@ def test_steps_ascend_and_lead_there_and_back(spacing, n, steps):
     torch.testing.assert_close(returned, clean, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("n", [61, 103])  # for which diffusers rounds to one step too many, at timestep −1
+def test_a_step_too_many_is_dropped(n):
+    schedule = ddim_schedule(DDIMScheduler(**BETAS, **LEADING, timestep_spacing="trailing"), n, n)
+    assert len(schedule.timesteps) == n
+    assert schedule.timesteps[-1] == 999
+    apart = np.diff(schedule.timesteps)
+    assert apart.max() - apart.min() <= 1
+
+
 @pytest.mark.parametrize(
     ("spacing", "n"),
     [
         ("leading", 1000),  # its last step would be the 1001st timestep
         ("leading", 1001),
         ("trailing", 1001),
-        ("trailing", 61),  # diffusers rounds these to one step too many, at timestep −1
-        ("trailing", 103),
     ],
 )
 def test_steps_that_do_not_fit_are_refused(spacing, n):

@@ -105,18 +105,23 @@ class Autoencoder:
             return self._in_precision(function, x, doing)
 
     def _in_precision(self, function: Callable, x: torch.Tensor, doing: str) -> torch.Tensor:
-        """Run the VAE in its own precision; where that overflows, as float16 can, run it once more in float32."""
-        dtype = self.vae.dtype
+        """Run the VAE in its own precision; where that overflows, as float16 can, run it once more in float32.
+
+        A caller's autocast may compute in float16, too, whatever the VAE's own precision is.
+        """
+        dtype, device = self.vae.dtype, x.device.type
+        as_stored = not torch.is_autocast_enabled(device)
         with interruptible():
             result = function(x.to(dtype)).float()
-        if result.isfinite().all() or dtype == torch.float32:
+        if result.isfinite().all() or (as_stored and dtype == torch.float32):
             return result
         if not self._warned_of_overflow:
-            logger.warning(f"The VAE overflowed {doing} in {dtype}; such images are done again in float32.")
+            used = dtype if as_stored else torch.get_autocast_dtype(device)
+            logger.warning(f"The VAE overflowed {doing} in {used}; such images are done again in float32.")
             self._warned_of_overflow = True
         try:
             self.vae.to(torch.float32)
-            with interruptible():
+            with interruptible(), torch.autocast(device, enabled=False):
                 return function(x.float())
         finally:
             self.vae.to(dtype)

@@ -98,10 +98,13 @@ def control_picture(images: object, poses: PosePair | None, canvas: Canvas) -> C
     return lambda time: torch.lerp(first, last, time)
 
 
-def check_controlnet(controlnet: object, unet: torch.nn.Module) -> None:
-    """Raise TypeError or ValueError unless this is a ControlNet for Stable Diffusion 1.x or 2.x that fits a UNet.
+def check_controlnet(controlnet: object, unet: torch.nn.Module, cell: int) -> None:
+    """Raise TypeError or ValueError unless this is a ControlNet for Stable Diffusion 1.x or 2.x that fits the models.
 
-    Each of the two may be compiled.
+    Args:
+        controlnet: What may be a ControlNet; it may be compiled.
+        unet: The UNet, which may be compiled.
+        cell: How many pixels a side of a latent cell has.
     """
     if not isinstance(unwrapped(controlnet), ControlNetModel):
         raise TypeError(f"`controlnet` must be a ControlNetModel, not {type(controlnet).__name__}")
@@ -110,6 +113,15 @@ def check_controlnet(controlnet: object, unet: torch.nn.Module) -> None:
         raise ValueError(
             "`controlnet` needs more than latents, a timestep, a text and a picture: ControlNets of SDXL and others "
             "beside Stable Diffusion 1.x and 2.x are not supported"
+        )
+    if config.conditioning_channels != 3:
+        raise ValueError(
+            f"`controlnet` must take pictures in colours, of 3 channels, not of {config.conditioning_channels}"
+        )
+    scale = 2 ** (len(config.conditioning_embedding_out_channels) - 1)
+    if scale != cell:
+        raise ValueError(
+            f"`controlnet` was made for another VAE: its latent cells are {scale} pixels wide, and the VAE's {cell}"
         )
     for name in ("in_channels", "cross_attention_dim", "block_out_channels", "layers_per_block"):
         wanted, given = (_as_list(getattr(model.config, name)) for model in (unet, controlnet))

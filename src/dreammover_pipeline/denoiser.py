@@ -70,7 +70,9 @@ class Denoiser:
         control: torch.Tensor | None = None,
         control_scale: float = 1.0,
     ) -> torch.Tensor:
-        """The UNet's noise, also where it predicts v. With negative embeddings it is guided by `guidance_scale`.
+        """The UNet's noise, also where it predicts v.
+
+        With negative embeddings it is guided by `guidance_scale`, where that is above 1.
 
         A "scale" in `cross_attention_kwargs` holds inside `with_lora`.
 
@@ -105,6 +107,8 @@ class Denoiser:
         if not guided:
             return output
         unconditional, conditional = output.chunk(2)
+        if self.guidance_scale <= 1:  # by which a step callback ends guidance, as in diffusers
+            return conditional
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
     def _call_unet(

@@ -82,7 +82,7 @@ class FrameMaker:
 
     @property
     def _needs_photos(self) -> bool:
-        return self.settings.detail != "upsampled" or self.settings.include_inputs
+        return self.settings.detail_made != "upsampled" or self.settings.include_inputs
 
     def make(self, index: int, decode: Decode) -> tuple[torch.Tensor, bool | None]:
         """Make the picture of an index among `times`.
@@ -146,7 +146,7 @@ class FrameMaker:
         working = torch.stack([fit(photo, canvas) for photo in photos])
         copies = tuple(decode(latent).cpu() for latent in frames.clean_ends.split(1))
         detail = cascade = None
-        if self.settings.detail != "upsampled":
+        if self.settings.detail_made != "upsampled":
             with interruptible():
                 flow, paths = frames.flow, frames.paths
                 if paths is None:
@@ -154,7 +154,7 @@ class FrameMaker:
                     paths = motion_paths(flow, self.settings.motion)
                 moved = self.settings.method == "flow"
                 detail = PairDetail.of(photos, working, torch.cat(copies), canvas, flow, paths, moved)
-        if self.settings.detail == "diffusion":
+        if self.settings.detail_made == "diffusion":
             cascade = PairCascade.of(self.models, frames.pair, detail, largest_batch=self.settings.frame_batch_size)
         tones = []
         if self.settings.include_inputs and self.settings.endpoints == "original":

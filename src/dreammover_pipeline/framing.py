@@ -54,7 +54,8 @@ def plan_canvas(
         raise ValueError(f"{fault}, but each side must have at least {min_side} pixels; {allowed}")
     if canvas[0] * canvas[1] > MAX_PIXELS:
         raise ValueError(f"{fault}, but at most {MAX_PIXELS} pixels are allowed")
-    return Canvas(*canvas, *content, *(size if height is None and width is None else content))
+    # Sides of numpy's integers, which are allowed, could not be written into a file.
+    return Canvas(*map(int, (*canvas, *content, *(size if height is None and width is None else content))))
 
 
 def fit(image: torch.Tensor, canvas: Canvas) -> torch.Tensor:

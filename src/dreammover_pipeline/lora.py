@@ -214,6 +214,8 @@ def _overwrite(weight: torch.Tensor, values: torch.Tensor) -> None:
     """Put values into a model's weight, also where the model was loaded in inference mode."""
     with torch.inference_mode():
         weight.copy_(values)
+    # Inside of a caller's autocast, torch would go on with copies in lower precision that it made of the old values.
+    torch.clear_autocast_cache()
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def check_model_fits(
             attentions = [len(self_attention_names(unet, block)) for block in blocks]
             check_attention_blocks_exist(group.attention_blocks, attentions)
         elif isinstance(group, Delivery):
-            for name in group.callback_on_step_end_tensor_inputs:
+            for name in group.tensor_names:
                 check_choice("callback_on_step_end_tensor_inputs", name, callback_tensors)
     in_noise = [group for group in settings if isinstance(group, RenderSettings) and group.method == "noise"]
     prepared = [group for group in settings if isinstance(group, PrepareSettings)]

@@ -102,6 +102,7 @@ class NoiseTraining:
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.compiler.set_stance("force_eager"),
+            _uncached_autocast(),
             without_group_offloading(self.unet, resident=True),
             _checkpointing(self.unet, self.checkpointed),
             _frozen(self.unet),
@@ -224,6 +225,17 @@ def _frozen(unet: torch.nn.Module) -> Iterator[None]:
     with gradient_flags_kept(model):
         model.requires_grad_(False)
         yield
+
+
+@contextmanager
+def _uncached_autocast() -> Iterator[None]:
+    """Have a caller's autocast keep no copies of weights while the context lasts, since they change at every step."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
 
 
 def _bring(unet: torch.nn.Module) -> None:

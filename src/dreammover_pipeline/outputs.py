@@ -77,7 +77,7 @@ def joined_candidates(outputs: Sequence[DreamMoverPipelineOutput]) -> list[Choos
     return None if all(chooser is None for chooser in choosers) else choosers
 
 
-def hand_over(error: Exception, join: Callable[[], DreamMoverPipelineOutput], parts: str) -> None:
+def hand_over(error: BaseException, join: Callable[[], DreamMoverPipelineOutput], parts: str) -> None:
     """Let an error that ends a call carry what the call had made by then, as the error's `output`.
 
     Args:

@@ -323,7 +323,8 @@ class DreamMoverPipeline(
             affine: Motion that is added where `method` is "noise": (zoom, degrees, right, down) by which the whole
                 first photo moves on its way to the last one; it becomes `zoom` times as large, turns clockwise about
                 its middle and shifts by shares of its width and height. The last photo comes from the other way, and
-                both stand still at their own times. With "flow", motion is found in the photos.
+                both stand still at their own times. Frames with such motion get no detail of the photos, which would
+                be where they do not stand any more. With "flow", motion is found in the photos.
             candidates: How often every frame is made, with other noise, where `method` is "noise"; the best is kept,
                 and the frames beside it are made of it. More find better frames and take as many times as long. With
                 "flow", where nothing is random, it must be 1.
@@ -425,6 +426,7 @@ class DreamMoverPipeline(
             callback_on_step_end: Function called as (pipeline, i, timestep, tensors) after every denoising step of
                 every pair; the tensors that it returns replace the pipeline's.
             callback_on_step_end_tensor_inputs: Which of the pipeline's `_callback_tensor_inputs` the callback gets.
+                Callbacks that diffusers has, such as `SDCFGCutoffCallback`, say it themselves.
 
         Returns:
             `DreamMoverPipelineOutput`, or the tuple of its fields.
@@ -457,7 +459,7 @@ class DreamMoverPipeline(
                     outputs.append(self._render(prepared, asked, delivery))
                     if self.interrupt:
                         break
-            except Exception as error:
+            except (Exception, KeyboardInterrupt) as error:
                 if outputs:
                     hand_over(error, lambda: joined(outputs), "pairs")
                 raise
@@ -612,7 +614,7 @@ class DreamMoverPipeline(
         def on_step_end(i: int, timestep: int, tensors: dict) -> dict:
             if delivery.callback_on_step_end is None:
                 return {}
-            wanted = {name: tensors[name] for name in delivery.callback_on_step_end_tensor_inputs}
+            wanted = {name: tensors[name] for name in delivery.tensor_names}
             with interruptible():
                 replaced = delivery.callback_on_step_end(self, i, timestep, wanted) or {}
             if not isinstance(replaced, dict):
@@ -627,7 +629,7 @@ class DreamMoverPipeline(
             with self._stage(name, total) as step:
                 yield step
 
-        given = () if delivery.callback_on_step_end is None else delivery.callback_on_step_end_tensor_inputs
+        given = () if delivery.callback_on_step_end is None else delivery.tensor_names
         return render_latents(
             models,
             pair,
@@ -649,7 +651,7 @@ class DreamMoverPipeline(
         if output_type != "lazy":
             return finish_frames(models, frames, settings, output_type, check, self._stage, on_sources)
         maker = FrameMaker(models, frames, settings, picture_dtype(output_type), check, on_sources)
-        turn = self._turn if settings.detail == "diffusion" else self._step_turn  # only that changes the UNet
+        turn = self._turn if settings.detail_made == "diffusion" else self._step_turn  # only that changes the UNet
         workplace = Workplace(turn, self._step_turn, self._stage, self._free_hooks_of_idle_models)
         return lazy_output(maker, workplace, checked=self.safety_checker is not None)
 
@@ -730,7 +732,7 @@ class DreamMoverPipeline(
                     pair, FramesAsked(rendering[k], gaps[k].negative, gaps[k].seed, pictures[k]), delivery
                 ),
                 lambda k, frames: self._finish(frames, rendering[k], delivery),
-                finish_needs_pair=rendering[0].detail == "diffusion",
+                finish_needs_pair=rendering[0].detail_made == "diffusion",
             )
             output = make_gaps(gaps, stages, kept, lambda: self.interrupt, include_inputs)
             self.maybe_free_model_hooks()
@@ -960,7 +962,7 @@ class DreamMoverPipeline(
                 f"`{argument}` needs a ControlNet, which this pipeline lacks; load it with "
                 "`controlnet=ControlNetModel.from_pretrained(...)`, on the command line by --controlnet"
             )
-        check_controlnet(self.controlnet, self.unet)
+        check_controlnet(self.controlnet, self.unet, self.vae_scale_factor)
 
     def _check_model_fits(self, *settings: Settings) -> None:
         check_model_fits(

@@ -136,7 +136,8 @@ def _people(pose: object, size: Size, photo: int, name: str) -> torch.Tensor:
         TypeError, ValueError: The entry is not what it may be.
     """
     part = f"`{name}[{photo}]`"
-    if isinstance(pose, str | os.PathLike):
+    in_file = isinstance(pose, str | os.PathLike)
+    if in_file:
         pose = _people_in_file(pose, part)
     form = f"{part} must be the path of an OpenPose JSON file or hold numbers, (18, 3) or (people, 18, 3)"
     try:
@@ -154,6 +155,8 @@ def _people(pose: object, size: Size, photo: int, name: str) -> torch.Tensor:
             "a point that is not seen has a confidence of 0"
         )
     places, confidence = people[..., :2], people[..., 2]
+    if in_file:
+        confidence = confidence.clamp(max=1)  # OpenPose itself writes somewhat larger ones
     wrong = confidence[(confidence < 0) | (confidence > 1)]
     if len(wrong):
         raise ValueError(f"{part} must have confidences in [0, 1] behind x and y, but one is {wrong[0]:g}")

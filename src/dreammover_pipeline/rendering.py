@@ -265,6 +265,8 @@ def _in_place_of(before: torch.Tensor | None, tensor: torch.Tensor | None, name:
     if before is None or not isinstance(tensor, torch.Tensor):
         wanted = "None" if before is None else "a tensor"
         raise TypeError(f"`callback_on_step_end` must return {wanted} as {name!r}, not {type(tensor).__name__}")
+    if name != "latents" and tensor.shape == before[:1].shape:  # diffusers' callbacks return one for all samples
+        tensor = tensor.expand_as(before)
     if tensor.shape != before.shape:
         raise ValueError(
             f"`callback_on_step_end` must return {name!r} as {tuple(before.shape)}, not {tuple(tensor.shape)}"

@@ -69,7 +69,8 @@ def ddim_schedule(scheduler: SchedulerMixin, num_inference_steps: int, inversion
     ddim = deterministic_ddim(scheduler)
     with torch.device("cpu"):
         ddim.set_timesteps(num_inference_steps)
-    timesteps = ddim.timesteps.tolist()[::-1]
+    # With trailing spacing diffusers adds a timestep of −1 to schedules of some lengths, by a rounding of its own.
+    timesteps = ddim.timesteps.tolist()[:num_inference_steps][::-1]
     trained = len(ddim.alphas_cumprod)
     distinct = len(timesteps) == num_inference_steps and timesteps == sorted(set(timesteps))
     if not distinct or timesteps[0] < 0 or timesteps[-1] >= trained:

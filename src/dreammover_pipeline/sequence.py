@@ -66,7 +66,8 @@ def make_gaps(
         photos_included: Whether the frames of a gap begin and end with its photos.
 
     Raises:
-        Exception: A gap could not be made. If there were any before it, the error's `output` holds their frames.
+        Exception, KeyboardInterrupt: A gap could not be made. If there were any before it, the error's `output` holds
+            their frames.
     """
     shared = None if stages.fit_shared is None else _kept_or_fitted(kept, stages.fit_shared)
     outputs = []
@@ -87,7 +88,7 @@ def make_gaps(
             outputs.append(stages.finish(k, frames))
             if interrupted():
                 break
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         error.gap = len(outputs)
         if outputs:
             hand_over(error, lambda: in_a_row(outputs, photos_included), "gaps")

@@ -343,7 +343,8 @@ class RenderSettings(VideoSettings):
         'Motion that is added where `method` is "noise": (zoom, degrees, right, down) by which the whole first photo '
         "moves on its way to the last one; it becomes `zoom` times as large, turns clockwise about its middle and "
         "shifts by shares of its width and height. The last photo comes from the other way, and both stand still at "
-        'their own times. With "flow", motion is found in the photos.',
+        "their own times. Frames with such motion get no detail of the photos, which would be where they do not stand "
+        'any more. With "flow", motion is found in the photos.',
     )
     candidates: int = argument(
         1,
@@ -458,6 +459,11 @@ class RenderSettings(VideoSettings):
                 f"{self.control_guidance_end}"
             )
 
+    @property
+    def detail_made(self) -> str:
+        """The detail that frames get: none of the photos' where they are moved by `affine`, which detail is not."""
+        return self.detail if self.affine is None else "upsampled"
+
 
 @dataclass(frozen=True)
 class Delivery(Settings):
@@ -486,9 +492,15 @@ class Delivery(Settings):
     callback_on_step_end_tensor_inputs: Sequence[str] = argument(
         ("latents",),
         Names(),
-        "Which of the pipeline's `_callback_tensor_inputs` the callback gets.",
+        "Which of the pipeline's `_callback_tensor_inputs` the callback gets. Callbacks that diffusers has, such as "
+        "`SDCFGCutoffCallback`, say it themselves.",
         option=ASK_PYTHON,
     )
+
+    @property
+    def tensor_names(self) -> Sequence[str]:
+        """The names of the tensors that the callback gets; a `PipelineCallback` of diffusers says them itself."""
+        return getattr(self.callback_on_step_end, "tensor_inputs", self.callback_on_step_end_tensor_inputs)
 
 
 def takes_seed(preparing: PrepareSettings, rendering: RenderSettings | None = None, lora: dict | None = None) -> bool:

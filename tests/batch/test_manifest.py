@@ -12,7 +12,7 @@ from support.batches import DEFAULTS, SHORT, pair, plan
 
 from dreammover_pipeline import DreamMoverPipeline
 from dreammover_pipeline.batch.jobs import RefusedRowsError
-from dreammover_pipeline.batch.manifest import KEYS, PARAMETERS, check_values, read_manifest
+from dreammover_pipeline.batch.manifest import KEYS, PARAMETERS, check_values, read_manifest, settings_of
 
 
 def test_jsonl_and_csv_say_the_same(album):
@@ -228,3 +228,17 @@ def test_a_key_is_there_once_and_nothing_is_nested_without_end(album):
     (album / "m.jsonl").write_text(f'{{"folder": ".", "folder": "."}}\n{{"folder": ".", "points": {deep}')
     with pytest.raises(RefusedRowsError, match=r"line 1: .*key 'folder' .*twice\n.*line 2: .*nested in more than 8"):
         read_manifest(album / "m.jsonl", album / "out", DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [({"fps": 16}, {"fps": 16.0}), ({"noise_levels": [0.5, 1]}, {"noise_levels": [0.5, 1.0]})]
+)
+def test_a_number_makes_one_request_however_it_is_written(one, other):
+    written = [json.dumps(settings_of(DEFAULTS, given), sort_keys=True) for given in (one, other)]
+    assert written[0] == written[1]
+
+
+def test_a_row_with_one_side_takes_no_other_from_the_command_line():
+    size = {**DEFAULTS, "height": 64, "width": 128}
+    assert [settings_of(size, {"height": 32})[side] for side in ("height", "width")] == [32, None]
+    assert [settings_of(size, {})[side] for side in ("height", "width")] == [64, 128]

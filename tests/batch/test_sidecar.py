@@ -50,3 +50,12 @@ def test_a_sidecar_says_when_it_cannot_be_repeated(pipe, album):
     assert len(refusal.value.reasons) == 3
     with pytest.raises(ValueError, match=r"^'': it is no existing file"):
         read_sidecars([""], album.parent)
+
+
+def test_what_file_managers_leave_in_a_folder_of_frames_does_not_count(tmp_path):
+    (tmp_path / "frame_0000.png").write_bytes(b"a frame")
+    before = digest(tmp_path)
+    (tmp_path / ".DS_Store").touch()
+    assert digest(tmp_path) == before
+    (tmp_path / "frame_0001.png").touch()
+    assert digest(tmp_path) != before

@@ -32,3 +32,20 @@ def test_an_empty_path_is_not_taken_for_the_current_folder(tmp_path, monkeypatch
     assert main([word.format("") for word in command.split()]) == 2
     assert "'' is no folder; write its path" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--sheet", "--flow", "--matches", "--sources", "--save-pair", "--compare"])
+def test_an_empty_path_of_a_file_is_not_passed_over(tmp_path, monkeypatch, capsys, option):
+    monkeypatch.chdir(tmp_path)
+    assert main(["interpolate", "a.png", "b.png", "-o", "out.gif", option, ""]) == 2
+    assert "'' is no file; write its path" in capsys.readouterr().err
+
+
+def test_an_output_does_not_replace_the_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b.png", "model.safetensors"):
+        (tmp_path / name).write_text("precious")
+    pair = ["--model", "model.safetensors", "--save-pair", "model.safetensors"]
+    assert main(["interpolate", "a.png", "b.png", "-o", "out.gif", *pair]) == 2
+    assert "writing 'model.safetensors' would replace 'model.safetensors'" in capsys.readouterr().err
+    assert (tmp_path / "model.safetensors").read_text() == "precious"

@@ -170,3 +170,10 @@ def test_a_run_of_ones_own_photos_says_which_they_are(tmp_path):
     (tmp_path / "b" / "prompt.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"prompt\.txt' cannot be read"):
         folder_suite(tmp_path, 1)
+
+
+def test_strips_may_be_longer_than_pictures_of_others(tmp_path, monkeypatch):
+    frames = torch.rand(4, 3, 5, 6, generator=torch.Generator().manual_seed(0))
+    write_strip(frames, tmp_path / "strip.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    torch.testing.assert_close(read_strip(tmp_path / "strip.png", 4), frames, rtol=0, atol=0.51 / 255)

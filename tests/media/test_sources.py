@@ -105,3 +105,12 @@ def test_some_frames_are_shown_spread_evenly():
 def test_what_cannot_be_drawn_is_refused(frames, sources, rows, reason):
     with pytest.raises(ValueError, match=reason):
         sources_picture([Image.new("RGB", (8, 8))] * frames, [sources_of(1.0, 1.0)] * sources, CANVAS, rows)
+
+
+def test_the_edge_beside_the_padding_is_no_darker():
+    sources = sources_of(0.5, 1.0)
+    expected = colours_of(sources_map(sources, CANVAS, (384, 192)))
+    shares = sources.shares.clone()
+    shares[:, 5:] = shares[:, :, 11:] = 0  # as where nothing of the photos is: beyond the picture
+    padded = Canvas(32, 64, 18, 42, 180, 420)  # the picture ends in the fifth row of places and in the eleventh column
+    assert colours_of(sources_map(FrameSources(0.5, shares, sources.taken), padded, (384, 192))) == expected

@@ -36,7 +36,7 @@ def test_it_listens_on_loopback_only(address):
 def test_a_visitor_is_known_by_a_cookie_no_script_can_read(address):
     page = httpx.get(address, trust_env=False)
     cookie = page.headers["set-cookie"]
-    assert re.match(rf"{COOKIE}=[\w-]{{43}}; Path=/; HttpOnly; SameSite=Strict$", cookie)
+    assert re.match(rf"{COOKIE}=[\w-]{{43}}; Path=/; HttpOnly; SameSite=Lax$", cookie)
     assert page.cookies[COOKIE] != httpx.get(address, trust_env=False).cookies[COOKIE]
     forwarded = httpx.get(address, headers={"x-forwarded-proto": "https"}, trust_env=False).headers["set-cookie"]
     assert "Secure; SameSite=None; Partitioned" in forwarded

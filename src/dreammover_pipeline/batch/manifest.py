@@ -13,7 +13,7 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
-from ..arguments import Numbers, Pictures, Poses, arguments_of
+from ..arguments import Levels, Motion, Numbers, Pictures, Poses, arguments_of
 from ..inputs import check_choice, check_input_file, check_integer, check_number
 from ..media.files import check_fps, check_name_length, check_video_path, make_folder
 from ..media.texts import read_json, read_text
@@ -359,7 +359,8 @@ def settings_of(defaults: Mapping[str, object], given: Mapping[str, object]) -> 
     """A value for each of `SETTINGS`, in the form that JSON holds.
 
     Args:
-        defaults: Values to use instead of the pipeline's defaults.
+        defaults: Values to use instead of the pipeline's defaults; a size among them does not hold where `given` has
+            one of its sides, since the other then follows from the photo's shape.
         given: Values that prevail over all defaults.
 
     Raises:
@@ -368,6 +369,8 @@ def settings_of(defaults: Mapping[str, object], given: Mapping[str, object]) -> 
     unknown = [key for key in given if key not in SETTINGS]
     if unknown:
         raise ValueError(f"it records the unknown setting {unknown[0]!r}")
+    if any(given.get(side) is not None for side in ("height", "width")):
+        defaults = {name: value for name, value in defaults.items() if name not in ("height", "width")}
     values = {name: declared.default for name, declared in PARAMETERS.items()}
     values = json.loads(json.dumps({**values, "include_inputs": True, **defaults, **given}))
     for group in GROUPS:
@@ -379,13 +382,17 @@ def settings_of(defaults: Mapping[str, object], given: Mapping[str, object]) -> 
     for side in ("height", "width"):
         if values[side] is not None:
             check_integer(side, values[side], 1)
-    for name, value in values.items():
-        if type(value) is int and name in PARAMETERS and isinstance(PARAMETERS[name].values, Numbers):
-            values[name] = float(value)  # so that 1 and 1.0 make equal requests
+    for name, declared in PARAMETERS.items():  # so that 1 and 1.0 make equal requests
+        if type(values[name]) is int and isinstance(declared.values, Numbers):
+            values[name] = float(values[name])
+        elif isinstance(values[name], list) and isinstance(declared.values, Levels | Motion):
+            values[name] = [float(number) for number in values[name]]
     check_integer("seed", values["seed"], 0)
     if values["seed"] >= 2**63:
         raise ValueError("`seed` must be below 2^63")
     check_number("fps", values["fps"], 0, inclusive=False)
+    if values["fps"] == round(values["fps"]):
+        values["fps"] = round(values["fps"])  # the default is a whole number, and an option gives 16.0
     return values
 
 

@@ -22,6 +22,7 @@ import torch
 
 from .. import __version__
 from ..inputs import file_fault
+from ..media.files import LITTER
 from ..pipeline import DreamMoverPipeline
 from ..settings import arguments
 from ..storage import digest_of, write_whole
@@ -175,9 +176,10 @@ def finished_record(output: Path, request: str) -> dict | None:
 
 
 def digest(path: Path) -> str:
-    """The sha256 of a file, or of the names and the contents of the files in a folder."""
+    """The sha256 of a file, or of the names and contents of the files in a folder, but for those of file managers."""
     if path.is_dir():
-        lines = [f"{entry.name} {digest(entry)}\n" for entry in sorted(path.iterdir())]
+        entries = sorted(entry for entry in path.iterdir() if entry.name not in LITTER)
+        lines = [f"{entry.name} {digest(entry)}\n" for entry in entries]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,7 +16,7 @@ import torch
 
 from ..arguments import taken
 from ..images import decode_images
-from ..media.files import video_size, write_video_or_keep
+from ..media.files import check_video_path, video_size, write_video_or_keep
 from ..outputs import DreamMoverPipelineOutput
 from ..pairs import fitted_photos
 from ..pipeline import DreamMoverPipeline
@@ -137,7 +137,8 @@ class Worker:
             "process": {**self.process, "started": started.isoformat(timespec="seconds")},
         }
         sidecar = write_record(record, work)  # while the earlier video is still there, since the disk may be full
-        check_places_of_records(job.output)  # once more, since making the video took a while
+        check_video_path(job.output)  # once more, since making the video took a while
+        check_places_of_records(job.output)
         move_over(video, job.output)
         os.replace(sidecar, sidecar_path(job.output))
         return record

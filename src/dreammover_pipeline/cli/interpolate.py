@@ -24,7 +24,7 @@ from ..scratch import put_in_order
 from ..settings import PREPARING, RENDERING, arguments
 from .claims import claimed
 from .loading import add_component_options, add_model_options, check_model, load_chosen, pipeline_class
-from .options import add_method_options, call_arguments, seed, size, steering_files
+from .options import add_method_options, call_arguments, file_path, seed, size, steering_files
 from .writing import (
     add_output_options,
     check_length,
@@ -83,6 +83,7 @@ def add_interpolate(commands: argparse._SubParsersAction) -> None:
     )
     add(
         "--save-pair",
+        type=file_path,
         metavar="PATH",
         help="Also write the prepared pair to this .safetensors file, for dreammover render.",
     )

@@ -185,6 +185,13 @@ def folder_path(text: str) -> Path:
     return Path(text)
 
 
+def file_path(text: str) -> str:
+    """The path of a typed file. An empty one, such as that of a shell's variable which is not set, is refused."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no file; write its path, or leave the option out")
+    return text
+
+
 def seed(text: str) -> int:
     """A typed seed that `torch.Generator` takes."""
     if not text.isdecimal() or int(text) >= 2**63:

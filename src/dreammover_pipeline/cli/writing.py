@@ -33,7 +33,7 @@ from ..media.sources import sources_picture
 from ..scratch import put_in_order
 from ..settings import RenderSettings
 from .loading import load_chosen
-from .options import for_each_gap
+from .options import file_path, for_each_gap
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,24 +77,37 @@ def add_output_options(parser: argparse.ArgumentParser, gaps: bool = False) -> N
         action="store_true",
         help="Let the video run back to the first photo, so that it can be repeated.",
     )
-    add("--sheet", metavar="PATH", help="Also write a contact sheet of all frames to this .png or .jpg file.")
+    add(
+        "--sheet",
+        type=file_path,
+        metavar="PATH",
+        help="Also write a contact sheet of all frames to this .png or .jpg file.",
+    )
     add(
         "--flow",
         dest="flow_picture",  # the pipeline has an argument of the option's name
+        type=file_path,
         metavar="PATH",
         help="Also write a picture of the flow between the photos to this .png or .jpg file.",
     )
     add(
         "--matches",
+        type=file_path,
         metavar="PATH",
         help="Also write a picture of the matches and how sure they are to this .png or .jpg file.",
     )
     add(
         "--sources",
+        type=file_path,
         metavar="PATH",
         help="Also write a picture of which photo the detail of some frames comes from to this .png or .jpg file.",
     )
-    add("--compare", metavar="PATH", help="Also write the video beside a cross-fade, as --output takes it.")
+    add(
+        "--compare",
+        type=file_path,
+        metavar="PATH",
+        help="Also write the video beside a cross-fade, as --output takes it.",
+    )
     add("--quiet", action="store_true", help="Show no progress bars.")
 
 
@@ -104,8 +117,8 @@ def check_output_paths(args: argparse.Namespace, inputs: Sequence[str], others: 
     What killed processes left beside the videos is removed, and a folder that one was about to replace is put back.
 
     Args:
-        args: The options that `add_output_options` adds.
-        inputs: The paths that are read.
+        args: The options that `add_output_options` adds, and the model's name.
+        inputs: The paths that are read, but for the model's.
         others: The paths that are written besides those that the options name.
 
     Raises:
@@ -119,7 +132,8 @@ def check_output_paths(args: argparse.Namespace, inputs: Sequence[str], others: 
     pictures = [path for path in (args.sheet, args.flow_picture, args.matches, args.sources) if path]
     for path in pictures:
         check_picture_path(path)
-    check_replaces_nothing([*videos, *pictures, *others], inputs)
+    model = [args.model] if args.model is not None and Path(args.model).is_file() else []
+    check_replaces_nothing([*videos, *pictures, *others], [*inputs, *model])
 
 
 def check_replaces_nothing(outputs: Sequence[str | Path], inputs: Sequence[str | Path]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import PngImagePlugin
 from tqdm.auto import tqdm
 
 from .. import __version__
@@ -249,7 +249,7 @@ def write_strip(frames: torch.Tensor, path: Path) -> None:
 
 def read_strip(path: Path, count: int) -> torch.Tensor:
     """Read `count` frames written by `write_strip`, (F, 3, H, W) in [0, 1]."""
-    with Image.open(path) as picture:
+    with PngImagePlugin.PngImageFile(path) as picture:  # `Image.open` refuses what is as long as strips may be
         pixels = torch.from_numpy(np.asarray(picture).copy())
     return torch.stack((pixels.movedim(-1, 0).float() / 255).chunk(count, -1))
 

@@ -72,6 +72,7 @@ def write_video(frames: Iterable[Image.Image], path: str | os.PathLike, fps: flo
     check_fps(fps, path)
     with replacing(path) as temporary:
         VIDEO_WRITERS[_video_suffix(path)](_checked(frames), temporary, fps)
+        check_video_path(path)  # once more, since frames that are made one at a time take a while
 
 
 def video_size(size: tuple[int, int], path: str | os.PathLike, fps: float) -> tuple[int, int]:
@@ -260,7 +261,7 @@ def check_still(count: int, fps: float, path: str | os.PathLike) -> None:
     Raises:
         ValueError: they would stand still for longer than a gif can say.
     """
-    delay = count * _gif_delay(fps)
+    delay = _gif_time(count, fps)
     if _video_suffix(path) == ".gif" and delay > GIF_LONGEST_DELAY:
         raise ValueError(
             f"a picture can stand still for {GIF_LONGEST_DELAY / 100} s at most in '{path}', not for {delay / 100} s; "
@@ -428,13 +429,19 @@ def _padded_to_even(pixels: np.ndarray) -> np.ndarray:
 
 def _write_gif(frames: Iterator[Image.Image], path: Path, fps: float) -> None:
     # Pillow dithers only with a palette that it is given, and without dithering smooth shades would show bands.
-    paletted = (frame.quantize(palette=frame.quantize()) for frame in frames)
-    next(paletted).save(path, save_all=True, append_images=paletted, duration=10 * _gif_delay(fps), loop=0)
+    paletted = (_timed(frame.quantize(palette=frame.quantize()), index, fps) for index, frame in enumerate(frames))
+    next(paletted).save(path, save_all=True, append_images=paletted, loop=0)
 
 
-def _gif_delay(fps: float) -> int:
-    """The hundredths of a second that a frame of a gif lasts."""
-    return round(100 / fps)
+def _timed(picture: Image.Image, index: int, fps: float) -> Image.Image:
+    """A picture that is told, in the way that Pillow takes it, how many thousandths of a second it lasts in a gif."""
+    picture.info["duration"] = 10 * (_gif_time(index + 1, fps) - _gif_time(index, fps))
+    return picture
+
+
+def _gif_time(count: int, fps: float) -> int:
+    """The hundredths of a second, in which a gif counts, that its first pictures last together."""
+    return round(100 * count / fps)
 
 
 def _write_folder(frames: Iterator[Image.Image], path: Path, fps: float) -> None:

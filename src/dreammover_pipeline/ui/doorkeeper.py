@@ -175,7 +175,7 @@ def _again(body: bytes, receive: Receive) -> Receive:
 def _with_cookie(send: Send, cookie: str, secure: bool) -> Send:
     """A `send` that adds the visitor's cookie to the answer."""
     # A Hugging Face Space is shown inside a page of another site, where browsers keep partitioned cookies only.
-    rules = "Secure; SameSite=None; Partitioned" if secure else "SameSite=Strict"
+    rules = "Secure; SameSite=None; Partitioned" if secure else "SameSite=Lax"
 
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":

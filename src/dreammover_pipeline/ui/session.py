@@ -184,8 +184,11 @@ class Session:
         settings = {**finished.rendered.rendering, "times": [time], "easing": "linear", "candidates": 1}
         self._pipe.check_inputs(**settings)
         with self._job(report):
-            ((frame,),) = self._pipe.render(prepared.pair, **settings, generator=_frames_generator(prepared)).frames
-            return self._show("moment", {"moment": frame})[0]
+            # With the photos, since frames beside them fade out the tone that the VAE takes from the photos.
+            made = self._pipe.render(
+                prepared.pair, **settings, include_inputs=True, generator=_frames_generator(prepared)
+            )
+            return self._show("moment", {"moment": made.frames[0][1]})[0]
 
     def mark(self, photos: Sequence[Path | None], spots: Sequence[Sequence[Spot]]) -> list[Path | None]:
         """Draw numbered spots on the photos, and return the files of the two pictures.
