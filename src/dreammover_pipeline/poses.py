@@ -154,9 +154,9 @@ def _people(pose: object, size: Size, photo: int, name: str) -> torch.Tensor:
             f"{part} must be finite, but holds {people[~people.isfinite()][0]}; "
             "a point that is not seen has a confidence of 0"
         )
+    if in_file:  # in which OpenPose itself writes confidences that are somewhat larger than 1
+        people = torch.cat([people[..., :2], people[..., 2:].clamp(max=1)], -1)
     places, confidence = people[..., :2], people[..., 2]
-    if in_file:
-        confidence = confidence.clamp(max=1)  # OpenPose itself writes somewhat larger ones
     wrong = confidence[(confidence < 0) | (confidence > 1)]
     if len(wrong):
         raise ValueError(f"{part} must have confidences in [0, 1] behind x and y, but one is {wrong[0]:g}")
