@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
@@ -110,7 +110,7 @@ class Autoencoder:
         A caller's autocast may compute in float16, too, whatever the VAE's own precision is.
         """
         dtype, device = self.vae.dtype, x.device.type
-        as_stored = not torch.is_autocast_enabled(device)
+        as_stored = not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
         with interruptible():
             result = function(x.to(dtype)).float()
         if result.isfinite().all() or (as_stored and dtype == torch.float32):
@@ -121,7 +121,7 @@ class Autoencoder:
             self._warned_of_overflow = True
         try:
             self.vae.to(torch.float32)
-            with interruptible(), torch.autocast(device, enabled=False):
+            with interruptible(), nullcontext() if as_stored else torch.autocast(device, enabled=False):
                 return function(x.float())
         finally:
             self.vae.to(dtype)

@@ -25,6 +25,7 @@ from dreammover_pipeline.batch.sidecar import (
     sidecar_path,
     work_path,
 )
+from dreammover_pipeline.media.files import write_video
 
 
 def test_what_is_done_is_skipped_and_what_changed_is_made_anew(pipe, album):
@@ -70,8 +71,7 @@ def test_what_a_kill_left_is_removed_with_its_pair_and_only_then(pipe, album):
     for folder in left:
         folder.mkdir(parents=True)
         (folder / "video.mp4").write_bytes(b"half")
-    second.output.mkdir()  # renamed into place, but not committed
-    (second.output / "frame_0000.png").touch()
+    write_video([Image.new("RGB", (4, 4))], second.output, fps=16)  # renamed into place, but not committed
     work(pipe, [first])
     assert [folder.exists() for folder in left] == [False, True]
     assert statuses(work(pipe, [second])) == {"b": "done"}
