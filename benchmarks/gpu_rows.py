@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from unittest import mock
 
 import torch
@@ -110,21 +111,22 @@ def channels_last(bench: Bench) -> list[Table]:
     """A table of the seconds of the parts of a job with the models' weights in either memory layout."""
     profile, unit = bench.profile, clock_name(bench.device)
 
-    def in_layout(layout: torch.memory_format, work: Callable[[], object]) -> None:
-        try:
-            for model in (bench.pipe.unet, bench.pipe.vae):
-                model.to(memory_format=layout)
-            work()
-        finally:
-            for model in (bench.pipe.unet, bench.pipe.vae):
-                model.to(memory_format=torch.contiguous_format)
+    def put_into(layout: torch.memory_format) -> None:
+        for model in (bench.pipe.unet, bench.pipe.vae):
+            model.to(memory_format=layout)
 
-    rows = []
-    for name, work in parts_of_a_job(bench).items():
-        layouts = torch.contiguous_format, torch.channels_last
-        arms = {str(layout): lambda layout=layout, work=work: in_layout(layout, work) for layout in layouts}
-        as_it_is, other = alternate(arms, profile.few, bench.device).values()
-        rows.append((name, spread(as_it_is), spread(other), ratio(as_it_is, other)))
+    def in_layout(layout: torch.memory_format, work: Callable[[], object]) -> None:
+        put_into(layout)
+        work()
+
+    layouts, rows = (torch.contiguous_format, torch.channels_last), []
+    try:
+        for name, work in parts_of_a_job(bench).items():
+            arms = {str(layout): partial(in_layout, layout, work) for layout in layouts}
+            as_it_is, other = alternate(arms, profile.few, bench.device).values()
+            rows.append((name, spread(as_it_is), spread(other), ratio(as_it_is, other)))
+    finally:
+        put_into(torch.contiguous_format)
     return [
         Table(
             f"Memory layout of the models, model {profile.model}, {profile.dtype}, {profile.few} rounds",

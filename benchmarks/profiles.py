@@ -74,7 +74,7 @@ ROWS = (
 )
 FOR_GPUS = ("job", "recording", "kernels", "channels_last", "stages", "precision", "cards")
 ON_CPU = tuple(name for name in ROWS if name not in FOR_GPUS)
-# Other rows are run by name; these take eight minutes.
+# Other rows are run by name; these are meant to take eight minutes.
 ON_GPU = ("job", "recording", "kernels", "channels_last", "cards", "overhead", "memory", "compile")
 
 PROFILES = {

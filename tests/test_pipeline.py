@@ -829,11 +829,11 @@ def test_callbacks_of_diffusers_act_as_there(pipe, photos, fast):
             seen.append(sorted(callback_kwargs))
             return super().callback_fn(pipeline, step_index, timestep, callback_kwargs)
 
-    def first_step_only(pipeline, i, timestep, tensors):
+    def without_guidance(pipeline, i, timestep, tensors):
         pipeline._guidance_scale = 1.0
         return {}
 
-    expected = pipe(*photos, **fast | guided, callback_on_step_end=first_step_only).frames
+    expected = pipe(*photos, **fast | guided, callback_on_step_end=without_guidance).frames
     for cut in (callback, Watching(cutoff_step_ratio=None, cutoff_step_index=0)):
         assert close(pipe(*photos, **fast | guided, callback_on_step_end=cut).frames, expected)
     assert seen == 3 * [["prompt_embeds"]]

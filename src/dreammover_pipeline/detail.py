@@ -19,7 +19,6 @@ and residuals have in learned frame interpolation.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -141,8 +140,8 @@ class PairDetail:
         """For every row and every column of the grid of places, the nearest one whose middle lies on the picture."""
         size = self.small.shape[-2:]
         row, column = (
-            torch.arange(count, device=self.small.device).clamp(max=max(0, math.ceil(covered - 0.5) - 1))
-            for count, covered in zip(size, reversed(self.canvas.content_on(*size)), strict=True)
+            torch.arange(count, device=self.small.device).clamp(max=last)
+            for count, last in zip(size, self.canvas.last_on(*size), strict=True)
         )
         return row, column
 

@@ -54,6 +54,11 @@ class Canvas:
         """Width and height, in cells of a grid (h, w) of the whole canvas, of the part that the picture fills."""
         return w * self.content_width / self.width, h * self.content_height / self.height
 
+    def last_on(self, h: int, w: int) -> tuple[int, int]:
+        """The last row and the last column of a grid (h, w) of the whole canvas whose middles lie on the picture."""
+        across, down = self.content_on(h, w)
+        return max(0, math.ceil(down - 0.5) - 1), max(0, math.ceil(across - 0.5) - 1)
+
 
 @dataclass(frozen=True)
 class Schedule:

@@ -369,8 +369,9 @@ def settings_of(defaults: Mapping[str, object], given: Mapping[str, object]) -> 
     unknown = [key for key in given if key not in SETTINGS]
     if unknown:
         raise ValueError(f"it records the unknown setting {unknown[0]!r}")
-    if any(given.get(side) is not None for side in ("height", "width")):
-        defaults = {name: value for name, value in defaults.items() if name not in ("height", "width")}
+    sides = ("height", "width")
+    if any(given.get(side) is not None for side in sides):
+        defaults = {name: value for name, value in defaults.items() if name not in sides}
     values = {name: declared.default for name, declared in PARAMETERS.items()}
     values = json.loads(json.dumps({**values, "include_inputs": True, **defaults, **given}))
     for group in GROUPS:
@@ -379,7 +380,7 @@ def settings_of(defaults: Mapping[str, object], given: Mapping[str, object]) -> 
     point_pairs(values["points"])
     pair_prompts(values["prompt"], 1, False)
     pair_negatives(values["negative_prompt"], None, 1, width=0)  # the width is that of embeddings, and there are none
-    for side in ("height", "width"):
+    for side in sides:
         if values[side] is not None:
             check_integer(side, values[side], 1)
     for name, declared in PARAMETERS.items():  # so that 1 and 1.0 make equal requests

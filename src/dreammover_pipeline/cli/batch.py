@@ -26,7 +26,7 @@ from .loading import (
     load_pipeline,
     pipeline_class,
 )
-from .options import add_method_options, call_arguments, folder_path, seed, size
+from .options import add_method_options, add_output_folder, call_arguments, folder_path, seed, size
 
 WITHOUT = ("points", "mask", "poses")  # the arguments of one pair of photos, which a batch has in its rows
 
@@ -84,14 +84,7 @@ def add_batch(commands: argparse._SubParsersAction) -> None:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     """Add the options that both commands have."""
     add = parser.add_argument
-    add(
-        "-o",
-        "--output",
-        type=folder_path,
-        metavar="FOLDER",
-        required=True,
-        help="The folder for the videos, each with a sidecar beside it.",
-    )
+    add_output_folder(add, "The folder for the videos, each with a sidecar beside it.")
     add(
         "--lora-cache",
         type=folder_path,

@@ -21,7 +21,7 @@ from ..media.texts import write_text
 from ..settings import PrepareSettings, RenderSettings, VideoSettings
 from .claims import claimed
 from .loading import add_component_options, add_model_options, check_model, load_chosen, pipeline_class
-from .options import folder_path
+from .options import add_output_folder, folder_path
 
 FULL = {"pairs": 32, "frames": 7}  # sizes of a suite without --quick
 # Sizes of a suite with --quick, which takes about six minutes on two cores with the embedded checkpoint.
@@ -51,14 +51,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("evaluate", help="measure the method, its parts and its rivals", description=text)
     parser.set_defaults(run=_evaluate)
     add = parser.add_argument
-    add(
-        "-o",
-        "--output",
-        type=folder_path,
-        metavar="FOLDER",
-        required=True,
-        help="for run.jsonl, report.md, sheets and frames",
-    )
+    add_output_folder(add, "for run.jsonl, report.md, sheets and frames")
     add(
         "--quick",
         action="store_true",
@@ -113,14 +106,7 @@ def _add_correspondence(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("correspondence", help="measure the flow of all features", description=text)
     parser.set_defaults(run=_correspondence)
     add = parser.add_argument
-    add(
-        "-o",
-        "--output",
-        type=folder_path,
-        metavar="FOLDER",
-        required=True,
-        help="for correspondence.jsonl and correspondence.md",
-    )
+    add_output_folder(add, "for correspondence.jsonl and correspondence.md")
     add(
         "--suites",
         nargs="+",

@@ -185,6 +185,16 @@ def folder_path(text: str) -> Path:
     return Path(text)
 
 
+def add_output_folder(add: Callable[..., argparse.Action], about: str) -> None:
+    """Add the option of a folder that all output goes to.
+
+    Args:
+        add: The `add_argument` of a parser.
+        about: What the folder is for.
+    """
+    add("-o", "--output", type=folder_path, metavar="FOLDER", required=True, help=about)
+
+
 def file_path(text: str) -> str:
     """The path of a typed file. An empty one, such as that of a shell's variable which is not set, is refused."""
     if not text:

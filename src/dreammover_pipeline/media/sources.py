@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -31,13 +30,14 @@ def sources_map(sources: FrameSources, canvas: Canvas, size: tuple[int, int]) ->
         size: width and height of the map in pixels.
     """
     shares, taken = (np.asarray(field.detach().cpu().double()) for field in (sources.shares, sources.taken[0]))
-    h, w = taken.shape
-    across, down = canvas.content_on(h, w)
     # What pads the canvas comes from nowhere; it goes on as the picture's edge, whose colours are mixed with it.
-    row, column = (np.minimum(np.arange(n), max(0, math.ceil(side - 0.5) - 1)) for n, side in ((h, down), (w, across)))
+    row, column = (
+        np.minimum(np.arange(count), last)
+        for count, last in zip(taken.shape, canvas.last_on(*taken.shape), strict=True)
+    )
     picture = Image.fromarray(source_colours(shares[:, row[:, None], column], taken[row[:, None], column]))
     # Between the middles of the places the map is interpolated, as M is in the frame.
-    return picture.resize(size, Image.Resampling.BILINEAR, box=(0, 0, across, down))
+    return picture.resize(size, Image.Resampling.BILINEAR, box=(0, 0, *canvas.content_on(*taken.shape)))
 
 
 def sources_picture(
